@@ -1,0 +1,102 @@
+"""The student in training: a ViT and the three heads that speak the teacher's language.
+
+Source: arXiv 2407.10366 and the authors' pretrain/models_proteus_dinov2.py.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from proteus_jax.models.layers import layer_norm, torch_uniform
+from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.vit import Features, VisionTransformer
+
+# The heads keep PyTorch's LayerNorm default, unlike the backbone's 1e-6.
+HEAD_NORM_EPSILON = 1e-5
+
+
+class Predictions(NamedTuple):
+    """What the student says of a batch, in the teacher's space; `patch` is None without a masked pass."""
+
+    features: Features
+    token: Float[Array, "b t"]
+    feature: Float[Array, "b n t"]
+    patch: Float[Array, "m n t"] | None
+
+
+class Head(nnx.Module):
+    """LayerNorm and a Linear with PyTorch's default initialisation; trained, then thrown away."""
+
+    def __init__(self, width: int, teacher_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = torch_uniform(width)
+        self.norm = layer_norm(width, HEAD_NORM_EPSILON, rngs=rngs)
+        self.linear = nnx.Linear(
+            width, teacher_width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b t"]:
+        return self.linear(self.norm(tokens))
+
+
+class Student(nnx.Module):
+    """Backbone, token head, feature head and patch head."""
+
+    def __init__(
+        self, spec: ViTSpec, teacher_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.backbone = VisionTransformer(spec, dtype=dtype, rngs=rngs)
+        self.token_head = Head(spec.width, teacher_width, dtype=dtype, rngs=rngs)
+        self.feature_head = Head(spec.width, teacher_width, dtype=dtype, rngs=rngs)
+        self.patch_head = Head(spec.width, teacher_width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        masked_images: Float[Array, "m h w 3"] | None = None,
+        mask: Bool[Array, "m n"] | None = None,
+        *,
+        drop_path: float = 0.0,
+        key: PRNGKeyArray | None = None,
+    ) -> Predictions:
+        """Unmasked predictions for `images`, masked ones for `masked_images` under `mask`."""
+        if masked_images is None or mask is None:
+            features = self.backbone(images, drop_path=drop_path, key=key)
+            return Predictions(features, self.token_head(features.cls), self.feature_head(features.patches), None)
+        features, masked = self._both_passes(images, masked_images, mask, drop_path, key)
+        token, feature = self.token_head(features.cls), self.feature_head(features.patches)
+        return Predictions(features, token, feature, self.patch_head(masked.patches))
+
+    def _both_passes(
+        self, images: jax.Array, masked_images: jax.Array, mask: jax.Array, drop_path: float, key
+    ) -> tuple[Features, Features]:
+        """One run of the backbone over both sets: compiled once, and fuller matmuls than two runs.
+
+        Rows are laid out as (image, image, masked image) where half is masked, so that a batch split over devices
+        stays where it is.
+        """
+        count = len(masked_images)
+        if count == 0 or len(images) % count:
+            raise ValueError(f"{len(images)} images do not divide into groups for {count} masked ones")
+        share = len(images) // count
+
+        def interleave(plain: jax.Array, masked: jax.Array) -> jax.Array:
+            groups = plain.reshape(count, share, *plain.shape[1:])
+            rows = jnp.concatenate([groups, masked[:, None]], axis=1)
+            return rows.reshape(count * (share + 1), *plain.shape[1:])
+
+        rows = interleave(images, masked_images)
+        row_mask = interleave(jnp.zeros((len(images), mask.shape[1]), bool), mask)
+        everything = self.backbone(rows, row_mask, drop_path=drop_path, key=key)
+
+        def unmasked(tokens: jax.Array) -> jax.Array:
+            groups = tokens.reshape(count, share + 1, *tokens.shape[1:])
+            return groups[:, :share].reshape(len(images), *tokens.shape[1:])
+
+        def masked(tokens: jax.Array) -> jax.Array:
+            return tokens.reshape(count, share + 1, *tokens.shape[1:])[:, share]
+
+        return Features(*map(unmasked, everything)), Features(*map(masked, everything))

@@ -1,0 +1,180 @@
+"""The DINOv2 vision transformer, its blocks stacked under one scan.
+
+Source: facebookresearch/dinov2 models/vision_transformer.py, as used by arXiv 2407.10366.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from proteus_jax.models.layers import LINEAR_INIT, Block, layer_norm, torch_uniform
+from proteus_jax.models.position import resize_matrix
+from proteus_jax.models.specs import ViTSpec
+
+
+class Features(NamedTuple):
+    """Tokens after the final LayerNorm (before it where a caller asked for that)."""
+
+    cls: Float[Array, "b d"]
+    patches: Float[Array, "b n d"]
+    registers: Float[Array, "b r d"]
+
+
+def resize_position_table(
+    table: Float[Array, "1 length d"], spec: ViTSpec, grid: tuple[int, int]
+) -> Float[Array, "1 length2 d"]:
+    """The table [1, 1 + grid^2, D] for another grid (rows, columns) of patches; the class entry stays.
+
+    Float32 whatever the table's dtype; the table itself where the grid is already its own.
+    """
+    if grid == (spec.grid, spec.grid):
+        return table
+    rows, columns = (
+        jnp.asarray(resize_matrix(spec.grid, side, spec.interpolate_offset, spec.interpolate_antialias))
+        for side in grid
+    )
+    patches = table[:, 1:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
+    # A rounded position table would move every token: full precision, also where matmuls default to less.
+    patches = jnp.einsum("hH,wW,HWd->hwd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+    patches = patches.reshape(1, grid[0] * grid[1], -1).astype(table.dtype)
+    return jnp.concatenate([table[:, :1], patches], axis=1)
+
+
+class PatchEmbed(nnx.Module):
+    """The patch convolution as one matmul: a patch is a row of patch * patch * 3 values."""
+
+    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.patch_size = spec.patch_size
+        fan_in = 3 * spec.patch_size**2
+        init = torch_uniform(fan_in)
+        self.proj = nnx.Linear(fan_in, spec.width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        batch, height, width, _ = images.shape
+        patch = self.patch_size
+        rows, columns = height // patch, width // patch
+        patches = images.reshape(batch, rows, patch, columns, patch, 3).swapaxes(2, 3)
+        return self.proj(patches.reshape(batch, rows * columns, patch * patch * 3))
+
+
+def _stacked_blocks(spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+    """A Block whose every parameter has a leading layer axis."""
+
+    def make(key: PRNGKeyArray) -> Block:
+        return Block(spec, dtype=dtype, rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(rngs.params(), spec.depth)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
+    return nnx.merge(graph, jax.vmap(lambda key: nnx.state(make(key)))(keys))
+
+
+class VisionTransformer(nnx.Module):
+    """Class token, registers and patches through pre-norm blocks and a final LayerNorm."""
+
+    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.spec = spec
+        tiny = nnx.initializers.normal(1e-6)
+        self.patch_embed = PatchEmbed(spec, dtype=dtype, rngs=rngs)
+        self.cls_token = nnx.Param(tiny(rngs.params(), (1, 1, spec.width)))
+        self.pos_embed = nnx.Param(LINEAR_INIT(rngs.params(), (1, 1 + spec.grid**2, spec.width)))
+        self.mask_token = nnx.Param(jnp.zeros((1, spec.width)))
+        if spec.registers:
+            self.register_tokens = nnx.Param(tiny(rngs.params(), (1, spec.registers, spec.width)))
+        self.blocks = _stacked_blocks(spec, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        mask: Bool[Array, "b n"] | None = None,
+        *,
+        drop_path: float = 0.0,
+        key: PRNGKeyArray | None = None,
+    ) -> Features:
+        """Features of normalised images, the patches under `mask` replaced by the mask token.
+
+        `drop_path` is the rate of the last block, growing linearly from 0 at the first; it needs a `key`.
+        ValueError where a side is no multiple of the patch size.
+        """
+        tokens = self._embed(images, mask)
+        tokens, _ = self._run_blocks(tokens, (), self._keep(drop_path, key, images.shape[0]))
+        return self._features(tokens, normalise=True)
+
+    def intermediates(
+        self,
+        images: Float[Array, "b h w 3"],
+        blocks: Sequence[int],
+        mask: Bool[Array, "b n"] | None = None,
+        *,
+        normalise: bool = True,
+    ) -> tuple[Features, ...]:
+        """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless told not to."""
+        _, outputs = self._run_blocks(self._embed(images, mask), tuple(blocks), None)
+        return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
+
+    def _embed(self, images: jax.Array, mask: jax.Array | None) -> Float[Array, "b t d"]:
+        spec = self.spec
+        batch, height, width, _ = images.shape
+        if height % spec.patch_size or width % spec.patch_size:
+            raise ValueError(
+                f"image sides must be multiples of the patch size {spec.patch_size}, found {height} x {width}"
+            )
+        grid = (height // spec.patch_size, width // spec.patch_size)
+        stream = self.cls_token.dtype
+        patches = self.patch_embed(images).astype(stream)
+        if mask is not None:
+            patches = jnp.where(mask[..., None], self.mask_token[None], patches)
+        cls = jnp.broadcast_to(self.cls_token[...], (batch, 1, spec.width))
+        tokens = jnp.concatenate([cls, patches], axis=1)
+        tokens = tokens + resize_position_table(self.pos_embed[...], spec, grid)
+        if spec.registers:
+            # Registers have no position: they enter after the table is added.
+            registers = jnp.broadcast_to(self.register_tokens[...], (batch, spec.registers, spec.width))
+            tokens = jnp.concatenate([tokens[:, :1], registers, tokens[:, 1:]], axis=1)
+        return tokens
+
+    def _keep(self, rate: float, key: PRNGKeyArray | None, batch: int) -> Float[Array, "l 2 b 1 1"] | None:
+        if rate == 0.0:
+            return None
+        if key is None:
+            raise ValueError("drop_path needs a key")
+        kept = 1.0 - jnp.linspace(0.0, rate, self.spec.depth).reshape(-1, 1, 1, 1, 1)
+        drawn = jax.random.bernoulli(key, kept, (self.spec.depth, 2, batch, 1, 1))
+        return drawn / kept
+
+    def _run_blocks(
+        self, tokens: jax.Array, wanted: tuple[int, ...], keep: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens after the last block, and [len(wanted), b, t, d] those after each wanted block."""
+        depth = self.spec.depth
+        outside = [block for block in wanted if not 0 <= block < depth]
+        if outside:
+            raise ValueError(f"there are blocks 0 to {depth - 1}, asked for {outside}")
+        graph, stacked = nnx.split(self.blocks)
+        # Each block writes its output to its slot; those not asked for share the last one, cut off below.
+        # So memory grows with the number of blocks asked for, not with the depth.
+        slots = [wanted.index(block) if block in wanted else len(wanted) for block in range(depth)]
+        outputs = jnp.zeros((len(wanted) + 1 if wanted else 0, *tokens.shape), tokens.dtype)
+
+        def body(carry, layer):
+            tokens, outputs = carry
+            block, slot, kept = layer
+            tokens = nnx.merge(graph, block)(tokens, kept)
+            if wanted:
+                outputs = jax.lax.dynamic_update_index_in_dim(outputs, tokens, slot, 0)
+            return (tokens, outputs), None
+
+        layers = (stacked, jnp.asarray(slots), keep)
+        (tokens, outputs), _ = jax.lax.scan(body, (tokens, outputs), layers)
+        return tokens, outputs[: len(wanted)]
+
+    def _features(self, tokens: jax.Array, *, normalise: bool) -> Features:
+        if normalise:
+            tokens = self.norm(tokens)
+        first_patch = 1 + self.spec.registers
+        return Features(tokens[:, 0], tokens[:, first_patch:], tokens[:, 1:first_patch])

@@ -1,0 +1,60 @@
+"""AdamW and its schedule, to the constants of the reference (arXiv 2407.10366; timm 0.9.16).
+
+The one deliberate difference: the rate moves every step, not every epoch (docs/differences.md).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from proteus_jax.models.functional import Params
+
+# Unscaled by the batch size in the reference.
+WARMUP_LEARNING_RATE = 1e-6
+MINIMUM_LEARNING_RATE = 1e-5
+LEARNING_RATE_BATCH = 512
+
+
+def scaled_learning_rate(batch: int, base: float = 5e-4) -> float:
+    """Peak learning rate: `base` for each 512 images of the global batch."""
+    return base * batch / LEARNING_RATE_BATCH
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Linear from 1e-6 to `peak`, then a cosine to 1e-5 over all of `total_steps`.
+
+    As in timm without warm-up prefix: the cosine counts from step 0, so the warm-up covers its beginning.
+    """
+
+    def schedule(step: Any) -> jax.Array:
+        progress = jnp.minimum(step / total_steps, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(math.pi * progress))
+        decayed = MINIMUM_LEARNING_RATE + (peak - MINIMUM_LEARNING_RATE) * cosine
+        if warmup_steps == 0:
+            return decayed
+        rising = WARMUP_LEARNING_RATE + (peak - WARMUP_LEARNING_RATE) * step / warmup_steps
+        return jnp.where(step < warmup_steps, rising, decayed)
+
+    return schedule
+
+
+def decay_mask(params: Params) -> Params:
+    """True for the arrays that weight decay reaches: all but vectors and biases of a single block.
+
+    Stacking gives every block array one more axis, which does not make a bias a matrix. Tables and tokens
+    (pos_embed, cls_token, mask_token, register_tokens) have more axes than one and are decayed, as in the reference.
+    """
+
+    def decayed(path: tuple[Any, ...], value: Any) -> bool:
+        names = [entry.key for entry in path]
+        return value.ndim - ("blocks" in names) > 1 and names[-1] != "bias"
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def adamw(schedule: optax.ScalarOrSchedule, weight_decay: float = 0.05) -> optax.GradientTransformation:
+    """PyTorch's AdamW: betas 0.9 and 0.999, eps 1e-8, decay times the learning rate on `decay_mask`."""
+    return optax.adamw(schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=decay_mask)

@@ -1,0 +1,144 @@
+"""One training step: what Proteus is. A frozen teacher and a student see the same images; the student follows.
+
+Source: arXiv 2407.10366, section 3, and the authors' pretrain/models_proteus_dinov2.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, UInt8
+
+from proteus_jax.losses import Losses, LossWeights, distillation_losses
+from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
+from proteus_jax.models.vit import Features
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint keeps. The teacher is not in it; `ema` is None where it is off.
+
+    Params and the rest are dicts by student name, one entry a student.
+    """
+
+    step: jax.Array
+    params: dict[str, Params]
+    optimizer: dict[str, Any]
+    ema: dict[str, Params] | None
+
+
+class Normalisation(NamedTuple):
+    """A model's own channel statistics, of values from 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """Float32 images, as PyTorch's ToTensor and Normalize make them."""
+        scaled = images.astype(jnp.float32) / 255.0
+        return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+
+
+def random_masks(key: jax.Array, count: int, patches: int, ratio: float) -> Bool[Array, "m n"]:
+    """`count` masks of exactly floor(patches * ratio) patches each, uniformly without replacement."""
+    masked = int(patches * ratio)
+    noise = jax.random.uniform(key, (count, patches))
+    ranks = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
+    return ranks < masked
+
+
+def student_losses(
+    student: StudentFunction,
+    params: Params,
+    images: Float[Array, "b h w 3"],
+    target: Features,
+    mask: Bool[Array, "m n"] | None,
+    weights: LossWeights,
+    *,
+    masked_rows: slice = slice(None, None, 2),
+    key: jax.Array | None = None,
+) -> Losses:
+    """The objectives of one student on one batch; `masked_rows` are the half of the batch that `mask` covers.
+
+    The masked pass runs those rows only. The reference runs the whole batch through it and uses half: without
+    stochastic depth the losses and gradients are the same, at three quarters of the cost. Every second row
+    rather than the first half, so that on many devices each has its share and nothing moves.
+    """
+    masked_images = None if mask is None else images[masked_rows]
+    predictions = student(params, images, masked_images, mask, key)
+    masked_target = None if mask is None else target.patches[masked_rows]
+    return distillation_losses(predictions, target, masked_target, mask, weights)
+
+
+def make_train_step(
+    *,
+    teacher: BackboneFunction,
+    students: Mapping[str, StudentFunction],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    normalisation: Normalisation,
+    weights: LossWeights,
+    mask_ratio: float,
+    ema_decay: float | None,
+    seed: int,
+) -> Callable[[TrainState, Params, UInt8[Array, "b h w 3"]], tuple[TrainState, Metrics]]:
+    """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state donated.
+
+    Randomness is a function of (seed, state.step) alone. Metrics are float32 scalars: `<student>/loss`,
+    `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and `learning_rate`.
+    """
+
+    def train_step(state: TrainState, teacher_params: Params, images: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        mask_key, drop_key = jax.random.split(key)
+        pixels = normalisation(images)
+        target = jax.lax.stop_gradient(teacher(teacher_params, pixels))
+        mask = None
+        if weights.patch:
+            mask = random_masks(mask_key, len(images) // 2, target.patches.shape[1], mask_ratio)
+
+        params, optimizer_state, ema, metrics = {}, {}, {}, {"learning_rate": schedule(state.step)}
+        for name, student in students.items():
+
+            def objective(values: Params, student: StudentFunction = student) -> tuple[jax.Array, Losses]:
+                dropping = drop_key if student.drop_path else None
+                losses = student_losses(student, values, pixels, target, mask, weights, key=dropping)
+                return losses.loss, losses
+
+            gradients, losses = jax.grad(objective, has_aux=True)(state.params[name])
+            updates, optimizer_state[name] = optimizer.update(
+                gradients, state.optimizer[name], state.params[name]
+            )
+            params[name] = optax.apply_updates(state.params[name], updates)
+            metrics |= {f"{name}/{key}": value for key, value in losses._asdict().items()}
+            if state.ema is not None:
+                ema[name] = optax.incremental_update(
+                    params[name]["backbone"], state.ema[name], 1.0 - ema_decay
+                )
+        return TrainState(
+            state.step + 1, params, optimizer_state, ema if state.ema is not None else None
+        ), metrics
+
+    return train_step
+
+
+def init_state(
+    students: Mapping[str, StudentFunction],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+    seed: int,
+) -> TrainState:
+    """Step 0: every student from the same seed, so that one among several equals one alone."""
+    key = jax.random.key(seed)
+    params = {name: student.init(key) for name, student in students.items()}
+    averages = {name: jax.tree.map(jnp.copy, values["backbone"]) for name, values in params.items()}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer={name: optimizer.init(values) for name, values in params.items()},
+        ema=averages if ema else None,
+    )
