@@ -1,0 +1,158 @@
+"""Model directories: `model.safetensors` in DINOv2's official names, and `config.json` that says what it is.
+
+A teacher's converted weights and a student's exported ones are the same kind of directory.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.typing import DTypeLike
+from jaxtyping import UInt8
+
+from proteus_jax.convert import dinov2
+from proteus_jax.errors import InputError
+from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.vit import Features
+from proteus_jax.step import Normalisation
+from proteus_jax.storage import atomic_directory, sha256
+
+FORMAT = "proteus_jax model 1"
+WEIGHTS, CARD = "model.safetensors", "config.json"
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What config.json says: sizes, normalisation, and where the weights come from.
+
+    `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the source did not
+    have and that are zeros here.
+    """
+
+    spec: ViTSpec
+    family: str = "dinov2"
+    normalisation: Normalisation = IMAGENET
+    licence: str = "not stated"
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as JSON values."""
+        return {
+            "format": FORMAT,
+            "family": self.family,
+            "spec": self.spec.to_json(),
+            "patch_size": self.spec.patch_size,
+            "registers": self.spec.registers,
+            "normalisation": {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)},
+            "licence": self.licence,
+            "source": self.source,
+            "absent": list(self.absent),
+        }
+
+    @classmethod
+    def from_json(cls, card: dict[str, Any]) -> "ModelCard":
+        """The inverse of `to_json`; ValueError where it is no such card."""
+        if card.get("format") != FORMAT:
+            raise ValueError(f"format should be {FORMAT!r}, found {card.get('format')!r}")
+        statistics = card["normalisation"]
+        mean, std = (tuple(float(value) for value in statistics[key]) for key in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"normalisation should be three means and three deviations, found {statistics}")
+        return cls(
+            spec=ViTSpec.from_json(card["spec"]),
+            family=card["family"],
+            normalisation=Normalisation(mean, std),
+            licence=card["licence"],
+            source=card["source"],
+            absent=tuple(card["absent"]),
+        )
+
+
+def save_model(directory: Path, params: Params, card: ModelCard, *, replace: bool = False) -> None:
+    """Writes a model directory, whole or not at all."""
+    arrays = dinov2.from_params(jax.device_get(params), card.spec)
+    with atomic_directory(directory, replace=replace) as temporary:
+        weights = temporary / WEIGHTS
+        safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in arrays.items()}, weights)
+        text = json.dumps(card.to_json() | {"weights_sha256": sha256(weights)}, indent=2)
+        (temporary / CARD).write_text(text + "\n")
+
+
+def load_card(directory: Path) -> ModelCard:
+    """The card of a model directory; InputError where there is none that makes sense."""
+    return _read_card(Path(directory))[0]
+
+
+def load_model(directory: Path) -> tuple[Params, ModelCard]:
+    """Nested float32 numpy arrays and the card; InputError where anything is missing, changed or misshapen."""
+    directory = Path(directory)
+    card, digest = _read_card(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{directory}: {WEIGHTS} is missing")
+    found = sha256(weights)
+    if found != digest:
+        raise InputError(f"{weights}: changed since it was written: its sha256 should be {digest}, found {found}")
+    try:
+        arrays = safetensors.numpy.load_file(weights)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{weights}: not a readable safetensors file ({error})") from None
+    try:
+        return dinov2.to_params(arrays, card.spec), card
+    except InputError as error:
+        raise InputError([f"{weights}: {problem}" for problem in error.problems]) from None
+
+
+def _read_card(directory: Path) -> tuple[ModelCard, str]:
+    path = directory / CARD
+    if not path.is_file():
+        raise InputError(f"{directory}: not a model directory: it has no {CARD}")
+    try:
+        text = json.loads(path.read_text())
+        return ModelCard.from_json(text), text["weights_sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a model's card: {error!r}") from None
+
+
+class Model:
+    """A loaded backbone: uint8 images in, features out."""
+
+    def __init__(self, params: Params, card: ModelCard, dtype: DTypeLike = jnp.float32):
+        self.card = card
+        self.spec = card.spec
+        self.params = jax.device_put(params)
+        self._backbone = BackboneFunction(card.spec, dtype)
+
+    def __repr__(self) -> str:
+        return f"<proteus_jax model {self.spec}>"
+
+    def __call__(self, images: UInt8[np.ndarray | jax.Array, "b h w 3"]) -> Features:
+        """Class token [B, D], patch tokens [B, N, D] and registers [B, R, D], float32 unless loaded otherwise.
+
+        Images are uint8 [B, H, W, 3]; H and W are multiples of the patch size. Compiled once a shape.
+        """
+        shape = getattr(images, "shape", None)
+        if shape is None or len(shape) != 4 or shape[-1] != 3 or images.dtype != np.uint8:
+            found = f"{getattr(images, 'dtype', type(images).__name__)} {shape or ''}"
+            raise InputError(f"images should be uint8 [batch, height, width, 3], found {found}")
+        patch = self.spec.patch_size
+        if shape[1] % patch or shape[2] % patch or 0 in shape:
+            raise InputError(f"image sides should be multiples of {patch}, found {shape[1]} x {shape[2]}")
+        return self._features(self.params, images)
+
+    @functools.cached_property
+    def _features(self):
+        def features(params: Params, images: jax.Array) -> Features:
+            return self._backbone(params, self.card.normalisation(images))
+
+        return jax.jit(features)
