@@ -20,14 +20,13 @@ from jaxtyping import UInt8
 from proteus_jax.convert import dinov2
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.normalisation import IMAGENET, Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
-from proteus_jax.step import Normalisation
 from proteus_jax.storage import atomic_directory, sha256
 
 FORMAT = "proteus_jax model 1"
 WEIGHTS, CARD = "model.safetensors", "config.json"
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

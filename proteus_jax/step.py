@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from proteus_jax.losses import Losses, LossWeights, distillation_losses
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
+from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.vit import Features
 
 Metrics = dict[str, jax.Array]
@@ -28,18 +29,6 @@ class TrainState(NamedTuple):
     params: dict[str, Params]
     optimizer: dict[str, Any]
     ema: dict[str, Params] | None
-
-
-class Normalisation(NamedTuple):
-    """A model's own channel statistics, of values from 0 to 1."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-        """Float32 images, as PyTorch's ToTensor and Normalize make them."""
-        scaled = images.astype(jnp.float32) / 255.0
-        return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
 
 def random_masks(key: jax.Array, count: int, patches: int, ratio: float) -> Bool[Array, "m n"]:

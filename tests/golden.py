@@ -27,10 +27,11 @@ from proteus_jax.convert.formats import read_arrays
 from proteus_jax.errors import InputError
 from proteus_jax.losses import Losses, LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
+from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
 from proteus_jax.optim import adamw, decay_mask
-from proteus_jax.step import Normalisation, student_losses
+from proteus_jax.step import student_losses
 
 TOKEN_TOLERANCE = 2e-4
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 1e-4

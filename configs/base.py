@@ -1,0 +1,76 @@
+"""Every field of a run, its default, and what it means. The other files here say only what they change.
+
+Any field can be set on the command line: --config.data.root=~/photos --config.batch=256
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The recipe of the paper (arXiv 2407.10366): 300 epochs, batch 1024, AdamW, all three losses."""
+    config = ml_collections.ConfigDict()
+
+    # Who teaches: a known name (proteus_jax/teachers.py) or a directory that convert_weights.py made.
+    config.teacher = "dinov2_vitb14"
+    # Who learns: names of proteus_jax/models/specs.py; several learn from one pass of the teacher.
+    config.student = ("vit_small",)
+    # The start of every random number of the run.
+    config.seed = 0
+
+    # Images of a step, over all devices and hosts; even where patches are masked.
+    config.batch = 1024
+    # Length of training in passes over the images, or, where given, in steps.
+    config.epochs = 300.0
+    config.steps = config_dict.placeholder(int)
+
+    # Peak learning rate; where none is given, 5e-4 for each 512 images of the batch.
+    config.learning_rate = config_dict.placeholder(float)
+    # Linear warm-up in epochs or, where given, in steps.
+    config.warmup_epochs = 5.0
+    config.warmup_steps = config_dict.placeholder(int)
+    # AdamW's, on matrices and tables; never on vectors and biases.
+    config.weight_decay = 0.05
+    # Rate of an average of the backbone's weights, saved and exported beside them; 0 keeps none. The paper: 0.99996.
+    config.ema_decay = 0.0
+    # Stochastic depth of the last block, growing from 0; the paper's runs have none.
+    config.drop_path = 0.0
+
+    # Factors of the three losses. A patch factor of 0 leaves the masked pass out.
+    config.loss = ml_collections.ConfigDict()
+    config.loss.token = 1.0
+    config.loss.feature = 1.0
+    config.loss.patch = 1.0
+    # Share of the patches that is masked, on half of the images.
+    config.mask_ratio = 0.5
+
+    # Precision of matmuls: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on a CPU).
+    config.precision = "auto"
+    # The teacher's weights and arithmetic, by the same words.
+    config.teacher_precision = "auto"
+    # Devices that share one copy of parameters and optimizer; 1 keeps a whole copy on each.
+    config.fsdp = 1
+
+    config.data = ml_collections.ConfigDict()
+    # A folder of images, searched to its bottom, no labels; or "scikit-image": the nineteen pictures of that wheel.
+    config.data.root = ""
+    # Side of the training crops in pixels, a multiple of the patch size (14).
+    config.data.crop = 224
+    # Threads that decode and crop.
+    config.data.threads = 16
+    # Whole images of a folder that are never trained on: a share of it, at least and at most so many; 0 holds none.
+    config.data.held_out = ml_collections.ConfigDict()
+    config.data.held_out.share = 0.02
+    config.data.held_out.minimum = 16
+    config.data.held_out.maximum = 1024
+    # At least so many fixed views of what is held out are compared with the teacher.
+    config.data.held_out.views = 128
+
+    # Steps between two rows of metrics.jsonl, two measurements on held-out views, two checkpoints.
+    config.log_every = 50
+    config.eval_every = 5000
+    config.checkpoint_every = 2500
+    # Checkpoints that are kept.
+    config.keep_checkpoints = 3
+    # A misspelt field in a file that starts from this one is an error from here on.
+    return config.lock()

@@ -1,0 +1,86 @@
+"""Distil a teacher into a student.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE ...]
+
+Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training diverged; 75 interrupted, the same
+command goes on.
+"""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+from proteus_jax.console import Console
+from proteus_jax.errors import Diverged, InputError
+
+DEFECT, WRONG_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 75
+PATHS = ("--config", "--workdir")
+
+
+class Arguments(NamedTuple):
+    """The command line as read, and what of it was not understood."""
+
+    paths: dict[str, str]
+    overrides: list[tuple[str, str | None]]
+    problems: list[str]
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """--config, --workdir and --config.FIELD, each as `--name=value` or `--name value`."""
+    read = Arguments({}, [], [])
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)
+        if name.startswith("--config."):
+            read.overrides.append((name.removeprefix("--config."), value if equals else None))
+        elif name in PATHS:
+            read.paths[name] = value
+        else:
+            read.problems.append(f"{name}: unknown argument")
+    read.problems.extend(f"{name}: expected a path" for name in PATHS if not read.paths.get(name))
+    return read
+
+
+def distil(arguments: list[str], console: Console) -> int:
+    """Checks everything, then trains; returns the exit code."""
+    read = parse(arguments)
+    if not read.paths.get("--config"):
+        raise InputError(read.problems)
+    from proteus_jax import config, experiment, train
+
+    overrides = [config.Override(*override) for override in read.overrides]
+    configuration, problems = config.load(read.paths["--config"], overrides)
+    workdir = Path(read.paths.get("--workdir") or ".").expanduser()
+    inputs = experiment.open_inputs(configuration, workdir, [*read.problems, *problems])
+    return train.run(configuration, inputs, workdir, console)
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    console = Console()
+    try:
+        return distil(sys.argv[1:], console)
+    except InputError as error:
+        count = len(error.problems)
+        console.error(f"{count} problem{'' if count == 1 else 's'} with the input; nothing was written:")
+        for problem in error.problems:
+            console.error(f"  {problem}")
+        return WRONG_INPUT
+    except Diverged as error:
+        console.error(str(error))
+        return DIVERGED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        console.error(traceback.format_exc())
+        return DEFECT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

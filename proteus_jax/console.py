@@ -1,0 +1,76 @@
+"""What a person sees: this project's own lines, a live line where there is a terminal, and no library's chatter."""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Without a terminal a line of progress comes this often, in seconds.
+PLAIN_INTERVAL = 15.0
+LIVE_INTERVAL = 0.2
+
+
+class Console:
+    """Prints to standard output. Standard error, where libraries write, goes to a file from the start."""
+
+    def __init__(self):
+        self._live = sys.stdout.isatty()
+        self._shown = False
+        self._last = -float("inf")
+        sys.stderr.flush()
+        self._stderr = os.dup(2)
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (open as long as the process)
+        os.dup2(self._log.fileno(), 2)
+
+    def keep_log(self, path: Path) -> None:
+        """From now on standard error is appended to `path`, after what came so far."""
+        sys.stderr.flush()
+        with open(path, "ab", buffering=0) as file:
+            self._log.seek(0)
+            shutil.copyfileobj(self._log, file)
+            os.dup2(file.fileno(), 2)
+        self._log.close()
+
+    def line(self, text: str = "") -> None:
+        """A line that stays."""
+        self._clear()
+        print(text, flush=True)
+
+    def log(self, text: str) -> None:
+        """Text for the log file alone."""
+        print(text, file=sys.stderr, flush=True)
+
+    def error(self, text: str) -> None:
+        """A line on the real standard error."""
+        self._clear()
+        os.write(self._stderr, (text + "\n").encode(errors="replace"))
+
+    def progress(self, text: str, *, last: bool = False) -> None:
+        """The state of a long work: one line that renews itself, or without a terminal a line now and then."""
+        now = time.monotonic()
+        if not last and now - self._last < (LIVE_INTERVAL if self._live else PLAIN_INTERVAL):
+            return
+        self._last = now
+        if not self._live:
+            print(text, flush=True)
+            return
+        width = shutil.get_terminal_size().columns - 1
+        print("\r\x1b[2K" + text[:width], end="", flush=True)
+        self._shown = True
+        if last:
+            print(flush=True)
+            self._shown = False
+
+    def _clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[2K", end="", flush=True)
+            self._shown = False
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    whole = max(int(seconds), 0)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,251 @@
+"""A configuration becomes the things that train: teacher, students, optimizer, step, images, devices.
+
+Everything that can be wrong is found here, before anything is written.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from proteus_jax import optim, sharding
+from proteus_jax.data import pictures
+from proteus_jax.data.sources import HeldOut, Split, open_folder
+from proteus_jax.errors import InputError
+from proteus_jax.losses import LossWeights
+from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
+from proteus_jax.models.specs import SPECS
+from proteus_jax.models.student import Predictions
+from proteus_jax.models.vit import Features, resize_position_table
+from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
+from proteus_jax.step import Metrics, TrainState, init_state, make_train_step
+from proteus_jax.storage import sha256
+from proteus_jax.teachers import find_teacher, obtain_teacher
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads: images, and the directory of the teacher's weights."""
+
+    split: Split
+    teacher: Path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run needs, placed and compiled at first use."""
+
+    config: Any
+    mesh: Mesh
+    split: Split
+    total_steps: int
+    facts: dict[str, Any]
+    teacher_card: ModelCard
+    teacher_params: Params
+    students: dict[str, StudentFunction]
+    state_shapes: TrainState
+    state_shardings: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Params, jax.Array], tuple[TrainState, Metrics]]
+    teacher_features: Callable[[np.ndarray], Features]
+    predictions: Callable[[str, Params, np.ndarray], Predictions]
+
+
+def open_inputs(config: Any, workdir: Path | None, known: Sequence[str] = ()) -> Inputs:
+    """Finds the images and the teacher, which may be fetched into the cache.
+
+    InputError lists all that is wrong, with the problems that are known already first.
+    """
+    problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
+    split = None
+    try:
+        split = _open_images(config)
+    except InputError as error:
+        problems += [f"--config.data.root: {problem}" for problem in error.problems]
+    try:
+        # Only look: a download of gigabytes must not come before the news of a misspelt path.
+        found = find_teacher(config.teacher)
+        problems += _check_teacher(config, found)
+        if not problems:
+            found = obtain_teacher(config.teacher)
+            problems += _check_teacher(config, found)
+    except InputError as error:
+        problems += [f"--config.teacher: {problem}" for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+    assert split is not None
+    return Inputs(split=split, teacher=obtain_teacher(config.teacher))
+
+
+def _open_images(config: Any) -> Split:
+    if config.data.root == pictures.NAME:
+        return pictures.open_pictures()
+    if not config.data.root:
+        raise InputError(f'name a folder of images, or "{pictures.NAME}"')
+    held_out = config.data.held_out
+    return open_folder(config.data.root, HeldOut(held_out.share, held_out.minimum, held_out.maximum))
+
+
+def _check_workdir(workdir: Path | None) -> list[str]:
+    if workdir is None:
+        return []
+    existing = workdir
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"--workdir: {existing} is no directory"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"--workdir: {existing} cannot be written to"]
+    return []
+
+
+def _check_devices(config: Any) -> list[str]:
+    devices = jax.device_count()
+    if devices % config.fsdp:
+        return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
+    # Half of the images is masked, and each device has its share of that half.
+    unit = 2 * devices if config.loss.patch else devices
+    if config.batch % unit:
+        return [f"--config.batch: expected a multiple of {unit} for {devices} devices, found {config.batch}"]
+    return []
+
+
+def _check_teacher(config: Any, directory: Path | None) -> list[str]:
+    if directory is None:
+        return []
+    patch = load_card(directory).spec.patch_size
+    return [
+        f"--config.student: {name} has patches of {SPECS[name].patch_size} px, the teacher of {patch} px; they must agree"
+        for name in config.student
+        if SPECS[name].patch_size != patch
+    ]
+
+
+def build(config: Any, inputs: Inputs) -> Experiment:
+    """Everything that a run needs; the teacher's weights go to the devices here."""
+    mesh = sharding.make_mesh(config.fsdp)
+    images = len(inputs.split.training)
+    total_steps = config.steps or _steps(config.epochs, images, config.batch)
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = round(config.warmup_epochs * images / config.batch)
+    peak = config.learning_rate or optim.scaled_learning_rate(config.batch)
+    schedule = optim.warmup_cosine(peak, warmup_steps, total_steps)
+    optimizer = optim.adamw(schedule, config.weight_decay)
+
+    teacher, teacher_params, card = _teacher(config, inputs.teacher, mesh)
+    students = {
+        name: StudentFunction(
+            dataclasses.replace(SPECS[name], grid=config.data.crop // SPECS[name].patch_size),
+            card.spec.width,
+            dtype=_dtype(config.precision),
+            drop_path=config.drop_path,
+        )
+        for name in config.student
+    }
+    step = make_train_step(
+        teacher=teacher,
+        students=students,
+        optimizer=optimizer,
+        schedule=schedule,
+        normalisation=card.normalisation,
+        weights=LossWeights(config.loss.token, config.loss.feature, config.loss.patch),
+        mask_ratio=config.mask_ratio,
+        ema_decay=config.ema_decay or None,
+        seed=config.seed,
+    )
+
+    def init() -> TrainState:
+        return init_state(students, optimizer, ema=config.ema_decay > 0, seed=config.seed)
+
+    shapes = jax.eval_shape(init)
+    places = sharding.shardings(shapes, mesh)
+    whole = sharding.replicated(mesh)
+    features, predictions = _evaluation_functions(teacher, teacher_params, students, card, mesh)
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        split=inputs.split,
+        total_steps=total_steps,
+        facts={
+            "data": inputs.split.training.fingerprint,
+            "seed": config.seed,
+            "batch": config.batch,
+            "crop": config.data.crop,
+            "student": list(config.student),
+            "teacher": sha256(inputs.teacher / WEIGHTS),
+            "teacher_width": card.spec.width,
+        },
+        teacher_card=card,
+        teacher_params=teacher_params,
+        students=students,
+        state_shapes=shapes,
+        state_shardings=places,
+        init=jax.jit(init, out_shardings=places),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
+        teacher_features=features,
+        predictions=predictions,
+    )
+
+
+def _steps(epochs: float, images: int, batch: int) -> int:
+    return max(1, round(epochs * images / batch))
+
+
+def _dtype(precision: str) -> Any:
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def _teacher(config: Any, directory: Path, mesh: Mesh) -> tuple[BackboneFunction, Params, ModelCard]:
+    """The frozen teacher in its own precision, its position table resized once for the training crops."""
+    params, card = load_model(directory)
+    side = config.data.crop // card.spec.patch_size
+    table = resize_position_table(jnp.asarray(params["pos_embed"]), card.spec, (side, side))
+    params["pos_embed"] = np.asarray(table)
+    dtype = _dtype(config.teacher_precision)
+    params = jax.tree.map(lambda array: array.astype(dtype), params)
+    spec = dataclasses.replace(card.spec, grid=side)
+    return BackboneFunction(spec, dtype), sharding.place_tree(params, mesh), card
+
+
+def _evaluation_functions(
+    teacher: BackboneFunction,
+    teacher_params: Params,
+    students: dict[str, StudentFunction],
+    card: ModelCard,
+    mesh: Mesh,
+) -> tuple[Callable[[np.ndarray], Features], Callable[[str, Params, np.ndarray], Predictions]]:
+    """Teacher and students as functions from a host batch to host arrays."""
+    whole = sharding.replicated(mesh)
+
+    @jax.jit(out_shardings=whole)
+    def taught(params: Params, images: jax.Array) -> Features:
+        return teacher(params, card.normalisation(images))
+
+    @jax.jit(static_argnums=0, out_shardings=whole)
+    def learnt(name: str, params: Params, images: jax.Array) -> Predictions:
+        return students[name](params, card.normalisation(images))
+
+    def features(images: np.ndarray) -> Features:
+        return jax.device_get(taught(teacher_params, _share(images, mesh)))
+
+    def predictions(name: str, params: Params, images: np.ndarray) -> Predictions:
+        return jax.device_get(learnt(name, params, _share(images, mesh)))
+
+    return features, predictions
+
+
+def _share(images: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A batch that every host has whole, spread over the devices."""
+    share = len(images) // jax.process_count()
+    first = share * jax.process_index()
+    return sharding.place_batch(images[first : first + share], mesh)
+

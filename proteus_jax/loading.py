@@ -1,0 +1,58 @@
+"""Whatever holds a backbone, loaded: a model directory, a known teacher, a run."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from proteus_jax.checkpoint import FOLDER, Checkpoints
+from proteus_jax.errors import InputError
+from proteus_jax.models.functional import StudentFunction
+from proteus_jax.models.specs import SPECS
+from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_card, load_model
+from proteus_jax.teachers import KNOWN, find_teacher, obtain_teacher
+
+
+def load_any(source: str | Path) -> Model:
+    """See proteus_jax.load."""
+    if str(source) in KNOWN:
+        return Model(*load_model(obtain_teacher(str(source))))
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        find_teacher(str(source))
+    if (directory / WEIGHTS).is_file():
+        return Model(*load_model(directory))
+    students = directory / "student"
+    if (students / WEIGHTS).is_file():
+        return Model(*load_model(students))
+    if students.is_dir():
+        names = sorted(path.name for path in students.iterdir() if (path / WEIGHTS).is_file())
+        raise InputError(f"{source}: a run with several students: load one of {', '.join(map(str, names))} in student/")
+    if (directory / FOLDER).is_dir() and (directory / CARD).is_file():
+        return _from_checkpoint(directory)
+    raise InputError(f"{source}: neither a model directory (no {CARD} and {WEIGHTS}) nor a run")
+
+
+def _from_checkpoint(workdir: Path) -> Model:
+    """The backbone of the newest checkpoint of a run that has not ended."""
+    config = json.loads((workdir / CARD).read_text())
+    if len(config["student"]) != 1:
+        raise InputError(f"{workdir}: a run with several students that has not ended")
+    (name,) = config["student"]
+    spec = dataclasses.replace(SPECS[name], grid=config["data"]["crop"] // SPECS[name].patch_size)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise InputError(f"{workdir}: a run without a checkpoint")
+        shapes = StudentFunction(spec, checkpoints.facts(step)["teacher_width"]).shapes
+        params = checkpoints.params(step, {name: shapes})[name]["backbone"]
+    teacher = load_card(obtain_teacher(config["teacher"]))
+    card = ModelCard(
+        spec=spec,
+        normalisation=teacher.normalisation,
+        licence=f"that of its teacher: {teacher.licence}",
+        source={"run": str(workdir), "step": step, "teacher": config["teacher"]},
+    )
+    return Model(jax.device_get(params), card)

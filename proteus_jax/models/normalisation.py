@@ -1,0 +1,21 @@
+"""From uint8 images to what a ViT was trained on."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+
+class Normalisation(NamedTuple):
+    """A model's own channel statistics, of values from 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """Float32 images, as PyTorch's ToTensor and Normalize make them."""
+        scaled = images.astype(jnp.float32) / 255.0
+        return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

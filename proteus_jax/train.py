@@ -1,0 +1,333 @@
+"""The loop: build, restore, iterate, evaluate, save, log.
+
+The order inside an iteration is a contract: a step, its row of metrics, then what is due of evaluation and
+checkpoint. A checkpoint of step k holds all that came of the first k steps, and its rows are on the disk before it is.
+"""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import proteus_jax
+from proteus_jax import sharding
+from proteus_jax.checkpoint import Checkpoints, differences
+from proteus_jax.console import Console, duration
+from proteus_jax.data.pipeline import held_out_views, training_batches
+from proteus_jax.errors import Diverged, InputError
+from proteus_jax.evaluation import agreement
+from proteus_jax.experiment import Experiment, Inputs, build
+from proteus_jax.metrics import MetricsWriter, parameter_table, read_metrics
+from proteus_jax.pretrained import ModelCard, save_model
+from proteus_jax.step import TrainState
+from proteus_jax.storage import write_atomically
+
+DONE, INTERRUPTED = 0, 75
+
+
+def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
+    """Trains, or goes on training, to the end; returns the exit code.
+
+    InputError, before anything is changed, where the workdir holds a run of other images, seed, batch or models.
+    """
+    experiment = build(config, inputs)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
+        resumed = checkpoints.latest()
+        if resumed is not None:
+            _refuse_other_run(checkpoints.facts(resumed), experiment.facts, resumed)
+        console.keep_log(workdir / "log.txt")
+        write_atomically(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        _introduce(experiment, workdir, resumed, console)
+        with _StopRequest() as stop:
+            return _Run(experiment, workdir, console, checkpoints, stop).to_the_end(resumed)
+
+
+def _refuse_other_run(found: dict[str, Any], expected: dict[str, Any], step: int) -> None:
+    different = differences(found, expected)
+    if different:
+        raise InputError([f"--workdir holds another run, at step {step}: {line}" for line in different])
+
+
+class _StopRequest:
+    """SIGINT and SIGTERM ask for an end after the current step; a second signal does not wait."""
+
+    def __enter__(self) -> "_StopRequest":
+        self.made = False
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.made = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class _Pending(NamedTuple):
+    """A logged step whose numbers are still on the device."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    measured: dict[str, float]
+
+
+class _Run:
+    """One run of the loop and its accounts."""
+
+    def __init__(
+        self, experiment: Experiment, workdir: Path, console: Console, checkpoints: Checkpoints, stop: _StopRequest
+    ):
+        self.experiment, self.config = experiment, experiment.config
+        self.workdir, self.console, self.checkpoints, self.stop = workdir, console, checkpoints, stop
+        self.pending: _Pending | None = None
+        self.unreadable: set[int] = set()
+        held_out = experiment.split.held_out
+        self.views, self.target = None, None
+        if held_out is not None:
+            count = self.config.data.held_out.views
+            self.views, _ = held_out_views(held_out, count=count, size=self.config.data.crop)
+
+    def to_the_end(self, resumed: int | None) -> int:
+        """Restores or begins, trains, exports, and says what was learnt."""
+        experiment, total = self.experiment, self.experiment.total_steps
+        if resumed is None:
+            state, step = experiment.init(), 0
+            self.console.log(parameter_table(state.params))
+        else:
+            state = self.checkpoints.restore(resumed, experiment.state_shapes, experiment.state_shardings)
+            step = resumed
+        self.metrics = MetricsWriter(self.workdir, resumed)
+        with contextlib.closing(self.metrics):
+            if resumed is None:
+                self.metrics.write(0, self.evaluate(0, state))
+            if step < total:
+                state, step = self.train(state, step)
+        if step < total:
+            self.checkpoints.wait()
+            self.console.line(f"interrupted at step {step} of {total}; the same command goes on from here")
+            return INTERRUPTED
+        self.checkpoints.wait()
+        directories = _export(experiment, state, self.workdir)
+        _conclude(experiment, self.workdir, directories, self.console)
+        return DONE
+
+    def train(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Steps until the end or a request to stop; the last one is saved."""
+        experiment, config, total = self.experiment, self.config, self.experiment.total_steps
+        batches = training_batches(
+            experiment.split.training,
+            size=config.data.crop,
+            batch=config.batch,
+            steps=range(step, total),
+            seed=config.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=config.data.threads,
+        )
+        self.console.progress(f"step {step}/{total}: compiling")
+        self.began, self.began_at = time.monotonic(), step
+        clock = _Clock()
+        with jax.transfer_guard("disallow"):
+            while step < total and not self.stop.made:
+                with clock.waiting():
+                    batch = next(batches)
+                self.note_unreadable(batch.unreadable)
+                images = sharding.place_batch(batch.images, experiment.mesh)
+                state, values = experiment.train_step(state, experiment.teacher_params, images)
+                step += 1
+                last = step == total or self.stop.made
+                evaluate = step % config.eval_every == 0 or last
+                if step % config.log_every == 0 or evaluate:
+                    # The row before this one: its numbers are ready, and the device is already busy with this step.
+                    self.write_pending()
+                    self.pending = _Pending(step, values, clock.lap(step, config.batch))
+                if evaluate:
+                    with clock.standing():
+                        self.pending.measured.update(self.evaluate(step, state))
+                if step % config.checkpoint_every == 0 or last:
+                    self.write_pending()
+                    self.metrics.sync()
+                    self.checkpoints.save(step, state, experiment.facts)
+        return state, step
+
+    def note_unreadable(self, indices: np.ndarray) -> None:
+        """Names an image that cannot be read, once."""
+        for index in set(indices[indices >= 0].tolist()) - self.unreadable:
+            self.unreadable.add(index)
+            name = self.experiment.split.training.name(index)
+            self.console.line(f"{name} cannot be read; another image takes its place")
+
+    def write_pending(self) -> None:
+        """Fetches and writes the row that waits; Diverged where its loss is no number."""
+        if self.pending is None:
+            return
+        step, metrics, measured = self.pending
+        self.pending = None
+        values = self.renamed({key: float(value) for key, value in jax.device_get(metrics).items()}) | measured
+        lost = [key for key, value in values.items() if not np.isfinite(value)]
+        if lost:
+            raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
+        self.metrics.write(step, values)
+        self.show(step, values)
+
+    def renamed(self, values: dict[str, float]) -> dict[str, float]:
+        """With one student its name is left out of the keys."""
+        if len(self.experiment.students) > 1:
+            return values
+        return {key.rpartition("/")[2]: value for key, value in values.items()}
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The live line."""
+        total = self.experiment.total_steps
+        pace = (time.monotonic() - self.began) / max(step - self.began_at, 1)
+        first = next(iter(self.experiment.students))
+        own = {key.removeprefix(f"{first}/"): value for key, value in values.items()}
+        self.console.progress(
+            f"step {step}/{total}  loss {own['loss']:.3f}  token {own['token_loss']:.3f}  "
+            f"feature {own['feature_loss']:.3f}  patch {own['patch_loss']:.3f}  "
+            f"{values['images_per_second']:.1f} images/s  data wait {values['data_wait']:.0%}  {duration(pace * (total - step))} left",
+            last=step == total,
+        )
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """The agreement of every student with the teacher on what is held out; empty where nothing is."""
+        if self.views is None:
+            return {}
+        self.console.progress(f"step {step}: measuring agreement on {len(self.views)} held-out views")
+        batch = self.config.batch
+        if self.target is None:
+            self.target = agreement.teacher_tokens(self.experiment.teacher_features, self.views, batch)
+        values = {}
+        for name in self.experiment.students:
+
+            def predict(images: np.ndarray, name: str = name) -> Any:
+                return self.experiment.predictions(name, state.params[name], images)
+
+            found = agreement.measure(predict, self.target, self.views, batch)
+            values |= {f"{name}/agreement_class": found.cls, f"{name}/agreement_patch": found.patch}
+            values[f"{name}/neighbour_overlap"] = found.neighbours
+        return self.renamed(values)
+
+
+class _Clock:
+    """Time of an interval between two logged steps, and the share of it that the loop waited for images."""
+
+    def __init__(self):
+        self._start, self._waited, self._stood, self._step = time.monotonic(), 0.0, 0.0, None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is time without images."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """Time in here belongs to no interval."""
+        start = time.monotonic()
+        yield
+        self._stood += time.monotonic() - start
+
+    def lap(self, step: int, batch: int) -> dict[str, float]:
+        """images_per_second and data_wait since the last lap."""
+        now = time.monotonic()
+        elapsed = max(now - self._start - self._stood, 1e-9)
+        steps = 1 if self._step is None else step - self._step
+        result = {"images_per_second": steps * batch / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
+        self._start, self._waited, self._stood, self._step = now, 0.0, 0.0, step
+        return result
+
+
+def _introduce(experiment: Experiment, workdir: Path, resumed: int | None, console: Console) -> None:
+    config, card = experiment.config, experiment.teacher_card
+    teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
+    devices = jax.devices()
+    console.line(f"proteus_jax {proteus_jax.__version__} on {len(devices)} x {devices[0].device_kind}")
+    console.line(
+        f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, {teacher_size / 1e6:.1f} M parameters"
+    )
+    for name, shapes in experiment.state_shapes.params.items():
+        size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
+        spec = experiment.students[name].spec
+        console.line(f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M parameters")
+    split = experiment.split
+    console.line(f"images   {len(split.training)} to train on, from {config.data.root}")
+    if split.skipped:
+        console.line(f"         {len(split.skipped)} files are no images and are skipped, as {split.skipped[0]}")
+    console.line(f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} px, in {workdir}")
+    if resumed is not None:
+        console.line(f"resuming at step {resumed}")
+
+
+def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:
+    """The backbones alone, as model directories; the averaged ones beside them where there are any."""
+    several = len(experiment.students) > 1
+    directories = []
+    for name, student in experiment.students.items():
+        card = ModelCard(
+            spec=student.spec,
+            normalisation=experiment.teacher_card.normalisation,
+            licence=f"that of its teacher: {experiment.teacher_card.licence}",
+            source={
+                "student": name,
+                "teacher": experiment.config.teacher,
+                "teacher_sha256": experiment.facts["teacher"],
+                "steps": experiment.total_steps,
+                "crop": experiment.config.data.crop,
+                "proteus_jax": proteus_jax.__version__,
+            },
+        )
+        target = workdir / "student" / name if several else workdir / "student"
+        save_model(target, state.params[name]["backbone"], card, replace=True)
+        directories.append(target)
+        if state.ema is not None:
+            average = workdir / "student_ema" / name if several else workdir / "student_ema"
+            save_model(average, state.ema[name], card, replace=True)
+    return directories
+
+
+def _conclude(experiment: Experiment, workdir: Path, directories: Sequence[Path], console: Console) -> None:
+    """What was learnt, where it lies, and how to load it."""
+    rows = list(read_metrics(workdir))
+    for name, directory in zip(experiment.students, directories, strict=True):
+        prefix = f"{name}/" if len(directories) > 1 else ""
+        console.line()
+        console.line(f"what {name} learnt")
+        for text in _learnt(rows, prefix):
+            console.line("  " + text)
+        console.line(f"it lies in {directory}; to use it:")
+        console.line()
+        console.line("  import proteus_jax")
+        console.line(f'  model = proteus_jax.load("{directory}")')
+        side = experiment.config.data.crop
+        console.line(f"  features = model(images)  # uint8 [B, {side}, {side}, 3] -> .cls [B, D], .patches [B, N, D]")
+
+
+def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+    steps = [row for row in rows if prefix + "loss" in row]
+    if steps:
+        yield f"{'':38}{'first step':>12}{'last 10':>10}"
+        for key in ("token_loss", "feature_loss", "patch_loss"):
+            last = np.mean([row[prefix + key] for row in steps[-10:]])
+            yield f"{key.replace('_', ' '):38}{steps[0][prefix + key]:12.3f}{last:10.3f}"
+    measured = [row for row in rows if prefix + "agreement_class" in row]
+    if measured:
+        yield f"{'on held-out views':38}{'before':>12}{'after':>10}"
+        labels = {
+            "agreement_class": "centred cosine, class token",
+            "agreement_patch": "centred cosine, patch tokens",
+            "neighbour_overlap": f"share of {agreement.NEIGHBOURS} nearest neighbours",
+        }
+        for key, label in labels.items():
+            yield f"{label:38}{measured[0][prefix + key]:12.3f}{measured[-1][prefix + key]:10.3f}"
+
