@@ -1,17 +1,23 @@
-"""Every field of a run, its default, and what it means. The other files here say only what they change.
+"""Every field of a run, its default, and what it means. The other files here say only what they
+change.
 
 Any field can be set on the command line: --config.data.root=~/photos --config.batch=256
 """
+
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe of the paper (arXiv 2407.10366): 300 epochs, batch 1024, AdamW, all three losses."""
-    config = ml_collections.ConfigDict()
+    """The recipe of the paper (arXiv 2407.10366): 300 epochs, batch 1024, AdamW, all three
+    losses.
+    """
+    config: Any = ml_collections.ConfigDict()
 
-    # Who teaches: a known name (proteus_jax/teachers.py) or a directory that convert_weights.py made.
+    # Who teaches: a known name (proteus_jax/teachers.py) or a directory that convert_weights.py
+    # made.
     config.teacher = "dinov2_vitb14"
     # Who learns: names of proteus_jax/models/specs.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
@@ -31,7 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.warmup_steps = config_dict.placeholder(int)
     # AdamW's, on matrices and tables; never on vectors and biases.
     config.weight_decay = 0.05
-    # Rate of an average of the backbone's weights, saved and exported beside them; 0 keeps none. The paper: 0.99996.
+    # Rate of an average of the backbone's weights, saved and exported beside them; 0 keeps none.
+    # The paper: 0.99996.
     config.ema_decay = 0.0
     # Stochastic depth of the last block, growing from 0; the paper's runs have none.
     config.drop_path = 0.0
@@ -52,13 +59,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.fsdp = 1
 
     config.data = ml_collections.ConfigDict()
-    # A folder of images, searched to its bottom, no labels; or "scikit-image": the nineteen pictures of that wheel.
+    # A folder of images, searched to its bottom, no labels; or "scikit-image": the nineteen
+    # pictures of that wheel.
     config.data.root = ""
     # Side of the training crops in pixels, a multiple of the patch size (14).
     config.data.crop = 224
     # Threads that decode and crop.
     config.data.threads = 16
-    # Whole images of a folder that are never trained on: a share of it, at least and at most so many; 0 holds none.
+    # Whole images of a folder that are never trained on: a share of it, at least and at most so
+    # many; 0 holds none.
     config.data.held_out = ml_collections.ConfigDict()
     config.data.held_out.share = 0.02
     config.data.held_out.minimum = 16

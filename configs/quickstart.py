@@ -1,7 +1,10 @@
 """A trained DINOv2 ViT-S/14 into a ViT-Ti/14, on nineteen pictures, on two CPU cores, in minutes.
 
-Nothing has to be fetched but two wheels of the package index. --config.data.root=DIR takes any folder instead.
+Nothing has to be fetched but two wheels of the package index. --config.data.root=DIR takes any
+folder instead.
 """
+
+from typing import Any
 
 import ml_collections
 
@@ -10,7 +13,7 @@ from configs import base
 
 def get_config() -> ml_collections.ConfigDict:
     """Small crops, few steps, its own learning rate."""
-    config = base.get_config()
+    config: Any = base.get_config()
     config.teacher = "dinov2_vits14_imgfocus"
     config.student = ("vit_tiny",)
     config.batch = 16

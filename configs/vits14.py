@@ -1,4 +1,8 @@
-"""ViT-S/14 from DINOv2-B on ImageNet-1K, as in the paper; say where the images are: --config.data.root=DIR"""
+"""ViT-S/14 from DINOv2-B on ImageNet-1K, as in the paper; say where the images are:
+--config.data.root=DIR
+"""
+
+from typing import Any
 
 import ml_collections
 
@@ -7,7 +11,7 @@ from configs import base
 
 def get_config() -> ml_collections.ConfigDict:
     """The paper's recipe for this pair."""
-    config = base.get_config()
+    config: Any = base.get_config()
     config.teacher = "dinov2_vitb14"
     config.student = ("vit_small",)
     return config

@@ -1,4 +1,6 @@
-"""Proteus in JAX: small vision transformers distilled from foundation models, on any folder of images."""
+"""Proteus in JAX: small vision transformers distilled from foundation models, on any folder of
+images.
+"""
 
 from pathlib import Path
 
@@ -8,9 +10,10 @@ __version__ = "0.1.0"
 def load(source: "str | Path"):
     """A backbone as a function from uint8 images [B, H, W, 3] to features.
 
-    `source` is a directory with model.safetensors and config.json (a student, or what convert_weights.py made), the
-    name of a known teacher (fetched if need be), or the directory of a run: its student, or before there is one
-    its newest checkpoint. errors.InputError says what is wrong with anything else.
+    `source` is a directory with model.safetensors and config.json (a student, or what
+    convert_weights.py made), the name of a known teacher (fetched if need be), or the directory of
+    a run: its student, or before there is one its newest checkpoint. errors.InputError says what is
+    wrong with anything else.
     """
     # Here and not above: `import proteus_jax` alone loads neither jax nor anything else.
     from proteus_jax.loading import load_any

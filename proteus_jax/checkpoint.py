@@ -1,4 +1,6 @@
-"""Checkpoints through orbax: written in the background, restored onto whatever devices there are."""
+"""Checkpoints through orbax: written in the background, restored onto whatever devices there
+are.
+"""
 
 import json
 from pathlib import Path
@@ -16,7 +18,9 @@ PARAMS, PROGRESS, FACTS = "params", "progress", "facts"
 
 
 class Checkpoints:
-    """The checkpoints of a run: the train state, and the facts that a resumed run must agree with."""
+    """The checkpoints of a run: the train state, and the facts that a resumed run must agree
+    with.
+    """
 
     def __init__(self, workdir: Path, *, keep: int | None = None):
         self._manager = ocp.CheckpointManager(
@@ -43,7 +47,9 @@ class Checkpoints:
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state of a step, born on the given shardings."""
         wanted = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            lambda shape, sharding: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=sharding
+            ),
             shapes,
             shardings,
         )
@@ -53,7 +59,9 @@ class Checkpoints:
         }
         restored = self._restore(step, items)
         progress = restored[PROGRESS]
-        return TrainState(progress["step"], restored[PARAMS], progress["optimizer"], progress.get("ema"))
+        return TrainState(
+            progress["step"], restored[PARAMS], progress["optimizer"], progress.get("ema")
+        )
 
     def params(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
         """The parameters alone, whole on the first device."""
@@ -72,7 +80,9 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise InputError(f"the checkpoint of step {step} does not fit this run: {reason}") from None
+            raise InputError(
+                f"the checkpoint of step {step} does not fit this run: {reason}"
+            ) from None
 
     def wait(self) -> None:
         """Returns when everything that was started is on the disk, or raises what went wrong."""

@@ -1,4 +1,6 @@
-"""Configurations: a file that assigns, overrides from the command line, and one list of all that is wrong."""
+"""Configurations: a file that assigns, overrides from the command line, and one list of all that is
+wrong.
+"""
 
 import ast
 import difflib
@@ -17,7 +19,13 @@ from proteus_jax.models.specs import SPECS
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Fields that may be left without a value: another one decides then.
 _OPTIONAL = ("steps", "learning_rate", "warmup_steps")
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list of names"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    tuple: "a list of names",
+}
 
 
 class Override(NamedTuple):
@@ -27,11 +35,13 @@ class Override(NamedTuple):
     text: str | None
 
 
-def load(path: str, overrides: Sequence[Override]) -> tuple[ml_collections.FrozenConfigDict, list[str]]:
+def load(
+    path: str, overrides: Sequence[Override]
+) -> tuple[ml_collections.FrozenConfigDict, list[str]]:
     """The configuration of a file with overrides, and everything that is wrong with them.
 
-    A wrong override changes nothing, so that the rest can still be looked at. InputError where the file itself
-    gives no configuration with sensible values.
+    A wrong override changes nothing, so that the rest can still be looked at. InputError where the
+    file itself gives no configuration with sensible values.
     """
     config = _run_file(path)
     problems = []
@@ -59,9 +69,14 @@ def _run_file(path: str) -> ml_collections.ConfigDict:
         specification.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:
-        raise InputError(f"--config: {path} does not give a configuration: {type(error).__name__}: {error}") from None
+        raise InputError(
+            f"--config: {path} does not give a configuration: {type(error).__name__}: {error}"
+        ) from None
     if not isinstance(config, ml_collections.ConfigDict):
-        raise InputError(f"--config: get_config of {path} should return a ConfigDict, found {type(config).__name__}")
+        raise InputError(
+            f"--config: get_config of {path} should return a ConfigDict, found "
+            f"{type(config).__name__}"
+        )
     return config
 
 
@@ -74,21 +89,29 @@ def _assign(config: ml_collections.ConfigDict, field: str, text: str | None) -> 
         close = difflib.get_close_matches(field, known, n=1)
         hint = f"; did you mean --config.{close[0]}?" if close else ""
         raise InputError(f"--config.{field}: unknown field{hint}")
-    *above, name = field.split(".")
-    for part in above:
-        config = config[part]
-    kind = config.get_type(name)
+    parent, name = _parent(config, field)
+    kind = parent.get_type(name)
     if text is None and kind is not bool:
         raise InputError(f"--config.{field}: expected {_TYPE_NAMES[kind]} after it, found nothing")
     absent = field in _OPTIONAL and text in ("None", "none")
     try:
         value = None if absent else _parse(kind, text)
     except (ValueError, SyntaxError):
-        raise InputError(f"--config.{field}: expected {_TYPE_NAMES[kind]}, found {text!r}") from None
+        raise InputError(
+            f"--config.{field}: expected {_TYPE_NAMES[kind]}, found {text!r}"
+        ) from None
     fault = _fault(field, value)
     if fault:
         raise InputError(fault)
-    config[name] = value
+    parent[name] = value
+
+
+def _parent(config: Any, field: str) -> tuple[Any, str]:
+    """The group that a field lies in, and its name there."""
+    *above, name = field.split(".")
+    for part in above:
+        config = config[part]
+    return config, name
 
 
 def _fields(config: ml_collections.ConfigDict, above: str = "") -> list[str]:
@@ -102,7 +125,9 @@ def _fields(config: ml_collections.ConfigDict, above: str = "") -> list[str]:
 
 def _parse(kind: type, text: str | None) -> Any:
     if kind is bool:
-        return {None: True, "true": True, "1": True, "false": False, "0": False}[None if text is None else text.lower()]
+        return {None: True, "true": True, "1": True, "false": False, "0": False}[
+            None if text is None else text.lower()
+        ]
     assert text is not None
     if kind is tuple:
         if text.strip().startswith(("(", "[")):
@@ -151,7 +176,9 @@ _RULES: dict[str, _Rule] = {
     "loss.patch": _at_least(0),
     "mask_ratio": _share(),
     "precision": _Rule(lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-    "teacher_precision": _Rule(lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+    "teacher_precision": _Rule(
+        lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
+    ),
     "fsdp": _at_least(1),
     "data.crop": _at_least(1),
     "data.threads": _at_least(0),
@@ -179,31 +206,43 @@ def _check_fields(config: ml_collections.ConfigDict) -> list[str]:
     """What is wrong with single values, as a configuration's own file may have it."""
     problems = []
     for field in _RULES:
-        value: Any = config
         try:
-            for part in field.split("."):
-                value = value[part]
-            fault = _fault(field, value)
+            parent, name = _parent(config, field)
+            fault = _fault(field, parent[name])
         except (KeyError, TypeError):
-            fault = f"--config.{field}: missing or of another type; a configuration starts from configs/base.py"
+            fault = (
+                f"--config.{field}: missing or of another type; a configuration starts from "
+                "configs/base.py"
+            )
         if fault:
             problems.append(fault)
     return problems
 
 
-def _check_together(config: ml_collections.ConfigDict) -> list[str]:
+def _check_together(config: Any) -> list[str]:
     """What only two fields together make wrong."""
     problems = []
     patch = SPECS[config.student[0]].patch_size
     if config.data.crop % patch:
-        problems.append(f"--config.data.crop: expected a multiple of the patch size {patch}, found {config.data.crop}")
+        problems.append(
+            f"--config.data.crop: expected a multiple of the patch size {patch}, found "
+            f"{config.data.crop}"
+        )
     if not any((config.loss.token, config.loss.feature, config.loss.patch)):
-        problems.append("--config.loss: expected a factor above 0 for one of token, feature and patch")
+        problems.append(
+            "--config.loss: expected a factor above 0 for one of token, feature and patch"
+        )
     if config.loss.patch:
         if config.batch % 2:
-            problems.append(f"--config.batch: expected an even number, as half of the images are masked, found {config.batch}")
+            problems.append(
+                "--config.batch: expected an even number, as half of the images are masked, "
+                f"found {config.batch}"
+            )
         if int((config.data.crop // patch) ** 2 * config.mask_ratio) < 1:
-            problems.append(f"--config.mask_ratio: {config.mask_ratio} masks no patch of a {config.data.crop} px crop")
+            problems.append(
+                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
+                f"{config.data.crop} px crop"
+            )
     if config.data.held_out.minimum > config.data.held_out.maximum:
         problems.append("--config.data.held_out: expected minimum to be at most maximum")
     return problems

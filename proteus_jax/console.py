@@ -1,4 +1,6 @@
-"""What a person sees: this project's own lines, a live line where there is a terminal, and no library's chatter."""
+"""What a person sees: this project's own lines, a live line where there is a terminal, and no
+library's chatter.
+"""
 
 import os
 import shutil
@@ -13,7 +15,9 @@ LIVE_INTERVAL = 0.2
 
 
 class Console:
-    """Prints to standard output. Standard error, where libraries write, goes to a file from the start."""
+    """Prints to standard output. Standard error, where libraries write, goes to a file from the
+    start.
+    """
 
     def __init__(self):
         self._live = sys.stdout.isatty()
@@ -48,7 +52,9 @@ class Console:
         os.write(self._stderr, (text + "\n").encode(errors="replace"))
 
     def progress(self, text: str, *, last: bool = False) -> None:
-        """The state of a long work: one line that renews itself, or without a terminal a line now and then."""
+        """The state of a long work: one line that renews itself, or without a terminal a line now
+        and then.
+        """
         now = time.monotonic()
         if not last and now - self._last < (LIVE_INTERVAL if self._live else PLAIN_INTERVAL):
             return

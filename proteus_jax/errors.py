@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; `problems` lists all of it, each naming what was expected and found."""
+    """Something the user gave is wrong; `problems` lists all of it, each naming what was expected
+    and found.
+    """
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)

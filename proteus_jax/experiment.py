@@ -1,4 +1,5 @@
-"""A configuration becomes the things that train: teacher, students, optimizer, step, images, devices.
+"""A configuration becomes the things that train: teacher, students, optimizer, step, images,
+devices.
 
 Everything that can be wrong is found here, before anything is written.
 """
@@ -89,7 +90,9 @@ def _open_images(config: Any) -> Split:
     if not config.data.root:
         raise InputError(f'name a folder of images, or "{pictures.NAME}"')
     held_out = config.data.held_out
-    return open_folder(config.data.root, HeldOut(held_out.share, held_out.minimum, held_out.maximum))
+    return open_folder(
+        config.data.root, HeldOut(held_out.share, held_out.minimum, held_out.maximum)
+    )
 
 
 def _check_workdir(workdir: Path | None) -> list[str]:
@@ -112,7 +115,10 @@ def _check_devices(config: Any) -> list[str]:
     # Half of the images is masked, and each device has its share of that half.
     unit = 2 * devices if config.loss.patch else devices
     if config.batch % unit:
-        return [f"--config.batch: expected a multiple of {unit} for {devices} devices, found {config.batch}"]
+        return [
+            f"--config.batch: expected a multiple of {unit} for {devices} devices, found "
+            f"{config.batch}"
+        ]
     return []
 
 
@@ -121,7 +127,8 @@ def _check_teacher(config: Any, directory: Path | None) -> list[str]:
         return []
     patch = load_card(directory).spec.patch_size
     return [
-        f"--config.student: {name} has patches of {SPECS[name].patch_size} px, the teacher of {patch} px; they must agree"
+        f"--config.student: {name} has patches of {SPECS[name].patch_size} px, the teacher of "
+        f"{patch} px; they must agree"
         for name in config.student
         if SPECS[name].patch_size != patch
     ]
@@ -157,7 +164,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         normalisation=card.normalisation,
         weights=LossWeights(config.loss.token, config.loss.feature, config.loss.patch),
         mask_ratio=config.mask_ratio,
-        ema_decay=config.ema_decay or None,
+        ema_decay=config.ema_decay,
         seed=config.seed,
     )
 
@@ -204,8 +211,12 @@ def _dtype(precision: str) -> Any:
     return jnp.dtype(precision)
 
 
-def _teacher(config: Any, directory: Path, mesh: Mesh) -> tuple[BackboneFunction, Params, ModelCard]:
-    """The frozen teacher in its own precision, its position table resized once for the training crops."""
+def _teacher(
+    config: Any, directory: Path, mesh: Mesh
+) -> tuple[BackboneFunction, Params, ModelCard]:
+    """The frozen teacher in its own precision, its position table resized once for the training
+    crops.
+    """
     params, card = load_model(directory)
     side = config.data.crop // card.spec.patch_size
     table = resize_position_table(jnp.asarray(params["pos_embed"]), card.spec, (side, side))
@@ -248,4 +259,3 @@ def _share(images: np.ndarray, mesh: Mesh) -> jax.Array:
     share = len(images) // jax.process_count()
     first = share * jax.process_index()
     return sharding.place_batch(images[first : first + share], mesh)
-

@@ -29,7 +29,10 @@ def load_any(source: str | Path) -> Model:
         return Model(*load_model(students))
     if students.is_dir():
         names = sorted(path.name for path in students.iterdir() if (path / WEIGHTS).is_file())
-        raise InputError(f"{source}: a run with several students: load one of {', '.join(map(str, names))} in student/")
+        raise InputError(
+            f"{source}: a run with several students: load one of {', '.join(map(str, names))} "
+            "in student/"
+        )
     if (directory / FOLDER).is_dir() and (directory / CARD).is_file():
         return _from_checkpoint(directory)
     raise InputError(f"{source}: neither a model directory (no {CARD} and {WEIGHTS}) nor a run")

@@ -1,7 +1,8 @@
-"""The three objectives of Proteus (arXiv 2407.10366, section 3), each a plain mean of squared errors in float32.
+"""The three objectives of Proteus (arXiv 2407.10366, section 3), each a plain mean of squared
+errors in float32.
 
-No centring, scaling or temperature anywhere: both sides are tokens after their own final LayerNorm, the
-student's through a head.
+No centring, scaling or temperature anywhere: both sides are tokens after their own final LayerNorm,
+the student's through a head.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,9 @@ class Losses(NamedTuple):
     patch_loss: Float[Array, ""]
 
 
-def _squared_error(prediction: Float[Array, "*s t"], target: Float[Array, "*s t"]) -> Float[Array, "*s"]:
+def _squared_error(
+    prediction: Float[Array, "*s t"], target: Float[Array, "*s t"]
+) -> Float[Array, "*s"]:
     """Mean over channels of the squared error of each token, float32."""
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
     return jnp.mean(jnp.square(difference), axis=-1)
@@ -44,9 +47,12 @@ def token_loss(token: Float[Array, "b t"], target: Float[Array, "b t"]) -> Float
 def feature_loss(
     token: Float[Array, "b t"], feature: Float[Array, "b n t"], target: Features
 ) -> Float[Array, ""]:
-    """All tokens against the teacher's; the class row is the token head's, so it counts here a second time."""
+    """All tokens against the teacher's; the class row is the token head's, so it counts here a
+    second time.
+    """
     rows = jnp.concatenate(
-        [_squared_error(token, target.cls)[:, None], _squared_error(feature, target.patches)], axis=1
+        [_squared_error(token, target.cls)[:, None], _squared_error(feature, target.patches)],
+        axis=1,
     )
     return jnp.mean(rows)
 
@@ -65,10 +71,12 @@ def distillation_losses(
     mask: Bool[Array, "m n"] | None,
     weights: LossWeights,
 ) -> Losses:
-    """The objectives of a batch. Without a masked pass the patch loss is 0 and must have the weight 0."""
+    """The objectives of a batch. Without a masked pass the patch loss is 0 and must have the weight
+    0.
+    """
     token = token_loss(predictions.token, target.cls)
     feature = feature_loss(predictions.token, predictions.feature, target)
-    if predictions.patch is None:
+    if predictions.patch is None or masked_target is None or mask is None:
         patch = jnp.zeros(())
     else:
         patch = patch_loss(predictions.patch, masked_target, mask)

@@ -15,17 +15,20 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and to tensorboard/; a resumed run continues where its checkpoint stood."""
+    """Appends rows to metrics.jsonl and to tensorboard/; a resumed run continues where its
+    checkpoint stood.
+    """
 
     def __init__(self, workdir: Path, resumed_step: int | None):
         self._path = workdir / FILE
         if resumed_step is None:
             kept: list[str] = []
         else:
-            # A killed run may have logged more than it saved: those steps will be made, and logged, again.
+            # A killed run may have logged more than it saved: those steps will be made, and logged,
+            # again.
             kept = [json.dumps(row) for row in read_metrics(workdir) if row["step"] <= resumed_step]
         write_atomically(self._path, "".join(line + "\n" for line in kept))
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  (held for the run, closed by `close`)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  (until close)
         purge = None if resumed_step is None else resumed_step + 1
         self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
 

@@ -26,7 +26,8 @@ def scaled_learning_rate(batch: int, base: float = 5e-4) -> float:
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Linear from 1e-6 to `peak`, then a cosine to 1e-5 over all of `total_steps`.
 
-    As in timm without warm-up prefix: the cosine counts from step 0, so the warm-up covers its beginning.
+    As in timm without warm-up prefix: the cosine counts from step 0, so the warm-up covers its
+    beginning.
     """
 
     def schedule(step: Any) -> jax.Array:
@@ -44,8 +45,9 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
 def decay_mask(params: Params) -> Params:
     """True for the arrays that weight decay reaches: all but vectors and biases of a single block.
 
-    Stacking gives every block array one more axis, which does not make a bias a matrix. Tables and tokens
-    (pos_embed, cls_token, mask_token, register_tokens) have more axes than one and are decayed, as in the reference.
+    Stacking gives every block array one more axis, which does not make a bias a matrix. Tables and
+    tokens (pos_embed, cls_token, mask_token, register_tokens) have more axes than one and are
+    decayed, as in the reference.
     """
 
     def decayed(path: tuple[Any, ...], value: Any) -> bool:
@@ -55,6 +57,12 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
-def adamw(schedule: optax.ScalarOrSchedule, weight_decay: float = 0.05) -> optax.GradientTransformation:
-    """PyTorch's AdamW: betas 0.9 and 0.999, eps 1e-8, decay times the learning rate on `decay_mask`."""
-    return optax.adamw(schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=decay_mask)
+def adamw(
+    schedule: optax.ScalarOrSchedule, weight_decay: float = 0.05
+) -> optax.GradientTransformation:
+    """PyTorch's AdamW: betas 0.9 and 0.999, eps 1e-8, decay times the learning rate on
+    `decay_mask`.
+    """
+    return optax.adamw(
+        schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=decay_mask
+    )

@@ -1,4 +1,5 @@
-"""Model directories: `model.safetensors` in DINOv2's official names, and `config.json` that says what it is.
+"""Model directories: `model.safetensors` in DINOv2's official names, and `config.json` that says
+what it is.
 
 A teacher's converted weights and a student's exported ones are the same kind of directory.
 """
@@ -33,8 +34,8 @@ WEIGHTS, CARD = "model.safetensors", "config.json"
 class ModelCard:
     """What config.json says: sizes, normalisation, and where the weights come from.
 
-    `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the source did not
-    have and that are zeros here.
+    `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the
+    source did not have and that are zeros here.
     """
 
     spec: ViTSpec
@@ -52,7 +53,10 @@ class ModelCard:
             "spec": self.spec.to_json(),
             "patch_size": self.spec.patch_size,
             "registers": self.spec.registers,
-            "normalisation": {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)},
+            "normalisation": {
+                "mean": list(self.normalisation.mean),
+                "std": list(self.normalisation.std),
+            },
             "licence": self.licence,
             "source": self.source,
             "absent": list(self.absent),
@@ -66,7 +70,9 @@ class ModelCard:
         statistics = card["normalisation"]
         mean, std = (tuple(float(value) for value in statistics[key]) for key in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"normalisation should be three means and three deviations, found {statistics}")
+            raise ValueError(
+                f"normalisation should be three means and three deviations, found {statistics}"
+            )
         return cls(
             spec=ViTSpec.from_json(card["spec"]),
             family=card["family"],
@@ -93,7 +99,9 @@ def load_card(directory: Path) -> ModelCard:
 
 
 def load_model(directory: Path) -> tuple[Params, ModelCard]:
-    """Nested float32 numpy arrays and the card; InputError where anything is missing, changed or misshapen."""
+    """Nested float32 numpy arrays and the card; InputError where anything is missing, changed or
+    misshapen.
+    """
     directory = Path(directory)
     card, digest = _read_card(directory)
     weights = directory / WEIGHTS
@@ -101,7 +109,9 @@ def load_model(directory: Path) -> tuple[Params, ModelCard]:
         raise InputError(f"{directory}: {WEIGHTS} is missing")
     found = sha256(weights)
     if found != digest:
-        raise InputError(f"{weights}: changed since it was written: its sha256 should be {digest}, found {found}")
+        raise InputError(
+            f"{weights}: changed since it was written: its sha256 should be {digest}, found {found}"
+        )
     try:
         arrays = safetensors.numpy.load_file(weights)
     except (safetensors.SafetensorError, OSError) as error:
@@ -136,9 +146,11 @@ class Model:
         return f"<proteus_jax model {self.spec}>"
 
     def __call__(self, images: UInt8[np.ndarray | jax.Array, "b h w 3"]) -> Features:
-        """Class token [B, D], patch tokens [B, N, D] and registers [B, R, D], float32 unless loaded otherwise.
+        """Class token [B, D], patch tokens [B, N, D] and registers [B, R, D], float32 unless loaded
+        otherwise.
 
-        Images are uint8 [B, H, W, 3]; H and W are multiples of the patch size. Compiled once a shape.
+        Images are uint8 [B, H, W, 3]; H and W are multiples of the patch size. Compiled once a
+        shape.
         """
         shape = getattr(images, "shape", None)
         if shape is None or len(shape) != 4 or shape[-1] != 3 or images.dtype != np.uint8:
@@ -146,7 +158,9 @@ class Model:
             raise InputError(f"images should be uint8 [batch, height, width, 3], found {found}")
         patch = self.spec.patch_size
         if shape[1] % patch or shape[2] % patch or 0 in shape:
-            raise InputError(f"image sides should be multiples of {patch}, found {shape[1]} x {shape[2]}")
+            raise InputError(
+                f"image sides should be multiples of {patch}, found {shape[1]} x {shape[2]}"
+            )
         return self._features(self.params, images)
 
     @functools.cached_property

@@ -30,7 +30,9 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A sharding for every array of a tree: its largest axis that fsdp divides, small arrays whole."""
+    """A sharding for every array of a tree: its largest axis that fsdp divides, small arrays
+    whole.
+    """
     parts = mesh.shape["fsdp"]
 
     def rule(array: Any) -> NamedSharding:

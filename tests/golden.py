@@ -2,8 +2,9 @@
 
     python tests/golden.py FILE.npz ... [--weights WEIGHTS]
 
-Prints, for each output, the largest error relative to the output's standard deviation (or what else its line
-says) and its tolerance. Exit code 1 if any is exceeded, or if a file holds an output that this script does not know.
+Prints, for each output, the largest error relative to the output's standard deviation (or what else
+its line says) and its tolerance. Exit code 1 if any is exceeded, or if a file holds an output that
+this script does not know.
 """
 
 import argparse
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -61,7 +61,9 @@ class Check(NamedTuple):
 
 
 def check_file(path: Path, weights: Path | None = None) -> list[Check]:
-    """All comparisons of one file; InputError where its layout is not known or its weights are not given."""
+    """All comparisons of one file; InputError where its layout is not known or its weights are not
+    given.
+    """
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     with jax.default_matmul_precision("highest"):
@@ -69,19 +71,27 @@ def check_file(path: Path, weights: Path | None = None) -> list[Check]:
             return list(_check_distillation(arrays))
         if "image_uint8" in arrays:
             if weights is None:
-                raise InputError(f"{path}: the model is not in this file: give its weights with --weights")
+                raise InputError(
+                    f"{path}: the model is not in this file: give its weights with --weights"
+                )
             normalise = Normalisation(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
             images = normalise(jnp.asarray(arrays["image_uint8"]))
             return list(_check_backbone(arrays, read_arrays(weights), images, {}))
         family = str(arrays.get("meta/family", "none named"))
         if family != "dinov2":
             raise InputError(f"{path}: expected a file of DINOv2 outputs, found family: {family}")
-        meta = {name: value for name, value in _under(arrays, "meta/").items()}
-        return list(_check_backbone(arrays, _under(arrays, "w/"), jnp.asarray(arrays["image"]), meta))
+        meta = _under(arrays, "meta/")
+        return list(
+            _check_backbone(arrays, _under(arrays, "w/"), jnp.asarray(arrays["image"]), meta)
+        )
 
 
 def _under(arrays: Arrays, prefix: str) -> Arrays:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def _spec(weights: Arrays, meta: Arrays, heads: str = "heads") -> ViTSpec:
@@ -100,7 +110,9 @@ def _relative_to_deviation(name: str, found: Any, expected: np.ndarray) -> Check
     measure = "of its standard deviation"
     found = np.asarray(found)
     if found.shape != expected.shape:
-        return Check(name, np.inf, TOKEN_TOLERANCE, f"shape {found.shape}, expected {expected.shape}")
+        return Check(
+            name, np.inf, TOKEN_TOLERANCE, f"shape {found.shape}, expected {expected.shape}"
+        )
     if expected.size == 0:
         return Check(name, 0.0, TOKEN_TOLERANCE, measure)
     deviation = float(expected.std()) or 1.0
@@ -112,7 +124,9 @@ def _unknown(name: str) -> Check:
     return Check(name, np.inf, 0.0, "not known to this script")
 
 
-def _check_backbone(arrays: Arrays, weights: Arrays, images: jax.Array, meta: Arrays) -> Iterator[Check]:
+def _check_backbone(
+    arrays: Arrays, weights: Arrays, images: jax.Array, meta: Arrays
+) -> Iterator[Check]:
     spec = _spec(weights, meta)
     params = dinov2.to_params(weights, spec, optional=("mask_token",))
     for prefix, mask in (("out/", None), ("masked/", arrays.get("mask"))):
@@ -138,12 +152,18 @@ def _outputs(
     @jax.jit
     def run(params: Params) -> tuple[Features, Features, tuple[Features, ...]]:
         (raw,) = backbone.intermediates(params, images, (depth - 1,), mask, normalise=False)
-        return backbone(params, images, mask), raw, backbone.intermediates(params, images, blocks, mask)
+        return (
+            backbone(params, images, mask),
+            raw,
+            backbone.intermediates(params, images, blocks, mask),
+        )
 
     final, raw, between = run(params)
 
     def all_tokens(features: Features) -> jax.Array:
-        return jnp.concatenate([features.cls[:, None], features.registers, features.patches], axis=1)
+        return jnp.concatenate(
+            [features.cls[:, None], features.registers, features.patches], axis=1
+        )
 
     outputs = {"cls": final.cls, "patch": final.patches, "reg": final.registers}
     outputs |= {"all": all_tokens(final), "prenorm": all_tokens(raw)}
@@ -166,7 +186,8 @@ def _student_params(arrays: Arrays, spec: ViTSpec) -> Params:
 def _original_names(params: Params, spec: ViTSpec) -> Arrays:
     """The inverse of `_student_params`, for gradients and updated weights."""
     named = {
-        f"backbone/{key}": value for key, value in dinov2.from_params(params["backbone"], spec).items()
+        f"backbone/{key}": value
+        for key, value in dinov2.from_params(params["backbone"], spec).items()
     }
     for name, head in HEADS.items():
         for array, (layer, leaf) in HEAD_ARRAYS.items():
@@ -187,14 +208,18 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     student_spec = _spec(_under(arrays, "student/backbone/"), meta, "student_heads")
     teacher = BackboneFunction(teacher_spec)
     student = StudentFunction(student_spec, teacher_spec.width)
-    teacher_params = dinov2.to_params(_under(arrays, "teacher/"), teacher_spec, optional=("mask_token",))
+    teacher_params = dinov2.to_params(
+        _under(arrays, "teacher/"), teacher_spec, optional=("mask_token",)
+    )
     params = _student_params(arrays, student_spec)
     weights = LossWeights(*(float(value) for value in arrays["lambda_token_fea_patch"]))
     optimizer = adamw(float(arrays["lr"]), float(arrays["weight_decay"]))
     state = optimizer.init(params)
     yield from _check_groups(arrays, params, student_spec)
 
-    def losses_and_gradients(params: Params, images: Any, mask: Any, rows: slice) -> tuple[Params, Losses]:
+    def losses_and_gradients(
+        params: Params, images: Any, mask: Any, rows: slice
+    ) -> tuple[Params, Losses]:
         target = teacher(teacher_params, images)
 
         def objective(params: Params) -> tuple[jax.Array, Losses]:
@@ -216,14 +241,16 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
         if step == steps[0]:
             yield from _check_gradients(arrays, _original_names(gradients, student_spec))
         updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.tree.map(jnp.add, params, updates)
     yield from _check_weights(arrays, _original_names(params, student_spec))
 
 
 def _check_groups(arrays: Arrays, params: Params, spec: ViTSpec) -> Iterator[Check]:
     if "decayed" not in arrays:
         return
-    decayed = jax.tree.map(lambda flag, value: np.full(value.shape, flag), decay_mask(params), params)
+    decayed = jax.tree.map(
+        lambda flag, value: np.full(value.shape, flag), decay_mask(params), params
+    )
     named = {
         name.replace("/", ".").replace("backbone.", "backbone."): bool(value.all())
         for name, value in _original_names(decayed, spec).items()
@@ -266,16 +293,24 @@ def _check_weights(arrays: Arrays, weights: Arrays) -> Iterator[Check]:
             continue
         found = weights[name]
         if name.endswith("attn.qkv.bias"):
-            # A key bias moves every score of a query alike: its gradient is 0, and Adam turns noise into steps.
+            # A key bias moves every score of a query alike: its gradient is 0, and Adam turns noise
+            # into steps.
             keep = np.r_[0 : len(found) // 3, 2 * len(found) // 3 : len(found)]
             found, expected = found[keep], expected[keep]
         outside = float(np.mean(~(np.abs(found - expected) <= allowed)))
-        yield Check(f"after/{name}", outside, OUTSIDE_TOLERANCE, "of its elements beyond 2 % of the learning rate")
+        yield Check(
+            f"after/{name}",
+            outside,
+            OUTSIDE_TOLERANCE,
+            "of its elements beyond 2 % of the learning rate",
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.npz")
     parser.add_argument("--weights", type=Path, help="weights of a file that has none of its own")
     options = parser.parse_args(arguments)
@@ -290,7 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         for check in checks:
             verdict = "ok  " if check.passed else "FAIL"
-            print(f"  {verdict} {check.name:46} {check.error:9.2e} (at most {check.tolerance:.0e}) {check.measure}")
+            print(
+                f"  {verdict} {check.name:46} {check.error:9.2e} (at most "
+                f"{check.tolerance:.0e}) {check.measure}"
+            )
         failed += sum(not check.passed for check in checks)
         if not checks:
             print("  nothing to compare")

@@ -19,8 +19,8 @@ Arrays = dict[str, np.ndarray]
 def read_arrays(path: Path) -> Arrays:
     """Float32 arrays by name from a .pth, .safetensors, .npz or .onnx file.
 
-    Half-precision values are widened. InputError for anything that is no such file, holds what is no float
-    array, or holds a value that is not finite.
+    Half-precision values are widened. InputError for anything that is no such file, holds what is
+    no float array, or holds a value that is not finite.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -79,7 +79,9 @@ def _read_safetensors(path: Path) -> Arrays:
     try:
         return safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({_first_line(error)})") from None
+        raise InputError(
+            f"{path}: not a readable safetensors file ({_first_line(error)})"
+        ) from None
 
 
 def _read_npz(path: Path) -> Arrays:
@@ -89,7 +91,9 @@ def _read_npz(path: Path) -> Arrays:
                 raise ValueError("a single array")
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable .npz of plain arrays ({_first_line(error)})") from None
+        raise InputError(
+            f"{path}: not a readable .npz of plain arrays ({_first_line(error)})"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

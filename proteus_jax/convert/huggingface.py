@@ -86,7 +86,9 @@ def from_official(arrays: Arrays) -> Arrays:
 
 
 def _joined_position_table(arrays: Arrays) -> Arrays:
-    """An ONNX export splits the position table into its class row and its patches: join them again."""
+    """An ONNX export splits the position table into its class row and its patches: join them
+    again.
+    """
     table = "embeddings.position_embeddings"
     rows = {
         name: array

@@ -13,13 +13,17 @@ from proteus_jax.storage import sha256
 def read_official(file: Path, prefix: str | None = None) -> dict[str, Any]:
     """The ViT's arrays of a weight file under DINOv2's official names.
 
-    With a `prefix` only the names below it belong to the ViT. An ONNX file holds a whole program: there the one
-    prefix below which a class token lies is found without being asked for.
+    With a `prefix` only the names below it belong to the ViT. An ONNX file holds a whole program:
+    there the one prefix below which a class token lies is found without being asked for.
     """
     arrays = read_arrays(file)
     if prefix is None:
         prefix = _prefix_of_program(list(arrays)) if Path(file).suffix.lower() == ".onnx" else ""
-    arrays = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    arrays = {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
     if not arrays:
         raise InputError(f"{file}: no name begins with {prefix!r}")
     return huggingface.to_official(arrays) if huggingface.is_huggingface(arrays) else arrays
@@ -44,7 +48,8 @@ def import_weights(
 ) -> ModelCard:
     """Reads a weight file and writes a model directory; InputError lists all that does not fit.
 
-    A mask token alone may be absent: a teacher does not need it. It becomes zeros, and the card says so.
+    A mask token alone may be absent: a teacher does not need it. It becomes zeros, and the card
+    says so.
     """
     file = Path(file).expanduser()
     arrays = read_official(file, prefix)

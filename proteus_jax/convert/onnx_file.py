@@ -1,7 +1,7 @@
 """The initialisers of an ONNX file, under the names that the exported modules had.
 
-An exporter keeps the names of biases and norms, but transposes linear weights and numbers them; such a weight
-is known only by the node that uses it, whose name is the module's path.
+An exporter keeps the names of biases and norms, but transposes linear weights and numbers them;
+such a weight is known only by the node that uses it, whose name is the module's path.
 """
 
 from pathlib import Path
@@ -16,8 +16,9 @@ ANONYMOUS = "onnx::"
 def read(path: Path) -> dict[str, np.ndarray]:
     """Every initialiser by module name; nothing of the graph is run and no second file is opened.
 
-    A weight of the MatMul `/a/b/MatMul` becomes `a.b.weight`, transposed back to [outputs, inputs]; an anonymous
-    array of another node keeps the node's path. InputError where the file is no ONNX or keeps data elsewhere.
+    A weight of the MatMul `/a/b/MatMul` becomes `a.b.weight`, transposed back to [outputs, inputs];
+    an anonymous array of another node keeps the node's path. InputError where the file is no ONNX
+    or keeps data elsewhere.
     """
     import google.protobuf.message
     import onnx
@@ -27,9 +28,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
         graph = onnx.load(path, load_external_data=False).graph
     except (google.protobuf.message.DecodeError, OSError) as error:
         raise InputError(f"{path}: not a readable ONNX file ({error})") from None
-    external = [item.name for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL]
+    external = [
+        item.name for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL
+    ]
     if external:
-        raise InputError(f"{path}: its weights lie in another file; export it with the weights inside")
+        raise InputError(
+            f"{path}: its weights lie in another file; export it with the weights inside"
+        )
     users = {name: node for node in graph.node for name in node.input}
     arrays: dict[str, np.ndarray] = {}
     for item in graph.initializer:

@@ -14,7 +14,8 @@ ATTEMPTS = 10
 
 
 def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random resized crop: area uniform in SCALE, aspect ratio log-uniform in RATIO.
+    """(left, top, right, bottom) of a random resized crop: area uniform in SCALE, aspect ratio
+    log-uniform in RATIO.
 
     Where no attempt fits, the largest central box whose ratio is allowed.
     """
@@ -35,7 +36,9 @@ def crop_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, in
 
 
 def random_view(image: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Uint8 [size, size, 3]: a random resized crop, bicubic with antialiasing, flipped half of the time."""
+    """Uint8 [size, size, 3]: a random resized crop, bicubic with antialiasing, flipped half of the
+    time.
+    """
     box = crop_box(rng, image.shape[0], image.shape[1])
     # Crop first: resizing with a box would let pixels outside it bleed in at the border.
     crop = Image.fromarray(image[box[1] : box[3], box[0] : box[2]])

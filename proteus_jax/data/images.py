@@ -18,21 +18,23 @@ class Unreadable(Exception):
 
 def looks_like_image(head: bytes) -> bool:
     """Whether a file that begins so is a JPEG, PNG, WebP or BMP."""
-    return (
-        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"))
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
+        head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Uint8 [H, W, 3], upright: EXIF orientation applied; grey, palette, CMYK, alpha and 16 bits become RGB.
+    """Uint8 [H, W, 3], upright: EXIF orientation applied; grey, palette, CMYK, alpha and 16 bits
+    become RGB.
 
     Unreadable for anything that cannot be decoded whole.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
             if image.width * image.height > MAXIMUM_PIXELS:
-                raise Unreadable(f"{image.width} x {image.height} pixels are more than {MAXIMUM_PIXELS}")
+                raise Unreadable(
+                    f"{image.width} x {image.height} pixels are more than {MAXIMUM_PIXELS}"
+                )
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 # Pillow's own conversion would clip 16 bits to white.

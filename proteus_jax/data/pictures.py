@@ -1,4 +1,5 @@
-"""Nineteen photographs and scans out of scikit-image's wheel: a data set wherever there is a package index.
+"""Nineteen photographs and scans out of scikit-image's wheel: a data set wherever there is a
+package index.
 
 The right-hand quarter of each is held out; training sees the left three quarters only.
 """
@@ -21,8 +22,8 @@ WHEEL = Wheel(
 )
 FILES = (
     "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg", "ihc.png",
-    "motorcycle_left.png", "retina.jpg", "brick.png", "camera.png", "coins.png", "grass.png", "gravel.png",
-    "moon.png", "page.png", "clock_motion.png", "cell.png", "horse.png", "text.png",
+    "motorcycle_left.png", "retina.jpg", "brick.png", "camera.png", "coins.png", "grass.png",
+    "gravel.png", "moon.png", "page.png", "clock_motion.png", "cell.png", "horse.png", "text.png",
 )  # fmt: skip
 
 
@@ -42,7 +43,9 @@ def open_pictures() -> Split:
     try:
         pictures = [images.read(folder / name) for name in FILES]
     except images.Unreadable as error:
-        raise InputError(f"{folder}: spoilt ({error}); remove the folder to fetch it again") from None
+        raise InputError(
+            f"{folder}: spoilt ({error}); remove the folder to fetch it again"
+        ) from None
     edges = [picture.shape[1] * 3 // 4 for picture in pictures]
     left = [picture[:, :edge].copy() for picture, edge in zip(pictures, edges, strict=True)]
     right = [picture[:, edge:].copy() for picture, edge in zip(pictures, edges, strict=True)]

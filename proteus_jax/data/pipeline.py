@@ -1,11 +1,13 @@
-"""From a source to batches. Which image a slot gets, and how it is augmented, is a function of (seed, step, slot).
+"""From a source to batches. Which image a slot gets, and how it is augmented, is a function of
+(seed, step, slot).
 
-So a run resumes at any step, on any number of hosts, threads or workers, with the very same batches, and nothing
-of the loader needs to be saved (docs/decisions/0002-data-order-is-a-function.md).
+So a run resumes at any step, on any number of hosts, threads or workers, with the very same
+batches, and nothing of the loader needs to be saved
+(docs/decisions/0002-data-order-is-a-function.md).
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -23,7 +25,9 @@ MAXIMUM_REPLACEMENTS = 32
 
 
 class Batch(NamedTuple):
-    """Images uint8 [b, size, size, 3], and the source's index of an image that could not be read, or -1, for each."""
+    """Images uint8 [b, size, size, 3], and the source's index of an image that could not be read,
+    or -1, for each.
+    """
 
     images: np.ndarray
     unreadable: np.ndarray
@@ -35,13 +39,16 @@ def _bits(seed: int, stream: int, index: int) -> np.random.Philox:
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    # Raw bits and a stable sort: unlike Generator.permutation these do not change with numpy's version.
+    # Raw bits and a stable sort: unlike Generator.permutation these do not change with numpy's
+    # version.
     bits = _bits(seed, _ORDER, epoch).random_raw(length)
     return np.argsort(bits, kind="stable")
 
 
 def sample_index(seed: int, draw: int, length: int) -> int:
-    """The image of the draw-th slot since the start of training: every epoch of `length` draws sees each image once."""
+    """The image of the draw-th slot since the start of training: every epoch of `length` draws sees
+    each image once.
+    """
     epoch, position = divmod(draw, length)
     return int(_permutation(seed, epoch, length)[position])
 
@@ -53,12 +60,13 @@ def _sample(draw: int, *, source: Source, seed: int, size: int) -> Batch:
     unreadable = -1
     for _ in range(MAXIMUM_REPLACEMENTS):
         try:
-            return Batch(random_view(source.image(index), rng, size), np.int64(unreadable))
+            return Batch(random_view(source.image(index), rng, size), np.asarray(unreadable))
         except Unreadable:
             unreadable = index
             index = int(rng.integers(len(source)))
     raise InputError(
-        f"{MAXIMUM_REPLACEMENTS} images in a row cannot be read, the last one {source.name(unreadable)}"
+        f"{MAXIMUM_REPLACEMENTS} images in a row cannot be read, the last one "
+        f"{source.name(unreadable)}"
     )
 
 
@@ -85,19 +93,22 @@ def training_batches(
 
     dataset = grain.MapDataset.range(steps.start * share, steps.stop * share)
     dataset = dataset.map(draw).map(functools.partial(_sample, source=source, seed=seed, size=size))
-    # Grain reads ahead by samples, in threads: Pillow lets go of the interpreter while it decodes and resizes.
+    # Grain reads ahead by samples, in threads: Pillow lets go of the interpreter while it decodes
+    # and resizes.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * share)
     return iter(dataset.to_iter_dataset(options).batch(share, batch_fn=_stack))
 
 
-def _stack(samples: list[Batch]) -> Batch:
+def _stack(samples: Sequence[Batch]) -> Batch:
     return Batch(*(np.stack(parts) for parts in zip(*samples, strict=True)))
 
 
 def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray, list[int]]:
-    """At least `count` fixed views uint8 [n, size, size, 3] of a held-out source, and the images that were unreadable.
+    """At least `count` fixed views uint8 [n, size, size, 3] of a held-out source, and the images
+    that were unreadable.
 
-    At least one view an image, the same number of each; the same for every seed, so that runs can be compared.
+    At least one view an image, the same number of each; the same for every seed, so that runs can
+    be compared.
     """
     each = -(-count // len(source))
     total = max(count, len(source))

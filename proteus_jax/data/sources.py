@@ -38,7 +38,9 @@ class Source(Protocol):
 
 
 class Split(NamedTuple):
-    """Images to train on, and images or parts of images that are never trained on (None: nothing is held out)."""
+    """Images to train on, and images or parts of images that are never trained on (None: nothing is
+    held out).
+    """
 
     training: Source
     held_out: Source | None
@@ -76,7 +78,9 @@ class MemorySource:
         self._names = list(names)
         joined = hashlib.sha256()
         for picture, name in zip(self._pictures, self._names, strict=True):
-            joined.update(f"{name} {picture.shape}".encode() + np.ascontiguousarray(picture).tobytes())
+            joined.update(
+                f"{name} {picture.shape}".encode() + np.ascontiguousarray(picture).tobytes()
+            )
         self.fingerprint = joined.hexdigest()
 
     def __len__(self) -> int:
@@ -92,7 +96,9 @@ class MemorySource:
 
 
 class HeldOut(NamedTuple):
-    """How many whole images a folder holds out: a share, within bounds; a share of 0 holds out none."""
+    """How many whole images a folder holds out: a share, within bounds; a share of 0 holds out
+    none.
+    """
 
     share: float
     minimum: int
@@ -106,10 +112,11 @@ class HeldOut(NamedTuple):
 
 
 def open_folder(root: str | Path, held_out: HeldOut) -> Split:
-    """Every JPEG, PNG, WebP and BMP of a tree, without labels. Files that are no images are skipped and told.
+    """Every JPEG, PNG, WebP and BMP of a tree, without labels. Files that are no images are skipped
+    and told.
 
-    Which images are held out follows from a hash of their content, so equal files always fall on one side.
-    InputError where the folder is missing or too few images would be left.
+    Which images are held out follows from a hash of their content, so equal files always fall on
+    one side. InputError where the folder is missing or too few images would be left.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -123,11 +130,14 @@ def open_folder(root: str | Path, held_out: HeldOut) -> Split:
             names.append(name)
             digests.append(digest)
     if not names:
-        raise InputError(f"{root}: no image ({', '.join(images.SUFFIXES)}) below it" + _told(skipped))
+        raise InputError(
+            f"{root}: no image ({', '.join(images.SUFFIXES)}) below it" + _told(skipped)
+        )
     wanted = held_out.count(len(names))
     if wanted >= len(names):
         raise InputError(
-            f"{root}: found {len(names)} images of which {wanted} would be held out: at least {wanted + 1} are "
+            f"{root}: found {len(names)} images of which {wanted} would be held out: at least "
+            f"{wanted + 1} are "
             "needed, or set data.held_out.minimum lower" + _told(skipped)
         )
     apart = _chosen(digests, wanted)
@@ -155,15 +165,20 @@ def _files_below(folder: Path) -> list[str]:
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        # In a fixed order: which of two links to one directory is met first must not depend on the disk.
+        # In a fixed order: which of two links to one directory is met first must not depend on the
+        # disk.
         below.sort()
         relative = Path(directory).relative_to(folder)
-        found += [(relative / file).as_posix() for file in files if file.lower().endswith(images.SUFFIXES)]
+        found += [
+            (relative / file).as_posix() for file in files if file.lower().endswith(images.SUFFIXES)
+        ]
     return sorted(found)
 
 
 def _digest(path: Path) -> bytes | None:
-    """A hash of a file's size and beginning; None where it cannot be read or does not begin like an image."""
+    """A hash of a file's size and beginning; None where it cannot be read or does not begin like an
+    image.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(HASHED_BYTES)
@@ -176,7 +191,9 @@ def _digest(path: Path) -> bytes | None:
 
 
 def _chosen(digests: Sequence[bytes], wanted: int) -> set[int]:
-    """Indices of about `wanted` files, never more: equal contents together, in the order of their hashes."""
+    """Indices of about `wanted` files, never more: equal contents together, in the order of their
+    hashes.
+    """
     groups: dict[bytes, list[int]] = {}
     for index, digest in enumerate(digests):
         groups.setdefault(digest, []).append(index)

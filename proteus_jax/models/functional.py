@@ -1,7 +1,8 @@
 """The models as pure functions of a nested dict of arrays: from here outwards nobody knows NNX.
 
-`init` makes a dict of float32 arrays, `shapes` describes it, the other methods read it. Blocks are stacked:
-every array under "blocks" has a leading layer axis. Why plain dicts: docs/decisions/0001-plain-arrays.md.
+`init` makes a dict of float32 arrays, `shapes` describes it, the other methods read it. Blocks are
+stacked: every array under "blocks" has a leading layer axis. Why plain dicts:
+docs/decisions/0001-plain-arrays.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +43,9 @@ class BackboneFunction(_Functional):
         self.spec = spec
         super().__init__(lambda rngs: VisionTransformer(spec, dtype=dtype, rngs=rngs))
 
-    def __call__(self, params: Params, images: jax.Array, mask: jax.Array | None = None) -> Features:
+    def __call__(
+        self, params: Params, images: jax.Array, mask: jax.Array | None = None
+    ) -> Features:
         """See VisionTransformer.__call__."""
         return self._module(params)(images, mask)
 
@@ -60,9 +63,17 @@ class BackboneFunction(_Functional):
 
 
 class StudentFunction(_Functional):
-    """A student with its heads; params have "backbone", "token_head", "feature_head" and "patch_head"."""
+    """A student with its heads; params have "backbone", "token_head", "feature_head" and
+    "patch_head".
+    """
 
-    def __init__(self, spec: ViTSpec, teacher_width: int, dtype: DTypeLike = jnp.float32, drop_path: float = 0.0):
+    def __init__(
+        self,
+        spec: ViTSpec,
+        teacher_width: int,
+        dtype: DTypeLike = jnp.float32,
+        drop_path: float = 0.0,
+    ):
         self.spec = spec
         self.drop_path = drop_path
         super().__init__(lambda rngs: Student(spec, teacher_width, dtype=dtype, rngs=rngs))
@@ -75,6 +86,8 @@ class StudentFunction(_Functional):
         mask: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Predictions:
-        """See Student.__call__; blocks are dropped only where a `key` is given, that is in training."""
+        """See Student.__call__; blocks are dropped only where a `key` is given, that is in
+        training.
+        """
         drop_path = 0.0 if key is None else self.drop_path
         return self._module(params)(images, masked_images, mask, drop_path=drop_path, key=key)

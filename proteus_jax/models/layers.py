@@ -1,4 +1,6 @@
-"""The layers of a ViT block. Parameters float32 (or as loaded), matmuls in `dtype`, LayerNorm and softmax float32."""
+"""The layers of a ViT block. Parameters float32 (or as loaded), matmuls in `dtype`, LayerNorm and
+softmax float32.
+"""
 
 from collections.abc import Callable
 
@@ -10,15 +12,20 @@ from jaxtyping import Array, Float
 
 from proteus_jax.models.specs import ViTSpec
 
-# The reference asks for a normal of deviation 0.02 cut at -2 and 2: a hundred deviations, so no cut at all.
+# The reference asks for a normal of deviation 0.02 cut at -2 and 2: a hundred deviations, so no cut
+# at all.
 LINEAR_INIT = nnx.initializers.normal(0.02)
 
 
 def torch_uniform(fan_in: int) -> Callable:
-    """PyTorch's default initialisation of a Linear or Conv2d, of weight and of bias: U(-1/sqrt(fan_in), +)."""
+    """PyTorch's default initialisation of a Linear or Conv2d, of weight and of bias:
+    U(-1/sqrt(fan_in), +).
+    """
     limit = fan_in**-0.5
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **_) -> jax.Array:
+    def init(
+        key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **_
+    ) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
     return init
@@ -30,8 +37,12 @@ def linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
 
 
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A LayerNorm in float32; the fast variance E[x^2] - E[x]^2 would cost digits that parity needs."""
-    return nnx.LayerNorm(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+    """A LayerNorm in float32; the fast variance E[x^2] - E[x]^2 would cost digits that parity
+    needs.
+    """
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+    )
 
 
 class Attention(nnx.Module):
@@ -87,7 +98,9 @@ class LayerScale(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each scaled and, in training, dropped a sample at a time."""
+    """Pre-norm attention and feed-forward, each scaled and, in training, dropped a sample at a
+    time.
+    """
 
     def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)

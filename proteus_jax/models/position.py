@@ -1,7 +1,8 @@
 """Resizing of position tables, equal to PyTorch's bicubic interpolation.
 
-A resize is a fixed linear map on each axis, so it is built in numpy as two small matrices. `jax.image.resize`
-is another routine: its cubic has a = -0.5 and it knows no scale factor, and the difference reaches the tokens.
+A resize is a fixed linear map on each axis, so it is built in numpy as two small matrices.
+`jax.image.resize` is another routine: its cubic has a = -0.5 and it knows no scale factor, and the
+difference reaches the tokens.
 """
 
 import functools
@@ -21,8 +22,8 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
 def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> np.ndarray:
     """Float32 [target, source]: one axis of `torch.nn.functional.interpolate(mode="bicubic")`.
 
-    With an `offset` the sampling step is source / (target + offset), as DINOv2 asks of PyTorch by giving a
-    scale factor of (target + offset) / source; without one it is source / target.
+    With an `offset` the sampling step is source / (target + offset), as DINOv2 asks of PyTorch by
+    giving a scale factor of (target + offset) / source; without one it is source / target.
     """
     step = source / (target + offset)
     centre = (np.arange(target)[:, None] + 0.5) * step
@@ -40,5 +41,7 @@ def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> n
     for tap in range(-1, 3):
         # Edges are clamped, not renormalised: a tap outside lands on the border row.
         index = np.clip(nearest + tap, 0, source - 1)
-        np.add.at(matrix, (np.arange(target)[:, None], index), _cubic(position - nearest - tap, -0.75))
+        np.add.at(
+            matrix, (np.arange(target)[:, None], index), _cubic(position - nearest - tap, -0.75)
+        )
     return matrix.astype(np.float32)

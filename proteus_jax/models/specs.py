@@ -1,6 +1,7 @@
 """Architectures: one frozen row of sizes for each ViT.
 
-Sizes of the named students are those of the paper (arXiv 2407.10366) and of DINOv2, whose ViT they are.
+Sizes of the named students are those of the paper (arXiv 2407.10366) and of DINOv2, whose ViT they
+are.
 """
 
 import dataclasses
@@ -14,9 +15,9 @@ FEED_FORWARDS = ("mlp", "swiglu")
 class ViTSpec:
     """Everything that fixes a ViT's parameters and arithmetic.
 
-    `grid` is the side of the stored position table in patches; images of other sizes use a resized table.
-    `interpolate_offset` and `interpolate_antialias` say how DINOv2 resizes it: 0.1 without antialias for the
-    plain models, no offset with antialias for those with registers.
+    `grid` is the side of the stored position table in patches; images of other sizes use a resized
+    table. `interpolate_offset` and `interpolate_antialias` say how DINOv2 resizes it: 0.1 without
+    antialias for the plain models, no offset with antialias for those with registers.
     """
 
     width: int
@@ -39,11 +40,15 @@ class ViTSpec:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         if self.feed_forward not in FEED_FORWARDS:
-            raise ValueError(f"feed_forward must be one of {FEED_FORWARDS}, found {self.feed_forward!r}")
+            raise ValueError(
+                f"feed_forward must be one of {FEED_FORWARDS}, found {self.feed_forward!r}"
+            )
 
     @property
     def hidden(self) -> int:
-        """Width inside the feed-forward layer; SwiGLU's is two thirds, rounded up to a multiple of 8."""
+        """Width inside the feed-forward layer; SwiGLU's is two thirds, rounded up to a multiple of
+        8.
+        """
         if self.feed_forward == "swiglu":
             return (int(4 * self.width * 2 / 3) + 7) // 8 * 8
         return 4 * self.width
@@ -54,18 +59,19 @@ class ViTSpec:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ViTSpec":
-        """The inverse of `to_json`; ValueError names fields that are unknown, missing or of another type."""
-        types = {field.name: field.type for field in dataclasses.fields(cls)}
-        required = {"width", "depth", "heads"}
-        wrong = [f"unknown field {name!r}" for name in fields if name not in types]
-        wrong += [f"missing field {name!r}" for name in sorted(required - set(fields))]
+        """The inverse of `to_json`; ValueError names fields that are unknown, missing or of another
+        type.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        required = ("width", "depth", "heads")
+        wrong = [f"unknown field {name!r}" for name in fields if name not in defaults]
+        wrong += [f"missing field {name!r}" for name in required if name not in fields]
         for name, value in fields.items():
-            expected = types.get(name)
-            accepted = (int, float) if expected is float else expected
-            if expected is not None and (type(value) is bool) != (expected is bool):
-                wrong.append(f"{name} should be {expected.__name__}, found {value!r}")
-            elif expected is not None and not isinstance(value, accepted):
-                wrong.append(f"{name} should be {expected.__name__}, found {value!r}")
+            kind = int if name in required else type(defaults.get(name, value))
+            # JSON writes 0.0 as 0 where it likes; a bool would pass for an int.
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits:
+                wrong.append(f"{name} should be {kind.__name__}, found {value!r}")
         if wrong:
             raise ValueError("not a ViT's sizes: " + "; ".join(wrong))
         return cls(**fields)

@@ -20,7 +20,9 @@ HEAD_NORM_EPSILON = 1e-5
 
 
 class Predictions(NamedTuple):
-    """What the student says of a batch, in the teacher's space; `patch` is None without a masked pass."""
+    """What the student says of a batch, in the teacher's space; `patch` is None without a masked
+    pass.
+    """
 
     features: Features
     token: Float[Array, "b t"]
@@ -39,6 +41,7 @@ class Head(nnx.Module):
         )
 
     def __call__(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b t"]:
+        """Tokens in the teacher's space."""
         return self.linear(self.norm(tokens))
 
 
@@ -65,7 +68,9 @@ class Student(nnx.Module):
         """Unmasked predictions for `images`, masked ones for `masked_images` under `mask`."""
         if masked_images is None or mask is None:
             features = self.backbone(images, drop_path=drop_path, key=key)
-            return Predictions(features, self.token_head(features.cls), self.feature_head(features.patches), None)
+            return Predictions(
+                features, self.token_head(features.cls), self.feature_head(features.patches), None
+            )
         features, masked = self._both_passes(images, masked_images, mask, drop_path, key)
         token, feature = self.token_head(features.cls), self.feature_head(features.patches)
         return Predictions(features, token, feature, self.patch_head(masked.patches))
@@ -75,12 +80,14 @@ class Student(nnx.Module):
     ) -> tuple[Features, Features]:
         """One run of the backbone over both sets: compiled once, and fuller matmuls than two runs.
 
-        Rows are laid out as (image, image, masked image) where half is masked, so that a batch split over devices
-        stays where it is.
+        Rows are laid out as (image, image, masked image) where half is masked, so that a batch
+        split over devices stays where it is.
         """
         count = len(masked_images)
         if count == 0 or len(images) % count:
-            raise ValueError(f"{len(images)} images do not divide into groups for {count} masked ones")
+            raise ValueError(
+                f"{len(images)} images do not divide into groups for {count} masked ones"
+            )
         share = len(images) // count
 
         def interleave(plain: jax.Array, masked: jax.Array) -> jax.Array:

@@ -28,19 +28,25 @@ class Features(NamedTuple):
 def resize_position_table(
     table: Float[Array, "1 length d"], spec: ViTSpec, grid: tuple[int, int]
 ) -> Float[Array, "1 length2 d"]:
-    """The table [1, 1 + grid^2, D] for another grid (rows, columns) of patches; the class entry stays.
+    """The table [1, 1 + grid^2, D] for another grid (rows, columns) of patches; the class entry
+    stays.
 
     Float32 whatever the table's dtype; the table itself where the grid is already its own.
     """
     if grid == (spec.grid, spec.grid):
         return table
     rows, columns = (
-        jnp.asarray(resize_matrix(spec.grid, side, spec.interpolate_offset, spec.interpolate_antialias))
+        jnp.asarray(
+            resize_matrix(spec.grid, side, spec.interpolate_offset, spec.interpolate_antialias)
+        )
         for side in grid
     )
     patches = table[:, 1:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
-    # A rounded position table would move every token: full precision, also where matmuls default to less.
-    patches = jnp.einsum("hH,wW,HWd->hwd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+    # A rounded position table would move every token: full precision, also where matmuls default to
+    # less.
+    patches = jnp.einsum(
+        "hH,wW,HWd->hwd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
+    )
     patches = patches.reshape(1, grid[0] * grid[1], -1).astype(table.dtype)
     return jnp.concatenate([table[:, :1], patches], axis=1)
 
@@ -52,9 +58,12 @@ class PatchEmbed(nnx.Module):
         self.patch_size = spec.patch_size
         fan_in = 3 * spec.patch_size**2
         init = torch_uniform(fan_in)
-        self.proj = nnx.Linear(fan_in, spec.width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(
+            fan_in, spec.width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """One token a patch, row by row."""
         batch, height, width, _ = images.shape
         patch = self.patch_size
         rows, columns = height // patch, width // patch
@@ -98,8 +107,8 @@ class VisionTransformer(nnx.Module):
     ) -> Features:
         """Features of normalised images, the patches under `mask` replaced by the mask token.
 
-        `drop_path` is the rate of the last block, growing linearly from 0 at the first; it needs a `key`.
-        ValueError where a side is no multiple of the patch size.
+        `drop_path` is the rate of the last block, growing linearly from 0 at the first; it needs a
+        `key`. ValueError where a side is no multiple of the patch size.
         """
         tokens = self._embed(images, mask)
         tokens, _ = self._run_blocks(tokens, (), self._keep(drop_path, key, images.shape[0]))
@@ -113,7 +122,9 @@ class VisionTransformer(nnx.Module):
         *,
         normalise: bool = True,
     ) -> tuple[Features, ...]:
-        """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless told not to."""
+        """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless
+        told not to.
+        """
         _, outputs = self._run_blocks(self._embed(images, mask), tuple(blocks), None)
         return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
 
@@ -122,7 +133,8 @@ class VisionTransformer(nnx.Module):
         batch, height, width, _ = images.shape
         if height % spec.patch_size or width % spec.patch_size:
             raise ValueError(
-                f"image sides must be multiples of the patch size {spec.patch_size}, found {height} x {width}"
+                f"image sides must be multiples of the patch size {spec.patch_size}, found "
+                f"{height} x {width}"
             )
         grid = (height // spec.patch_size, width // spec.patch_size)
         stream = self.cls_token.dtype
@@ -134,11 +146,15 @@ class VisionTransformer(nnx.Module):
         tokens = tokens + resize_position_table(self.pos_embed[...], spec, grid)
         if spec.registers:
             # Registers have no position: they enter after the table is added.
-            registers = jnp.broadcast_to(self.register_tokens[...], (batch, spec.registers, spec.width))
+            registers = jnp.broadcast_to(
+                self.register_tokens[...], (batch, spec.registers, spec.width)
+            )
             tokens = jnp.concatenate([tokens[:, :1], registers, tokens[:, 1:]], axis=1)
         return tokens
 
-    def _keep(self, rate: float, key: PRNGKeyArray | None, batch: int) -> Float[Array, "l 2 b 1 1"] | None:
+    def _keep(
+        self, rate: float, key: PRNGKeyArray | None, batch: int
+    ) -> Float[Array, "l 2 b 1 1"] | None:
         if rate == 0.0:
             return None
         if key is None:
@@ -156,8 +172,8 @@ class VisionTransformer(nnx.Module):
         if outside:
             raise ValueError(f"there are blocks 0 to {depth - 1}, asked for {outside}")
         graph, stacked = nnx.split(self.blocks)
-        # Each block writes its output to its slot; those not asked for share the last one, cut off below.
-        # So memory grows with the number of blocks asked for, not with the depth.
+        # Each block writes its output to its slot; those not asked for share the last one, cut off
+        # below. So memory grows with the number of blocks asked for, not with the depth.
         slots = [wanted.index(block) if block in wanted else len(wanted) for block in range(depth)]
         outputs = jnp.zeros((len(wanted) + 1 if wanted else 0, *tokens.shape), tokens.dtype)
 
