@@ -133,6 +133,7 @@ def _check_backbone(
         expected = _under(arrays, prefix)
         if not expected:
             continue
+        mask = None if mask is None else jnp.asarray(mask)
         outputs = _outputs(BackboneFunction(spec), params, images, mask, expected)
         for name, value in expected.items():
             if name in outputs:
@@ -236,7 +237,7 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
         key = (rows.start, rows.stop)
         if key not in compiled:
             compiled[key] = jax.jit(lambda p, i, m, rows=rows: losses_and_gradients(p, i, m, rows))
-        gradients, losses = compiled[key](params, images, mask[rows])
+        gradients, losses = compiled[key](params, jnp.asarray(images), jnp.asarray(mask[rows]))
         yield from _check_losses(arrays, step, losses)
         if step == steps[0]:
             yield from _check_gradients(arrays, _original_names(gradients, student_spec))

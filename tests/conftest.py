@@ -1,0 +1,61 @@
+"""Eight fake CPU devices, and small things that many tests share."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported: its CPU backend reads these when it starts. Nearly all the time of these
+# tests is XLA's; without its optimisations they take half as long, and round a little otherwise.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.specs import ViTSpec
+from proteus_jax.pretrained import ModelCard, save_model
+
+ROOT = Path(__file__).parent.parent
+TINY = ViTSpec(width=32, depth=2, heads=2, grid=4)
+
+
+def photograph(rng: np.random.Generator, height: int = 60, width: int = 80) -> np.ndarray:
+    """Something with edges and colours, uint8 [H, W, 3]."""
+    coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    resized = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images in a tree, of several formats, with spaces and accents in their names."""
+    folder = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(1)
+    for number in range(40):
+        suffix = (".jpg", ".png", ".webp", ".bmp")[number % 4]
+        place = folder / f"sub folder {number % 3}" / "été"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph(rng)).save(place / f"image {number}{suffix}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ViT as a model directory."""
+    directory = tmp_path_factory.mktemp("models") / "teacher"
+    params = BackboneFunction(TINY).init(jax.random.key(1))
+    save_model(directory, params, ModelCard(spec=TINY, licence="none"))
+    return directory

@@ -1,0 +1,191 @@
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.position import resize_matrix
+from proteus_jax.models.specs import SPECS, ViTSpec
+from proteus_jax.models.vit import resize_position_table
+
+BACKBONE = BackboneFunction(TINY)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    return BACKBONE.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def images() -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (2, 56, 56, 3))
+
+
+def test_sizes_of_the_paper() -> None:
+    """Parameters of the table in the paper's units; the giant student has the MLP."""
+    millions = {"vit_tiny": 5.51, "vit_small": 21.63, "vit_base": 85.73, "vit_large": 303.23}
+    for name, expected in millions.items():
+        count = sum(array.size for array in jax.tree.leaves(BackboneFunction(SPECS[name]).shapes))
+        assert round(count / 1e6, 2) == expected
+    assert SPECS["vit_giant2"].feed_forward == "mlp"
+    assert ViTSpec(width=1536, depth=1, heads=24, feed_forward="swiglu").hidden == 4096
+
+
+def test_last_intermediate_is_the_output(params: dict, images: jax.Array) -> None:
+    final = BACKBONE(params, images)
+    first, last = BACKBONE.intermediates(params, images, (0, 1))
+    np.testing.assert_array_equal(last.patches, final.patches)
+    np.testing.assert_array_equal(last.cls, final.cls)
+    assert float(jnp.abs(first.patches - last.patches).max()) > 1e-3
+
+
+def test_order_and_repetition_of_intermediates_are_the_callers(
+    params: dict, images: jax.Array
+) -> None:
+    last, first = BACKBONE.intermediates(params, images, (1, 0))
+    np.testing.assert_array_equal(last.cls, BACKBONE.intermediates(params, images, (1,))[0].cls)
+    np.testing.assert_array_equal(first.cls, BACKBONE.intermediates(params, images, (0,))[0].cls)
+    with pytest.raises(ValueError, match=r"blocks 0 to 1, asked for \[2\]"):
+        BACKBONE.intermediates(params, images, (2,))
+
+
+def test_masked_patches_are_not_seen(params: dict, images: jax.Array) -> None:
+    mask = jnp.zeros((2, 16), bool).at[:, 5].set(True)
+    # Patch 5 of a 4 x 4 grid: rows 14 to 27, columns 14 to 27.
+    other = images.at[:, 14:28, 14:28].set(7.0)
+    np.testing.assert_array_equal(
+        BACKBONE(params, images, mask).cls, BACKBONE(params, other, mask).cls
+    )
+    assert float(jnp.abs(BACKBONE(params, images).cls - BACKBONE(params, other).cls).max()) > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(28, 84), (70, 42), (56, 56)])
+def test_any_multiple_of_the_patch(params: dict, shape: tuple[int, int]) -> None:
+    features = BACKBONE(params, jnp.zeros((1, *shape, 3)))
+    assert features.patches.shape == (1, shape[0] * shape[1] // 14**2, 32)
+    assert features.registers.shape == (1, 0, 32)
+
+
+def test_other_sides_are_refused(params: dict) -> None:
+    with pytest.raises(ValueError, match="multiples of the patch size 14, found 56 x 57"):
+        BACKBONE(params, jnp.zeros((1, 56, 57, 3)))
+
+
+def test_a_table_resized_once_equals_one_resized_each_time(params: dict) -> None:
+    images = jax.random.normal(jax.random.key(2), (1, 84, 84, 3))
+    table = resize_position_table(params["pos_embed"], TINY, (6, 6))
+    once = BackboneFunction(dataclasses.replace(TINY, grid=6))
+    np.testing.assert_array_equal(
+        once(params | {"pos_embed": table}, images).cls, BACKBONE(params, images).cls
+    )
+
+
+def test_initialisation_is_the_references() -> None:
+    """Normal of 0.02 without a cut, tiny tokens, PyTorch's uniform for patches and heads."""
+    params = StudentFunction(SPECS["vit_tiny"], 384).init(jax.random.key(0))
+    backbone = params["backbone"]
+    kernel = np.asarray(backbone["blocks"]["mlp"]["fc1"]["kernel"])
+    assert kernel.std() == pytest.approx(0.02, rel=0.01)
+    # A cut at two deviations would show here: 4.6 % of a normal lie outside.
+    assert np.mean(np.abs(kernel) > 0.04) == pytest.approx(0.0455, abs=0.002)
+    # Layers are drawn apart.
+    assert abs(np.corrcoef(kernel[0].ravel(), kernel[1].ravel())[0, 1]) < 0.02
+    assert float(np.std(backbone["cls_token"])) < 1e-5
+    assert not np.any(backbone["mask_token"])
+    assert not np.any(backbone["blocks"]["attn"]["qkv"]["bias"])
+    assert np.all(backbone["blocks"]["ls1"]["gamma"] == 1)
+    for layer, fan_in in (
+        (backbone["patch_embed"]["proj"], 588),
+        (params["token_head"]["linear"], 192),
+    ):
+        for array in (layer["kernel"], layer["bias"]):
+            limit = fan_in**-0.5
+            assert float(np.abs(array).max()) <= limit
+            assert float(np.std(array)) == pytest.approx(limit / 3**0.5, rel=0.1)
+
+
+def test_drop_path_drops_a_branch_of_a_sample(images: jax.Array) -> None:
+    student = StudentFunction(TINY, 16, drop_path=0.5)
+    params = student.init(jax.random.key(0))
+    still = student(params, images).features.cls
+    np.testing.assert_array_equal(still, student(params, images).features.cls)
+    run = jax.jit(lambda key: student(params, images, key=key).features.cls)
+    drawn = np.stack([run(jax.random.key(number)) for number in range(16)])
+    # The last block's two branches are each kept or dropped: four outcomes for a sample.
+    for sample in range(2):
+        assert len(np.unique(drawn[:, sample].round(4), axis=0)) == 4
+    none = StudentFunction(TINY, 16, drop_path=0.0)
+    np.testing.assert_array_equal(none(params, images, key=jax.random.key(0)).features.cls, still)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr, those inside its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
+        ):
+            if hasattr(inner, "jaxpr"):
+                yield from equations(inner.jaxpr)
+            elif hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_precision_table() -> None:
+    """Matmuls in bfloat16; LayerNorm, softmax and a float32 student's stream in float32."""
+    student = StudentFunction(TINY, 16, dtype=jnp.bfloat16)
+    params = student.init(jax.random.key(0))
+    pixels = jnp.zeros((2, 56, 56, 3))
+    inputs: dict[str, set[str]] = {}
+    for equation in equations(jax.make_jaxpr(student)(params, pixels).jaxpr):
+        kinds = {str(variable.aval.dtype) for variable in equation.invars}
+        inputs.setdefault(equation.primitive.name, set()).update(kinds)
+    assert inputs["dot_general"] == {"bfloat16"}
+    assert inputs["exp"] == inputs["rsqrt"] == {"float32"}
+    assert student(params, pixels).features.cls.dtype == jnp.float32
+
+    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params["backbone"])
+    teacher = BackboneFunction(TINY, jnp.bfloat16)
+    (stream,) = teacher.intermediates(half, pixels, (1,), normalise=False)
+    assert stream.cls.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize(
+    ("source", "target", "offset"),
+    [(37, 16, 0.1), (37, 7, 0.1), (16, 37, 0.1), (5, 9, 0.0), (37, 11, 0.0), (37, 37, 0.1)],
+)
+def test_resize_equals_pytorch(
+    source: int, target: int, offset: float, antialias: bool, rng: np.random.Generator
+) -> None:
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    table = rng.normal(size=(1, 8, source, source)).astype(np.float32)
+    size = (
+        {"scale_factor": ((target + offset) / source,) * 2} if offset else {"size": (target,) * 2}
+    )
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(table), mode="bicubic", antialias=antialias, **size
+    )
+    matrix = resize_matrix(source, target, offset, antialias)
+    found = np.einsum("hH,wW,bcHW->bchw", matrix, matrix, table)
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
+
+
+def test_specs_refuse_nonsense() -> None:
+    with pytest.raises(ValueError, match="width 10 is not divisible by 3 heads"):
+        ViTSpec(width=10, depth=1, heads=3)
+    with pytest.raises(ValueError, match="feed_forward must be one of"):
+        ViTSpec(width=12, depth=1, heads=3, feed_forward="gated")
+    with pytest.raises(ValueError, match="depth must be at least 1, found 0"):
+        ViTSpec(width=12, depth=0, heads=3)
+    fields = TINY.to_json()
+    assert ViTSpec.from_json(fields) == TINY
+    with pytest.raises(
+        ValueError, match=r"unknown field 'colour'.*missing field 'width'.*depth should be int"
+    ):
+        ViTSpec.from_json({"colour": 1, "depth": "two", "heads": 2})
