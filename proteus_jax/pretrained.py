@@ -16,7 +16,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
-from jaxtyping import UInt8
 
 from proteus_jax.convert import dinov2
 from proteus_jax.errors import InputError
@@ -145,7 +144,7 @@ class Model:
     def __repr__(self) -> str:
         return f"<proteus_jax model {self.spec}>"
 
-    def __call__(self, images: UInt8[np.ndarray | jax.Array, "b h w 3"]) -> Features:
+    def __call__(self, images: np.ndarray | jax.Array) -> Features:
         """Class token [B, D], patch tokens [B, N, D] and registers [B, R, D], float32 unless loaded
         otherwise.
 

@@ -1,4 +1,4 @@
-"""The original PyTorch code's arrays; all of them where PROTEUS_JAX_REFERENCE names their folder."""
+"""The original PyTorch code's arrays; all where PROTEUS_JAX_REFERENCE names their folder."""
 
 import os
 import subprocess

@@ -2,10 +2,12 @@
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -32,7 +34,7 @@ def read_arrays(path: Path) -> Arrays:
     wrong = [
         f"{path}: {name} should hold floats, found {array.dtype}"
         for name, array in arrays.items()
-        if not np.issubdtype(array.dtype, np.floating)
+        if not jnp.issubdtype(array.dtype, np.floating)
     ]
     if wrong:
         raise InputError(wrong)
@@ -86,11 +88,13 @@ def _read_safetensors(path: Path) -> Arrays:
 
 def _read_npz(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        # Opened here, as numpy leaves a file open that it cannot read.
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ValueError("a single array")
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            return {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path}: not a readable .npz of plain arrays ({_first_line(error)})"
         ) from None

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from proteus_jax.errors import InputError
 HASHED_BYTES = 1 << 16
 
 
+@runtime_checkable
 class Source(Protocol):
     """Images by index."""
 

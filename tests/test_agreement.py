@@ -1,0 +1,78 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from proteus_jax.evaluation.agreement import (
+    Agreement,
+    TeacherTokens,
+    centred_cosine,
+    measure,
+    neighbour_overlap,
+    teacher_tokens,
+)
+from proteus_jax.models.student import Predictions
+from proteus_jax.models.vit import Features
+
+
+def test_a_constant_student_agrees_in_nothing(rng: np.random.Generator) -> None:
+    """The reason for centring: by the raw cosine a constant looks good."""
+    teacher = rng.normal(size=(500, 64)).astype(np.float32) + 2.0
+    constant = np.broadcast_to(teacher.mean(axis=0) + 0.01, teacher.shape)
+    raw = np.sum(teacher * constant, axis=1)
+    raw /= np.linalg.norm(teacher, axis=1) * np.linalg.norm(constant, axis=1)
+    assert raw.mean() > 0.8
+    assert abs(centred_cosine(constant, teacher)) < 0.01
+    assert centred_cosine(teacher, teacher) == pytest.approx(1.0)
+    # Scale is forgiven, direction is not.
+    mean = teacher.mean(axis=0)
+    assert centred_cosine(mean + 3 * (teacher - mean), teacher) == pytest.approx(1.0, abs=1e-4)
+    assert centred_cosine(mean - (teacher - mean), teacher) == pytest.approx(-1.0, abs=1e-4)
+
+
+def test_a_student_at_the_mean_itself_is_no_division_by_zero() -> None:
+    teacher = np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32)
+    assert centred_cosine(np.zeros((2, 2), np.float32), teacher) == 0.0
+
+
+def test_neighbours_written_out(rng: np.random.Generator) -> None:
+    ours, theirs = rng.normal(size=(2, 30, 8)).astype(np.float32)
+
+    def nearest(tokens: np.ndarray, row: int) -> set[int]:
+        cosine = tokens @ tokens[row] / np.linalg.norm(tokens, axis=1)
+        return set(np.argsort(-cosine)[:6]) - {row}
+
+    expected = np.mean([len(nearest(ours, i) & nearest(theirs, i)) / 5 for i in range(30)])
+    assert neighbour_overlap(ours, theirs, 5) == pytest.approx(expected)
+    assert neighbour_overlap(theirs, 3 * theirs, 5) == 1.0
+    assert neighbour_overlap(ours[:3], theirs[:3], 5) == 1.0
+
+
+def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
+    """Ten views in batches of four equal ten in one, and batches have one size."""
+    views = rng.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    weights = rng.normal(size=(3, 6)).astype(np.float32)
+    sizes = set()
+
+    def tokens(images: np.ndarray, shift: float) -> tuple[np.ndarray, np.ndarray]:
+        sizes.add(len(images))
+        values = np.sin(images.reshape(len(images), 16, 3) @ weights + shift).astype(np.float32)
+        return values[:, 0], values
+
+    def teacher(images: np.ndarray) -> Features:
+        cls, patches = tokens(images, 0.0)
+        return Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
+
+    def student(images: np.ndarray) -> Predictions:
+        cls, patches = tokens(images, 0.3)
+        features = Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
+        return Predictions(features, jnp.asarray(cls), jnp.asarray(patches), None)
+
+    found: list[Agreement] = []
+    for batch in (4, 10):
+        target = teacher_tokens(teacher, views, batch)
+        assert isinstance(target, TeacherTokens)
+        assert target.patches.shape == (10, 16, 6)
+        found.append(measure(student, target, views, batch))
+    assert found[0] == pytest.approx(found[1])
+    assert sizes == {4, 10}
+    assert 0.5 < found[0].cls < 1

@@ -1,0 +1,172 @@
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import ROOT
+
+from proteus_jax import config
+from proteus_jax.config import Override
+from proteus_jax.errors import InputError
+from proteus_jax.losses import LossWeights
+from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.normalisation import IMAGENET
+from proteus_jax.models.specs import SPECS, ViTSpec
+from proteus_jax.optim import adamw, warmup_cosine
+from proteus_jax.step import init_state, make_train_step
+from proteus_jax.teachers import KNOWN
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+TEACHERS = {
+    "dinov2_vits14": SPECS["vit_small"],
+    "dinov2_vits14_imgfocus": SPECS["vit_small"],
+    "dinov2_vitb14": SPECS["vit_base"],
+    "dinov2_vitl14": SPECS["vit_large"],
+    "dinov2_vitg14": ViTSpec(width=1536, depth=40, heads=24, feed_forward="swiglu"),
+}
+
+
+def problems(*overrides: tuple[str, str | None]) -> list[str]:
+    try:
+        return config.load(QUICKSTART, [Override(*override) for override in overrides])[1]
+    except InputError as error:
+        return error.problems
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds(name: str) -> None:
+    """Shapes only: the whole step, with a teacher of the size that the config names."""
+    loaded, faults = config.load(str(ROOT / "configs" / f"{name}.py"), [])
+    settings: Any = loaded
+    assert faults == []
+    assert settings.teacher in KNOWN
+    teacher = BackboneFunction(TEACHERS[settings.teacher])
+    students = {
+        student: StudentFunction(SPECS[student], teacher.spec.width) for student in settings.student
+    }
+    schedule = warmup_cosine(1e-3, 1, 10)
+    step = make_train_step(
+        teacher=teacher,
+        students=students,
+        optimizer=adamw(schedule, settings.weight_decay),
+        schedule=schedule,
+        normalisation=IMAGENET,
+        weights=LossWeights(settings.loss.token, settings.loss.feature, settings.loss.patch),
+        mask_ratio=settings.mask_ratio,
+        ema_decay=settings.ema_decay,
+        seed=settings.seed,
+    )
+    crop = settings.data.crop
+    images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)
+    state = jax.eval_shape(lambda: init_state(students, adamw(schedule), ema=False, seed=0))
+    after, metrics = jax.eval_shape(step, state, teacher.shapes, images)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
+    assert all(value.shape == () for value in metrics.values())
+
+
+def test_the_papers_constants() -> None:
+    settings: Any = config.load(str(ROOT / "configs" / "vits14.py"), [])[0]
+    assert (settings.batch, settings.epochs, settings.warmup_epochs) == (1024, 300, 5)
+    assert (settings.weight_decay, settings.mask_ratio, settings.drop_path) == (0.05, 0.5, 0)
+    assert (settings.loss.token, settings.loss.feature, settings.loss.patch) == (1, 1, 1)
+    assert settings.learning_rate is settings.steps is settings.warmup_steps is None
+
+
+def test_overrides_take_the_fields_type() -> None:
+    loaded, faults = config.load(
+        QUICKSTART,
+        [
+            Override("batch", "32"),
+            Override("epochs", "2"),
+            Override("steps", "None"),
+            Override("learning_rate", "1e-4"),
+            Override("student", "vit_tiny, vit_small"),
+            Override("data.root", "~/my photos=1"),
+        ],
+    )
+    settings: Any = loaded
+    assert faults == []
+    assert (settings.batch, settings.epochs, settings.steps) == (32, 2.0, None)
+    assert settings.learning_rate == 1e-4
+    assert settings.student == ("vit_tiny", "vit_small")
+    assert settings.data.root == "~/my photos=1"
+    again: Any = config.load(QUICKSTART, [Override("student", "('vit_base',)")])[0]
+    assert again.student == ("vit_base",)
+
+
+def test_all_problems_come_in_one_list() -> None:
+    assert problems(
+        ("nonsense", "1"),
+        ("batch", "-3"),
+        ("data.rot", "x"),
+        ("learning_rate", "fast"),
+        ("seed", None),
+        ("student", "vit_tiny,vit_mini"),
+        ("loss", "3"),
+        ("epochs", "nan"),
+        ("precision", "float16"),
+        ("data.held_out.minimum", "2000"),
+    ) == [
+        "--config.nonsense: unknown field",
+        "--config.batch: expected at least 1, found -3",
+        "--config.data.rot: unknown field; did you mean --config.data.root?",
+        "--config.learning_rate: expected a number, found 'fast'",
+        "--config.seed: expected a whole number after it, found nothing",
+        f"--config.student: expected one or more different names out of {', '.join(SPECS)}, "
+        "found ('vit_tiny', 'vit_mini')",
+        "--config.loss: expected one of its fields: loss.feature, loss.patch, loss.token",
+        "--config.epochs: expected above 0, found nan",
+        "--config.precision: expected one of auto, float32, bfloat16, found 'float16'",
+        "--config.data.held_out: expected minimum to be at most maximum",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"data.crop": "100"}, "a multiple of the patch size 14, found 100"),
+        ({"batch": "15"}, "an even number, as half of the images are masked, found 15"),
+        ({"batch": "15", "loss.patch": "0"}, None),
+        ({"mask_ratio": "0.01"}, "0.01 masks no patch of a 98 px crop"),
+        ({"loss.token": "0", "loss.feature": "0", "loss.patch": "0"}, "a factor above 0"),
+        ({"student": "(1, 2)"}, "a list of names, found '(1, 2)'"),
+        ({"student": "("}, "a list of names, found '('"),
+        ({"student": ""}, "one or more different names"),
+        ({"batch": "None"}, "a whole number, found 'None'"),
+        ({"learning_rate": "inf"}, "above 0, found inf"),
+    ],
+)
+def test_what_cannot_be_right(overrides: dict[str, str], expected: str | None) -> None:
+    found = problems(*overrides.items())
+    assert len(found) == (0 if expected is None else 1)
+    assert expected is None or expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("x = (", "SyntaxError"),
+        ("x = 1", "has no attribute 'get_config'"),
+        ("def get_config(): return 3", "should return a ConfigDict, found int"),
+        (
+            "from configs import base\n"
+            "def get_config():\n c = base.get_config()\n c.bach = 1\n return c",
+            "bach",
+        ),
+        (
+            "import ml_collections\n"
+            "def get_config(): return ml_collections.ConfigDict({'batch': 2})",
+            "--config.student: missing",
+        ),
+    ],
+)
+def test_files_that_give_no_configuration(tmp_path: Path, text: str, complaint: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        config.load(str(file), [])
+    with pytest.raises(InputError, match="no such file"):
+        config.load(str(tmp_path / "absent.py"), [])

@@ -1,0 +1,124 @@
+import hashlib
+import io
+import json
+import subprocess
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import proteus_jax
+from proteus_jax import downloads, teachers
+from proteus_jax.downloads import Wheel, fetch_address, fetch_wheel_members
+from proteus_jax.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Response(io.BytesIO):
+    def __init__(self, content: bytes, length: int | None = None):
+        super().__init__(content)
+        self.headers = {"Content-Length": str(len(content) if length is None else length)}
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, length: int | None = None) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Response(content, length))
+
+
+def test_a_name_is_known_or_a_directory(tmp_path: Path, tiny_teacher: Path) -> None:
+    assert teachers.find_teacher("dinov2_vits14") is None
+    assert teachers.find_teacher(str(tiny_teacher)) == tiny_teacher
+    with pytest.raises(InputError, match="neither a directory nor one of the known names"):
+        teachers.find_teacher("dinov5")
+    with pytest.raises(InputError, match="not a model directory"):
+        teachers.find_teacher(str(tmp_path))
+    (tmp_path / "w.pth").touch()
+    with pytest.raises(InputError, match=r"a file; import it first: python convert_weights\.py"):
+        teachers.find_teacher(str(tmp_path / "w.pth"))
+
+
+def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    with pytest.raises(InputError) as caught:
+        teachers.obtain_teacher("dinov2_vits14_reg")
+    (problem,) = caught.value.problems
+    assert "dinov2_vits14_reg4_pretrain.pth (no route); fetch it where that works" in problem
+    assert str(cache / "downloads" / "dinov2_vits14_reg4_pretrain.pth") in problem
+    assert list((cache / "downloads").iterdir()) == []
+
+
+def test_a_download_is_whole_or_not_there(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    serve(monkeypatch, b"half", length=8)
+    with pytest.raises(InputError, match="the connection ended after 4 of 8 bytes"):
+        fetch_address("https://example.org/w.bin")
+    assert list((cache / "downloads").iterdir()) == []
+
+
+def test_the_first_digest_is_the_one_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, b"first")
+    file = fetch_address("https://example.org/w.bin")
+    record = json.loads((file.parent / "sha256.json").read_text())
+    assert record == {"https://example.org/w.bin": hashlib.sha256(b"first").hexdigest()}
+    serve(monkeypatch, b"never asked for again")
+    assert fetch_address("https://example.org/w.bin").read_bytes() == b"first"
+    file.write_bytes(b"spoilt")
+    with pytest.raises(InputError, match=r"as at first, found .*; remove the file"):
+        fetch_address("https://example.org/w.bin")
+    file.unlink()
+    with pytest.raises(InputError, match="as at first"):
+        fetch_address("https://example.org/w.bin")
+
+
+def pip_that_brings(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        assert command[1:4] == ["-m", "pip", "download"]
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "a-1-py3-none-any.whl").write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(downloads.subprocess, "run", run)
+
+
+def test_a_wheel_is_an_archive_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/../../escaped.bin", b"data")
+        file.writestr("a/__init__.py", "raise SystemExit('imported')")
+    pip_that_brings(archive.getvalue(), monkeypatch)
+    digest = hashlib.sha256(archive.getvalue()).hexdigest()
+    wheel = Wheel(package="a", version="1", sha256=digest)
+    (found,) = fetch_wheel_members(wheel, ["a/../../escaped.bin"], tmp_path)
+    assert found == tmp_path / "escaped.bin"
+    assert [path.name for path in tmp_path.iterdir()] == ["escaped.bin"]
+    with pytest.raises(InputError, match=f"a==1: its sha256 should be {'0' * 64}, found {digest}"):
+        fetch_wheel_members(Wheel(package="a", version="1", sha256="0" * 64), [], tmp_path)
+
+
+def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: x\nERROR: No matching distribution"
+        )
+
+    monkeypatch.setattr(downloads.subprocess, "run", run)
+    with pytest.raises(InputError, match=r"a==1: pip could not download it \(ERROR: No matching"):
+        fetch_wheel_members(Wheel(package="a", version="1", sha256=""), [], tmp_path)
+
+
+def test_load_takes_directories_and_says_what_is_none(tiny_teacher: Path, tmp_path: Path) -> None:
+    model = proteus_jax.load(tiny_teacher)
+    assert model(np.zeros((1, 14, 14, 3), np.uint8)).cls.shape == (1, 32)
+    with pytest.raises(InputError, match="neither a model directory"):
+        proteus_jax.load(tmp_path)
+    with pytest.raises(InputError, match="neither a directory nor one of the known names"):
+        proteus_jax.load(tmp_path / "absent")
