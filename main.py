@@ -2,8 +2,8 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE]
 
-Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training diverged; 75
-interrupted, the same command goes on.
+Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training diverged;
+75 interrupted: the same command goes on.
 """
 
 import sys
@@ -68,9 +68,7 @@ def main() -> int:
         return distil(sys.argv[1:], console)
     except InputError as error:
         count = len(error.problems)
-        console.error(
-            f"{count} problem{'' if count == 1 else 's'} with the input; nothing was written:"
-        )
+        console.error(f"{count} problem{'' if count == 1 else 's'} with the input:")
         for problem in error.problems:
             console.error(f"  {problem}")
         return WRONG_INPUT

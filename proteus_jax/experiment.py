@@ -4,9 +4,10 @@ devices.
 Everything that can be wrong is found here, before anything is written.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,40 +60,48 @@ class Experiment:
 
 
 def open_inputs(config: Any, workdir: Path | None, known: Sequence[str] = ()) -> Inputs:
-    """Finds the images and the teacher, which may be fetched into the cache.
+    """Finds the images and the teacher; what a package index or a server has is fetched into the
+    cache.
 
-    InputError lists all that is wrong, with the problems that are known already first.
+    InputError lists all that is wrong, with the problems that are known already first. Nothing is
+    fetched while anything is wrong: a download of gigabytes must not come before the news of a
+    misspelt path.
     """
     problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
-    split = None
-    try:
-        split = _open_images(config)
-    except InputError as error:
-        problems += [f"--config.data.root: {problem}" for problem in error.problems]
-    try:
-        # Only look: a download of gigabytes must not come before the news of a misspelt path.
-        found = find_teacher(config.teacher)
-        problems += _check_teacher(config, found)
-        if not problems:
-            found = obtain_teacher(config.teacher)
-            problems += _check_teacher(config, found)
-    except InputError as error:
-        problems += [f"--config.teacher: {problem}" for problem in error.problems]
-    if problems:
+    split, teacher = None, None
+    if config.data.root != pictures.NAME:
+        with _collecting(problems, "--config.data.root"):
+            split = _open_folder(config)
+    with _collecting(problems, "--config.teacher"):
+        teacher = find_teacher(config.teacher)
+        problems += _check_teacher(config, teacher)
+    if not problems and split is None:
+        with _collecting(problems, "--config.data.root"):
+            split = pictures.open_pictures()
+    if not problems and teacher is None:
+        with _collecting(problems, "--config.teacher"):
+            teacher = obtain_teacher(config.teacher)
+            problems += _check_teacher(config, teacher)
+    if problems or split is None or teacher is None:
         raise InputError(problems)
-    assert split is not None
-    return Inputs(split=split, teacher=obtain_teacher(config.teacher))
+    return Inputs(split=split, teacher=teacher)
 
 
-def _open_images(config: Any) -> Split:
-    if config.data.root == pictures.NAME:
-        return pictures.open_pictures()
+@contextlib.contextmanager
+def _collecting(problems: list[str], field: str) -> Iterator[None]:
+    """What the block finds wrong goes to the list, under the field that it is about."""
+    try:
+        yield
+    except InputError as error:
+        problems += [f"{field}: {problem}" for problem in error.problems]
+
+
+def _open_folder(config: Any) -> Split:
     if not config.data.root:
         raise InputError(f'name a folder of images, or "{pictures.NAME}"')
     held_out = config.data.held_out
-    return open_folder(
-        config.data.root, HeldOut(held_out.share, held_out.minimum, held_out.maximum)
-    )
+    limits = HeldOut(held_out.share, held_out.minimum, held_out.maximum)
+    return open_folder(config.data.root, limits)
 
 
 def _check_workdir(workdir: Path | None) -> list[str]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,12 @@ from proteus_jax import sharding
 from proteus_jax.checkpoint import Checkpoints, differences
 from proteus_jax.console import Console, duration
 from proteus_jax.data.pipeline import held_out_views, training_batches
+from proteus_jax.data.sources import Source
 from proteus_jax.errors import Diverged, InputError
 from proteus_jax.evaluation import agreement
 from proteus_jax.experiment import Experiment, Inputs, build
-from proteus_jax.metrics import MetricsWriter, parameter_table, read_metrics
+from proteus_jax.messages import conclude, introduce
+from proteus_jax.metrics import MetricsWriter, parameter_table
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
@@ -48,7 +50,7 @@ def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
         write_atomically(
             workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n"
         )
-        _introduce(experiment, workdir, resumed, console)
+        introduce(experiment, workdir, resumed, console)
         with _StopRequest() as stop:
             return _Run(experiment, workdir, console, checkpoints, stop).to_the_end(resumed)
 
@@ -108,11 +110,17 @@ class _Run:
         )
         self.pending: _Pending | None = None
         self.unreadable: set[int] = set()
-        held_out = experiment.split.held_out
         self.views, self.target = None, None
-        if held_out is not None:
-            count = self.config.data.held_out.views
-            self.views, _ = held_out_views(held_out, count=count, size=self.config.data.crop)
+        if experiment.split.held_out is not None:
+            self.views = self.held_out_views(experiment.split.held_out)
+
+    def held_out_views(self, source: Source) -> np.ndarray:
+        """The fixed views that agreement is measured on; what of it cannot be read is named."""
+        data = self.config.data
+        views, unreadable = held_out_views(source, count=data.held_out.views, size=data.crop)
+        for index in unreadable:
+            self.console.line(f"{source.name(index)} cannot be read; it is not measured on")
+        return views
 
     def to_the_end(self, resumed: int | None) -> int:
         """Restores or begins, trains, exports, and says what was learnt."""
@@ -138,28 +146,22 @@ class _Run:
             )
             return INTERRUPTED
         self.checkpoints.wait()
+        if self.unreadable:
+            self.console.line(
+                f"{len(self.unreadable)} images could not be read; others took their place"
+            )
         directories = _export(experiment, state, self.workdir)
-        _conclude(experiment, self.workdir, directories, self.console)
+        conclude(experiment, self.workdir, directories, self.console)
         return DONE
 
     def train(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Steps until the end or a request to stop; the last one is saved."""
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
-        batches = training_batches(
-            experiment.split.training,
-            size=config.data.crop,
-            batch=config.batch,
-            steps=range(step, total),
-            seed=config.seed,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            threads=config.data.threads,
-        )
         self.console.progress(f"step {step}/{total}: compiling")
         self.began, self.began_at = time.monotonic(), step
         clock = _Clock()
         stopping = False
-        with jax.transfer_guard("disallow"):
+        with contextlib.closing(self.batches(step)) as batches, jax.transfer_guard("disallow"):
             while step < total and not stopping:
                 with clock.waiting():
                     batch = next(batches)
@@ -183,6 +185,20 @@ class _Run:
                     self.metrics.sync()
                     self.checkpoints.save(step, state, experiment.facts)
         return state, step
+
+    def batches(self, step: int) -> Any:
+        """This host's batches from a step on; to be closed, as threads read ahead."""
+        config = self.config
+        return training_batches(
+            self.experiment.split.training,
+            size=config.data.crop,
+            batch=config.batch,
+            steps=range(step, self.experiment.total_steps),
+            seed=config.seed,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=config.data.threads,
+        )
 
     def note_unreadable(self, indices: np.ndarray) -> None:
         """Names an image that cannot be read, once."""
@@ -288,41 +304,6 @@ class _Clock:
         return result
 
 
-def _introduce(
-    experiment: Experiment, workdir: Path, resumed: int | None, console: Console
-) -> None:
-    config, card = experiment.config, experiment.teacher_card
-    teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
-    devices = jax.devices()
-    console.line(
-        f"proteus_jax {proteus_jax.__version__} on {len(devices)} x {devices[0].device_kind}"
-    )
-    console.line(
-        f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, "
-        f"{teacher_size / 1e6:.1f} M parameters"
-    )
-    for name, shapes in experiment.state_shapes.params.items():
-        size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
-        spec = experiment.students[name].spec
-        console.line(
-            f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M "
-            "parameters"
-        )
-    split = experiment.split
-    console.line(f"images   {len(split.training)} to train on, from {config.data.root}")
-    if split.skipped:
-        console.line(
-            f"         {len(split.skipped)} files are no images and are skipped, as "
-            f"{split.skipped[0]}"
-        )
-    console.line(
-        f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} "
-        f"px, in {workdir}"
-    )
-    if resumed is not None:
-        console.line(f"resuming at step {resumed}")
-
-
 def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:
     """The backbones alone, as model directories; the averaged ones beside them where there are
     any.
@@ -350,44 +331,3 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
             average = workdir / "student_ema" / name if several else workdir / "student_ema"
             save_model(average, state.ema[name], card, replace=True)
     return directories
-
-
-def _conclude(
-    experiment: Experiment, workdir: Path, directories: Sequence[Path], console: Console
-) -> None:
-    """What was learnt, where it lies, and how to load it."""
-    rows = list(read_metrics(workdir))
-    for name, directory in zip(experiment.students, directories, strict=True):
-        prefix = f"{name}/" if len(directories) > 1 else ""
-        console.line()
-        console.line(f"what {name} learnt")
-        for text in _learnt(rows, prefix):
-            console.line("  " + text)
-        console.line(f"it lies in {directory}; to use it:")
-        console.line()
-        console.line("  import proteus_jax")
-        console.line(f'  model = proteus_jax.load("{directory}")')
-        side = experiment.config.data.crop
-        console.line(
-            f"  features = model(images)  # uint8 [B, {side}, {side}, 3] -> .cls [B, D], "
-            ".patches [B, N, D]"
-        )
-
-
-def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
-    steps = [row for row in rows if prefix + "loss" in row]
-    if steps:
-        yield f"{'':38}{'first step':>12}{'last 10':>10}"
-        for key in ("token_loss", "feature_loss", "patch_loss"):
-            last = np.mean([row[prefix + key] for row in steps[-10:]])
-            yield f"{key.replace('_', ' '):38}{steps[0][prefix + key]:12.3f}{last:10.3f}"
-    measured = [row for row in rows if prefix + "agreement_class" in row]
-    if measured:
-        yield f"{'on held-out views':38}{'before':>12}{'after':>10}"
-        labels = {
-            "agreement_class": "centred cosine, class token",
-            "agreement_patch": "centred cosine, patch tokens",
-            "neighbour_overlap": f"share of {agreement.NEIGHBOURS} nearest neighbours",
-        }
-        for key, label in labels.items():
-            yield f"{label:38}{measured[0][prefix + key]:12.3f}{measured[-1][prefix + key]:10.3f}"

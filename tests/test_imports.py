@@ -24,6 +24,7 @@ LAYERS = [
     ("teachers", "metrics", "checkpoint", "config"),
     ("evaluation", "loading"),
     ("experiment",),
+    ("messages",),
     ("train",),
 ]
 # Where an outside library may be named.

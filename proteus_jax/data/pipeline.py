@@ -7,7 +7,7 @@ batches, and nothing of the loader needs to be saved
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -80,7 +80,7 @@ def training_batches(
     host: int = 0,
     hosts: int = 1,
     threads: int = 2,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
     """The batches of the given steps, this host's contiguous share of the slots of each.
 
     `batch` is the global size and a multiple of `hosts`.

@@ -1,0 +1,89 @@
+"""What a run says at its beginning and at its end."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import proteus_jax
+from proteus_jax.console import Console
+from proteus_jax.evaluation.agreement import NEIGHBOURS
+from proteus_jax.experiment import Experiment
+from proteus_jax.metrics import read_metrics
+
+
+def introduce(experiment: Experiment, workdir: Path, resumed: int | None, console: Console) -> None:
+    """Who teaches whom with which images, and how far it is."""
+    config, card = experiment.config, experiment.teacher_card
+    teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
+    devices = jax.devices()
+    console.line(
+        f"proteus_jax {proteus_jax.__version__} on {len(devices)} x {devices[0].device_kind}"
+    )
+    console.line(
+        f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, "
+        f"{teacher_size / 1e6:.1f} M parameters"
+    )
+    for name, shapes in experiment.state_shapes.params.items():
+        size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
+        spec = experiment.students[name].spec
+        console.line(
+            f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M "
+            "parameters"
+        )
+    split = experiment.split
+    console.line(f"images   {len(split.training)} to train on, from {config.data.root}")
+    if split.skipped:
+        console.line(
+            f"         {len(split.skipped)} files are no images and are skipped, as "
+            f"{split.skipped[0]}"
+        )
+    console.line(
+        f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} "
+        f"px, in {workdir}"
+    )
+    if resumed is not None:
+        console.line(f"resuming at step {resumed}")
+
+
+def conclude(
+    experiment: Experiment, workdir: Path, directories: Sequence[Path], console: Console
+) -> None:
+    """What was learnt, where it lies, and how to load it."""
+    rows = list(read_metrics(workdir))
+    for name, directory in zip(experiment.students, directories, strict=True):
+        prefix = f"{name}/" if len(directories) > 1 else ""
+        console.line()
+        console.line(f"what {name} learnt")
+        for text in _learnt(rows, prefix):
+            console.line("  " + text)
+        console.line(f"it lies in {directory}; to use it:")
+        console.line()
+        console.line("  import proteus_jax")
+        console.line(f'  model = proteus_jax.load("{directory}")')
+        side = experiment.config.data.crop
+        console.line(
+            f"  features = model(images)  # uint8 [B, {side}, {side}, 3] -> .cls [B, D], "
+            ".patches [B, N, D]"
+        )
+
+
+def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+    steps = [row for row in rows if prefix + "loss" in row]
+    if steps:
+        yield f"{'':38}{'first step':>12}{'last 10':>10}"
+        for key in ("token_loss", "feature_loss", "patch_loss"):
+            last = np.mean([row[prefix + key] for row in steps[-10:]])
+            yield f"{key.replace('_', ' '):38}{steps[0][prefix + key]:12.3f}{last:10.3f}"
+    measured = [row for row in rows if prefix + "agreement_class" in row]
+    if measured:
+        yield f"{'on held-out views':38}{'before':>12}{'after':>10}"
+        labels = {
+            "agreement_class": "centred cosine, class token",
+            "agreement_patch": "centred cosine, patch tokens",
+            "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
+        }
+        for key, label in labels.items():
+            yield f"{label:38}{measured[0][prefix + key]:12.3f}{measured[-1][prefix + key]:10.3f}"

