@@ -1,5 +1,6 @@
 import pickle
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ SPECS = {
 }
 
 
-def official(spec: ViTSpec) -> dict[str, np.ndarray]:
+def official(spec: ViTSpec) -> dict[str, Any]:
     """Random weights under the official names; none is constant, so that a mix-up would show."""
     arrays = dinov2.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
     rng = np.random.default_rng(0)
@@ -279,7 +280,9 @@ def test_verify_compares_with_transformers(
     pytest.importorskip("torch", reason="needs requirements-parity.txt")
     spec = SPECS[name]
     # Weights as large as a trained model's: with tiny ones errors would drown in the stream.
-    arrays = dinov2.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
+    arrays: dict[str, Any] = dinov2.from_params(
+        BackboneFunction(spec).init(jax.random.key(0)), spec
+    )
     np.savez(tmp_path / "w.npz", **arrays)
     import_weights(tmp_path / "w.npz", tmp_path / "model", heads=spec.heads)
     command = ["verify", str(tmp_path / "model"), "--images", str(photographs), "--against"]

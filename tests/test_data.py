@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from proteus_jax.errors import InputError
 NONE = HeldOut(0.0, 1, 1)
 
 
-def save(path: Path, array: np.ndarray, **options: object) -> None:
+def save(path: Path, array: np.ndarray, **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
 

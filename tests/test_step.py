@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def test_losses_against_numpy(teacher_params: dict, batches: np.ndarray) -> None
     chosen = np.asarray(mask)
     patch = np.mean((said.patch[chosen] - target.patches[::2][chosen]) ** 2)
     total = 2 * token + 0.5 * feature + 3 * patch
-    assert_close(found, Losses(total, token, feature, patch), 1e-5)
+    assert_close(found, Losses(*map(jnp.asarray, (total, token, feature, patch))), 1e-5)
 
 
 def test_several_students_equal_each_alone(
@@ -244,7 +245,7 @@ def test_without_a_patch_loss_nothing_is_masked(teacher_params: dict, batches: n
 
 
 def test_schedule_is_timms_by_step() -> None:
-    schedule = warmup_cosine(1e-3, 5, 300)
+    schedule: Any = warmup_cosine(1e-3, 5, 300)
     assert float(schedule(0)) == pytest.approx(1e-6)
     assert float(schedule(4)) == pytest.approx(1e-6 + 4 * (1e-3 - 1e-6) / 5)
     # The cosine counts from 0: at the end of the warm-up it has already begun.
@@ -252,7 +253,8 @@ def test_schedule_is_timms_by_step() -> None:
         expected = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * step / 300))
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
     assert float(schedule(400)) == pytest.approx(1e-5)
-    assert float(warmup_cosine(1e-3, 0, 10)(0)) == pytest.approx(1e-3)
+    without: Any = warmup_cosine(1e-3, 0, 10)
+    assert float(without(0)) == pytest.approx(1e-3)
     assert scaled_learning_rate(1024) == pytest.approx(1e-3)
 
 
@@ -271,7 +273,8 @@ def test_optimizer_is_pytorchs() -> None:
     start = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
     theirs = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.05)
-    ours, params = adamw(1e-2), {"kernel": jnp.asarray(start)}
+    ours = adamw(1e-2)
+    params: Any = {"kernel": jnp.asarray(start)}
     state = ours.init(params)
     for step in range(5):
         gradient = np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
