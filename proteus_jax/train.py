@@ -23,7 +23,7 @@ from proteus_jax.console import Console, duration
 from proteus_jax.data.pipeline import held_out_views, training_batches
 from proteus_jax.data.sources import Source
 from proteus_jax.errors import Diverged, InputError
-from proteus_jax.evaluation import agreement
+from proteus_jax.evaluation import agreement, picture
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.messages import conclude, introduce
 from proteus_jax.metrics import MetricsWriter, parameter_table
@@ -32,6 +32,7 @@ from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
 
 DONE, INTERRUPTED = 0, 75
+PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
 def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
@@ -151,6 +152,7 @@ class _Run:
                 f"{len(self.unreadable)} images could not be read; others took their place"
             )
         directories = _export(experiment, state, self.workdir)
+        self.draw(state)
         conclude(experiment, self.workdir, directories, self.console)
         return DONE
 
@@ -222,6 +224,24 @@ class _Run:
             raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
         self.metrics.write(step, values)
         self.show(step, values)
+
+    def draw(self, state: TrainState) -> None:
+        """agreement.png: patch tokens of some held-out views, of the teacher and of each student."""
+        path = self.workdir / PICTURE
+        if self.views is None or path.is_file():
+            return
+        # The students before are no part of a checkpoint: the seed makes them again.
+        moments = (("before", self.experiment.init()), ("after", state))
+        batch = self.views[np.arange(self.config.batch) % len(self.views)]
+        rows = min(PICTURE_ROWS, len(batch))
+        taught = self.experiment.teacher_features(batch).patches[:rows]
+        said = [
+            (f"{name} {moment}", self.experiment.predictions(name, at.params[name], batch).feature)
+            for name in self.experiment.students
+            for moment, at in moments
+        ]
+        columns = [(title, tokens[:rows]) for title, tokens in said]
+        picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
 
     def renamed(self, values: dict[str, float]) -> dict[str, float]:
         """With one student its name is left out of the keys."""

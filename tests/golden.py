@@ -209,10 +209,9 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     student_spec = _spec(_under(arrays, "student/backbone/"), meta, "student_heads")
     teacher = BackboneFunction(teacher_spec)
     student = StudentFunction(student_spec, teacher_spec.width)
-    teacher_params = dinov2.to_params(
-        _under(arrays, "teacher/"), teacher_spec, optional=("mask_token",)
-    )
-    params = _student_params(arrays, student_spec)
+    taught = dinov2.to_params(_under(arrays, "teacher/"), teacher_spec, optional=("mask_token",))
+    teacher_params = jax.tree.map(jnp.asarray, taught)
+    params = jax.tree.map(jnp.asarray, _student_params(arrays, student_spec))
     weights = LossWeights(*(float(value) for value in arrays["lambda_token_fea_patch"]))
     optimizer = adamw(float(arrays["lr"]), float(arrays["weight_decay"]))
     state = optimizer.init(params)

@@ -10,6 +10,7 @@ from proteus_jax.evaluation.agreement import (
     neighbour_overlap,
     teacher_tokens,
 )
+from proteus_jax.evaluation.picture import CELL, GAP, HEADING, agreement_picture
 from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features
 
@@ -76,3 +77,18 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
     assert found[0] == pytest.approx(found[1])
     assert sizes == {4, 10}
     assert 0.5 < found[0].cls < 1
+
+
+def test_the_picture_has_the_teachers_colours(rng: np.random.Generator) -> None:
+    """A student that equals its teacher looks like it, one at the teacher's mean is grey all over."""
+    views = rng.integers(0, 256, (3, 28, 56, 3), dtype=np.uint8)
+    teacher = rng.normal(size=(3, 8, 16)).astype(np.float32)
+    mean = np.broadcast_to(teacher.mean(axis=(0, 1)), teacher.shape)
+    sheet = np.asarray(agreement_picture(views, teacher, [("same", teacher), ("mean", mean)]))
+    columns = [
+        sheet[HEADING:, start : start + CELL] for start in range(0, sheet.shape[1], CELL + GAP)
+    ]
+    assert len(columns) == 4
+    np.testing.assert_array_equal(columns[1], columns[2])
+    assert columns[1].std() > 40
+    assert columns[3][:CELL].std(axis=(0, 1)).max() < 1

@@ -288,7 +288,8 @@ def test_verify_compares_with_transformers(
     command = ["verify", str(tmp_path / "model"), "--images", str(photographs), "--against"]
     assert convert_weights.main([*command, str(tmp_path / "w.npz")]) == 0
     assert "equal" in capsys.readouterr().out
-    arrays["blocks.0.mlp.fc2.bias" if name != "swiglu" else "blocks.0.mlp.w3.bias"] += 0.01
+    changed = "blocks.0.mlp.w3.bias" if name == "swiglu" else "blocks.0.mlp.fc2.bias"
+    arrays[changed] = arrays[changed] + 0.01
     np.savez(tmp_path / "other.npz", **arrays)
     assert convert_weights.main([*command, str(tmp_path / "other.npz")]) == 1
     assert "FAIL block 0" in capsys.readouterr().out

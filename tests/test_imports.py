@@ -33,7 +33,7 @@ DOORS = {
     "orbax": ("checkpoint",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
-    "PIL": ("data.",),
+    "PIL": ("data.", "evaluation.picture"),
     "tensorboardX": ("metrics",),
     "clu": ("metrics",),
     "torch": ("convert.",),

@@ -1,6 +1,7 @@
 """Weight files as named numpy arrays. Whatever the format, a file is data and never code."""
 
 import pickle
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -53,8 +54,11 @@ def _read_torch(path: Path) -> Arrays:
             f"{path}: reading a PyTorch file needs torch: pip install -r requirements-parity.txt"
         ) from None
     try:
-        # weights_only keeps the pickle to tensors and containers: nothing in the file can run.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # It warns of every pickle protocol but its own; what it cannot read it refuses anyway.
+            warnings.simplefilter("ignore")
+            # weights_only keeps the pickle to tensors and containers: nothing in the file can run.
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused: a state dict of tensors is expected, this pickle wants more "

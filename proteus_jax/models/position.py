@@ -27,6 +27,9 @@ def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> n
     """
     step = source / (target + offset)
     centre = (np.arange(target)[:, None] + 0.5) * step
+    if antialias and source == target:
+        # PyTorch skips an axis whose length stays, whatever the scale factor; only here.
+        return np.eye(source, dtype=np.float32)
     if antialias:
         stretch = max(step, 1.0)
         first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)
