@@ -226,7 +226,7 @@ class _Run:
         self.show(step, values)
 
     def draw(self, state: TrainState) -> None:
-        """agreement.png: patch tokens of some held-out views, of the teacher and of each student."""
+        """Patch tokens of some held-out views as colours: the teacher's and each student's."""
         path = self.workdir / PICTURE
         if self.views is None or path.is_file():
             return
@@ -234,13 +234,13 @@ class _Run:
         moments = (("before", self.experiment.init()), ("after", state))
         batch = self.views[np.arange(self.config.batch) % len(self.views)]
         rows = min(PICTURE_ROWS, len(batch))
-        taught = self.experiment.teacher_features(batch).patches[:rows]
+        taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
         said = [
             (f"{name} {moment}", self.experiment.predictions(name, at.params[name], batch).feature)
             for name in self.experiment.students
             for moment, at in moments
         ]
-        columns = [(title, tokens[:rows]) for title, tokens in said]
+        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
         picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
 
     def renamed(self, values: dict[str, float]) -> dict[str, float]:

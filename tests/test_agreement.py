@@ -80,7 +80,7 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
 
 
 def test_the_picture_has_the_teachers_colours(rng: np.random.Generator) -> None:
-    """A student that equals its teacher looks like it, one at the teacher's mean is grey all over."""
+    """A student that equals its teacher looks like it; one at the teacher's mean has no colour."""
     views = rng.integers(0, 256, (3, 28, 56, 3), dtype=np.uint8)
     teacher = rng.normal(size=(3, 8, 16)).astype(np.float32)
     mean = np.broadcast_to(teacher.mean(axis=(0, 1)), teacher.shape)

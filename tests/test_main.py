@@ -92,7 +92,8 @@ def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess
     assert all("agreement_patch" in rows[step] for step in measured)
     config = json.loads((workdir / "config.json").read_text())
     assert (config["batch"], config["student"], config["seed"]) == (4, ["vit_tiny"], 0)
-    assert Image.open(workdir / "agreement.png").size == (4 * 144 - 4, 24 + 4 * 144 - 4)
+    with Image.open(workdir / "agreement.png") as picture:
+        assert picture.size == (4 * 144 - 4, 24 + 4 * 144 - 4)
     assert result.stderr == ""
     printed = result.stdout
     assert "24 to train on" in printed
