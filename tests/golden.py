@@ -101,6 +101,10 @@ def _spec(weights: Arrays, meta: Arrays, heads: str = "heads") -> ViTSpec:
         changes["norm_epsilon"] = float(meta["norm_eps"])
     if "interpolate_offset" in meta:
         changes["interpolate_offset"] = float(meta["interpolate_offset"])
+        # DINOv2 has an offset or antialias, never both: a file that names one need not name the
+        # other.
+        if changes["interpolate_offset"]:
+            changes["interpolate_antialias"] = False
     if "interpolate_antialias" in meta:
         changes["interpolate_antialias"] = bool(meta["interpolate_antialias"])
     return dataclasses.replace(spec, **changes)
