@@ -36,6 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return WRONG_INPUT
+    except OSError as error:
+        # A directory that cannot be written to, a full disk: nothing half-written remains.
+        print(
+            f"{error.filename or 'convert_weights.py'}: {error.strerror or error}", file=sys.stderr
+        )
+        return WRONG_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
