@@ -18,7 +18,8 @@ from PIL import Image
 
 from proteus_jax.convert.importer import import_weights
 from proteus_jax.convert.verify import TOLERANCE, verify
-from proteus_jax.data import images, pictures, sources
+from proteus_jax.data import images, pictures
+from proteus_jax.data.catalog import open_source
 from proteus_jax.errors import InputError
 from proteus_jax.pretrained import ModelCard, load_card
 from proteus_jax.teachers import KNOWN, obtain_teacher
@@ -130,12 +131,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _photographs(folder: Path | None, side: int) -> np.ndarray:
     """Square middles of photographs, uint8 [n, side, side, 3]."""
     if folder is None:
-        arrays = [images.read(pictures.obtain_pictures() / name) for name in PHOTOGRAPHS]
+        found = pictures.obtain_pictures()
+        arrays = [images.decode((found / name).read_bytes()) for name in PHOTOGRAPHS]
     else:
-        split = sources.open_folder(folder, sources.HeldOut(0.0, 1, 1))
+        source, _ = open_source(str(folder))
         arrays = [
-            split.training.image(index)
-            for index in range(min(len(split.training), len(PHOTOGRAPHS)))
+            images.opened(source.read(index)).pixels()
+            for index in range(min(len(source), len(PHOTOGRAPHS)))
         ]
     return np.stack([_square(array, side) for array in arrays])
 

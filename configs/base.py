@@ -59,13 +59,40 @@ def get_config() -> ml_collections.ConfigDict:
     config.fsdp = 1
 
     config.data = ml_collections.ConfigDict()
-    # A folder of images, searched to its bottom, no labels; or "scikit-image": the nineteen
-    # pictures of that wheel.
-    config.data.root = ""
+    # Where the images are, no labels needed: a folder, searched to its bottom; a text file of
+    # paths; one image; tar, parquet or ArrayRecord files (as DIR/train-*.parquet, or their folder);
+    # tfds:NAME; gs:// and s3:// (docs/data.md says which); what --doctor wrote; or "scikit-image":
+    # the nineteen pictures of that wheel. Several are mixed.
+    config.data.root = ()
+    # Shares of several roots in the mixture; where none are given, each has as much as it has
+    # images.
+    config.data.weights = ()
+    # A part of the images: a share of the classes, and a share of the images of each class.
+    config.data.subset = ml_collections.ConfigDict()
+    config.data.subset.classes = 1.0
+    config.data.subset.images = 1.0
+    # Images of an epoch; where none is given, as many as there are.
+    config.data.epoch = config_dict.placeholder(int)
+    # Views of an image in a row, each augmented on its own; an epoch is as long as without.
+    config.data.repeats = 3
     # Side of the training crops in pixels, a multiple of the patch size (14).
     config.data.crop = 224
-    # Threads that decode and crop.
-    config.data.threads = 16
+    # RandAugment: operations an image (0 does without), their magnitude from 0 to 10 and its
+    # deviation, and the chance of each to be applied.
+    config.data.randaugment = ml_collections.ConfigDict()
+    config.data.randaugment.operations = 2
+    config.data.randaugment.magnitude = 9.0
+    config.data.randaugment.deviation = 0.5
+    config.data.randaugment.probability = 0.5
+    # Share of the images that get a box of noise.
+    config.data.erasing = 0.25
+    # Processes that decode and augment; where none is given, the host's cores less two, and none on
+    # a host of four cores or fewer.
+    config.data.workers = config_dict.placeholder(int)
+    # Threads that do it where there are no such processes.
+    config.data.threads = 4
+    # A run stops when a larger share of the images than this cannot be read.
+    config.data.unreadable = 0.1
     # Whole images of a folder that are never trained on: a share of it, at least and at most so
     # many; 0 holds none.
     config.data.held_out = ml_collections.ConfigDict()

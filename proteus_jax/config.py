@@ -18,13 +18,15 @@ from proteus_jax.models.specs import SPECS
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Fields that may be left without a value: another one decides then.
-_OPTIONAL = ("steps", "learning_rate", "warmup_steps")
+_OPTIONAL = ("steps", "learning_rate", "warmup_steps", "data.epoch", "data.workers")
+# Lists of numbers; every other list is one of texts.
+_NUMBERS = ("data.weights",)
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
     str: "text",
     bool: "true or false",
-    tuple: "a list of names",
+    tuple: "a list",
 }
 
 
@@ -96,6 +98,8 @@ def _assign(config: ml_collections.ConfigDict, field: str, text: str | None) -> 
     absent = field in _OPTIONAL and text in ("None", "none")
     try:
         value = None if absent else _parse(kind, text)
+        if field in _NUMBERS:
+            value = tuple(float(part) for part in value or ())
     except (ValueError, SyntaxError):
         raise InputError(
             f"--config.{field}: expected {_TYPE_NAMES[kind]}, found {text!r}"
@@ -131,11 +135,9 @@ def _parse(kind: type, text: str | None) -> Any:
     assert text is not None
     if kind is tuple:
         if text.strip().startswith(("(", "[")):
-            value = ast.literal_eval(text)
+            value = [str(part) for part in ast.literal_eval(text)]
         else:
             value = [part.strip() for part in text.split(",") if part.strip()]
-        if not all(isinstance(part, str) for part in value):
-            raise ValueError(text)
         return tuple(value)
     return kind(text)
 
@@ -180,8 +182,27 @@ _RULES: dict[str, _Rule] = {
         lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
     ),
     "fsdp": _at_least(1),
+    "data.root": _Rule(
+        lambda roots: all(isinstance(root, str) and root for root in roots),
+        "one or more places of images",
+    ),
+    "data.weights": _Rule(
+        lambda weights: all(isinstance(w, float | int) and 0 < w < math.inf for w in weights),
+        "numbers above 0",
+    ),
+    "data.subset.classes": _Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "data.subset.images": _Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "data.epoch": _at_least(1),
+    "data.repeats": _at_least(1),
     "data.crop": _at_least(1),
+    "data.randaugment.operations": _at_least(0),
+    "data.randaugment.magnitude": _Rule(lambda value: 0 <= value <= 10, "from 0 to 10"),
+    "data.randaugment.deviation": _at_least(0),
+    "data.randaugment.probability": _share(),
+    "data.erasing": _share(),
+    "data.workers": _at_least(0),
     "data.threads": _at_least(0),
+    "data.unreadable": _share(),
     "data.held_out.share": _share(below_one=True),
     "data.held_out.minimum": _at_least(1),
     "data.held_out.maximum": _at_least(1),
@@ -243,6 +264,11 @@ def _check_together(config: Any) -> list[str]:
                 f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
                 f"{config.data.crop} px crop"
             )
+    if config.data.weights and len(config.data.weights) != len(config.data.root):
+        problems.append(
+            f"--config.data.weights: expected one for each of the {len(config.data.root)} roots, "
+            f"found {len(config.data.weights)}"
+        )
     if config.data.held_out.minimum > config.data.held_out.maximum:
         problems.append("--config.data.held_out: expected minimum to be at most maximum")
     return problems

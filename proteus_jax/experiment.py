@@ -18,7 +18,11 @@ from jax.sharding import Mesh
 
 from proteus_jax import optim, sharding
 from proteus_jax.data import pictures
-from proteus_jax.data.sources import HeldOut, Split, open_folder
+from proteus_jax.data.augment import Recipe
+from proteus_jax.data.catalog import open_images
+from proteus_jax.data.order import Order
+from proteus_jax.data.randaugment import RandAugment
+from proteus_jax.data.sources import HeldOut, Split, Subset
 from proteus_jax.errors import InputError
 from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
@@ -46,6 +50,8 @@ class Experiment:
     config: Any
     mesh: Mesh
     split: Split
+    order: Order
+    recipe: Recipe
     total_steps: int
     facts: dict[str, Any]
     teacher_card: ModelCard
@@ -69,15 +75,17 @@ def open_inputs(config: Any, workdir: Path | None, known: Sequence[str] = ()) ->
     """
     problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
     split, teacher = None, None
-    if config.data.root != pictures.NAME:
+    # These come from a package index.
+    fetched = pictures.NAME in config.data.root
+    if not fetched:
         with _collecting(problems, "--config.data.root"):
-            split = _open_folder(config)
+            split = _open_images(config)
     with _collecting(problems, "--config.teacher"):
         teacher = find_teacher(config.teacher)
         problems += _check_teacher(config, teacher)
     if not problems and split is None:
         with _collecting(problems, "--config.data.root"):
-            split = pictures.open_pictures()
+            split = _open_images(config)
     if not problems and teacher is None:
         with _collecting(problems, "--config.teacher"):
             teacher = obtain_teacher(config.teacher)
@@ -96,12 +104,14 @@ def _collecting(problems: list[str], field: str) -> Iterator[None]:
         problems += [f"{field}: {problem}" for problem in error.problems]
 
 
-def _open_folder(config: Any) -> Split:
-    if not config.data.root:
-        raise InputError(f'name a folder of images, or "{pictures.NAME}"')
-    held_out = config.data.held_out
-    limits = HeldOut(held_out.share, held_out.minimum, held_out.maximum)
-    return open_folder(config.data.root, limits)
+def _open_images(config: Any) -> Split:
+    held_out, subset = config.data.held_out, config.data.subset
+    return open_images(
+        config.data.root,
+        held_out=HeldOut(held_out.share, held_out.minimum, held_out.maximum),
+        subset=Subset(subset.classes, subset.images),
+        seed=config.seed,
+    )
 
 
 def _check_workdir(workdir: Path | None) -> list[str]:
@@ -146,7 +156,7 @@ def _check_teacher(config: Any, directory: Path | None) -> list[str]:
 def build(config: Any, inputs: Inputs) -> Experiment:
     """Everything that a run needs; the teacher's weights go to the devices here."""
     mesh = sharding.make_mesh(config.fsdp)
-    images = len(inputs.split.training)
+    images = config.data.epoch or len(inputs.split.training)
     total_steps = config.steps or _steps(config.epochs, images, config.batch)
     warmup_steps = config.warmup_steps
     if warmup_steps is None:
@@ -175,6 +185,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         mask_ratio=config.mask_ratio,
         ema_decay=config.ema_decay,
         seed=config.seed,
+        erasing=config.data.erasing,
     )
 
     def init() -> TrainState:
@@ -188,12 +199,20 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         config=config,
         mesh=mesh,
         split=inputs.split,
+        order=Order(
+            config.seed, inputs.split.parts, tuple(config.data.weights), config.data.repeats
+        ),
+        recipe=Recipe(config.data.crop, RandAugment(**config.data.randaugment)),
         total_steps=total_steps,
         facts={
             "data": inputs.split.training.fingerprint,
             "seed": config.seed,
             "batch": config.batch,
             "crop": config.data.crop,
+            "weights": list(config.data.weights),
+            "repeats": config.data.repeats,
+            "randaugment": dict(config.data.randaugment),
+            "erasing": config.data.erasing,
             "student": list(config.student),
             "teacher": sha256(inputs.teacher / WEIGHTS),
             "teacher_width": card.spec.width,

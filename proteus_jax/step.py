@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, UInt8
 
+from proteus_jax.erasing import erase
 from proteus_jax.losses import Losses, LossWeights, distillation_losses
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
@@ -78,21 +79,24 @@ def make_train_step(
     mask_ratio: float,
     ema_decay: float,
     seed: int,
+    erasing: float = 0.0,
 ) -> Callable[[TrainState, Params, UInt8[Array, "b h w 3"]], tuple[TrainState, Metrics]]:
     """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state
     donated.
 
-    Randomness is a function of (seed, state.step) alone. Metrics are float32 scalars:
-    `<student>/loss`, `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and
-    `learning_rate`.
+    `erasing` is the share of the images that get a box of noise. Randomness is a function of
+    (seed, state.step) alone. Metrics are float32 scalars: `<student>/loss`,
+    `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and `learning_rate`.
     """
 
     def train_step(
         state: TrainState, teacher_params: Params, images: jax.Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        mask_key, drop_key = jax.random.split(key)
+        mask_key, drop_key, erasing_key = jax.random.split(key, 3)
         pixels = normalisation(images)
+        if erasing:
+            pixels = erase(erasing_key, pixels, erasing)
         target = jax.lax.stop_gradient(teacher(teacher_params, pixels))
         mask = None
         if weights.patch:

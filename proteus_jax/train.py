@@ -20,7 +20,7 @@ import proteus_jax
 from proteus_jax import sharding
 from proteus_jax.checkpoint import Checkpoints, differences
 from proteus_jax.console import Console, duration
-from proteus_jax.data.pipeline import held_out_views, training_batches
+from proteus_jax.data.pipeline import default_workers, held_out_views, training_batches
 from proteus_jax.data.sources import Source
 from proteus_jax.errors import Diverged, InputError
 from proteus_jax.evaluation import agreement, picture
@@ -33,6 +33,11 @@ from proteus_jax.storage import write_atomically
 
 DONE, INTERRUPTED = 0, 75
 PICTURE, PICTURE_ROWS = "agreement.png", 8
+# Images that cannot be read: so many are named; a run is not stopped before so many draws were in
+# vain.
+NAMED, FEW = 20, 5
+# A wait for images of more than this share of the time is worth a word.
+WAIT_WORTH_A_WORD = 0.1
 
 
 def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
@@ -111,6 +116,10 @@ class _Run:
         )
         self.pending: _Pending | None = None
         self.unreadable: set[int] = set()
+        self.drawn = self.replaced = 0
+        self.waited = False
+        chosen = self.config.data.workers
+        self.workers = default_workers() if chosen is None else chosen
         self.views, self.target = None, None
         if experiment.split.held_out is not None:
             self.views = self.held_out_views(experiment.split.held_out)
@@ -160,14 +169,19 @@ class _Run:
         """Steps until the end or a request to stop; the last one is saved."""
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self.console.progress(f"step {step}/{total}: compiling")
-        self.began, self.began_at = time.monotonic(), step
+        self.began, self.began_at, self.saved = time.monotonic(), step, step
         clock = _Clock()
         stopping = False
         with contextlib.closing(self.batches(step)) as batches, jax.transfer_guard("disallow"):
             while step < total and not stopping:
-                with clock.waiting():
-                    batch = next(batches)
-                self.note_unreadable(batch.unreadable)
+                try:
+                    with clock.waiting():
+                        batch = next(batches)
+                    self.note_unreadable(batch.unreadable)
+                except InputError:
+                    self.save(step, state)
+                    self.checkpoints.wait()
+                    raise
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
@@ -183,31 +197,52 @@ class _Run:
                             measured |= self.evaluate(step, state)
                     self.pending = _Pending(step, values, measured)
                 if stopping or step == total or step % config.checkpoint_every == 0:
-                    self.write_pending()
-                    self.metrics.sync()
-                    self.checkpoints.save(step, state, experiment.facts)
+                    self.save(step, state)
         return state, step
+
+    def save(self, step: int, state: TrainState) -> None:
+        """A checkpoint, once the rows before it are on the disk."""
+        self.write_pending()
+        self.metrics.sync()
+        if step > self.saved:
+            self.saved = step
+            self.checkpoints.save(step, state, self.experiment.facts)
 
     def batches(self, step: int) -> Any:
         """This host's batches from a step on; to be closed, as threads read ahead."""
         config = self.config
         return training_batches(
             self.experiment.split.training,
-            size=config.data.crop,
+            order=self.experiment.order,
+            recipe=self.experiment.recipe,
             batch=config.batch,
             steps=range(step, self.experiment.total_steps),
-            seed=config.seed,
             host=jax.process_index(),
             hosts=jax.process_count(),
+            workers=self.workers,
             threads=config.data.threads,
         )
 
     def note_unreadable(self, indices: np.ndarray) -> None:
-        """Names an image that cannot be read, once."""
-        for index in set(indices[indices >= 0].tolist()) - self.unreadable:
+        """Counts images that cannot be read, and names each once.
+
+        InputError where they are too many.
+        """
+        lost = indices[indices >= 0].tolist()
+        self.drawn += len(indices)
+        self.replaced += len(lost)
+        for index in set(lost) - self.unreadable:
             self.unreadable.add(index)
-            name = self.experiment.split.training.name(index)
-            self.console.line(f"{name} cannot be read; another image takes its place")
+            if len(self.unreadable) <= NAMED:
+                name = self.experiment.split.training.name(index)
+                self.console.line(f"{name} cannot be read; another image takes its place")
+        limit = self.config.data.unreadable
+        if lost and self.replaced >= FEW and self.replaced > limit * self.drawn:
+            raise InputError(
+                f"--config.data.unreadable: {self.replaced} of {self.drawn} images could not be "
+                f"read, the last one {self.experiment.split.training.name(lost[-1])}; expected at "
+                f"most {limit:.2%}. --doctor lists them all"
+            )
 
     def write_pending(self) -> None:
         """Fetches and writes the row that waits; Diverged where its loss is no number."""
@@ -224,6 +259,20 @@ class _Run:
             raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
         self.metrics.write(step, values)
         self.show(step, values)
+        self.say_who_waits(step, values)
+
+    def say_who_waits(self, step: int, values: dict[str, float]) -> None:
+        """One line, once, where images come too slowly; not of the first steps, which compile."""
+        if self.waited or step < self.began_at + 2 * max(self.config.log_every, 5):
+            return
+        if values["data_wait"] > WAIT_WORTH_A_WORD:
+            self.waited = True
+            self.console.line(
+                f"the device waits {values['data_wait']:.0%} of the time: this host makes "
+                f"{values['images_per_second']:.0f} images a second with "
+                f"{self.workers or self.config.data.threads} "
+                f"{'worker processes' if self.workers else 'threads'}; docs/data.md says what helps"
+            )
 
     def draw(self, state: TrainState) -> None:
         """Patch tokens of some held-out views as colours: the teacher's and each student's."""

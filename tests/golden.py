@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ if __name__ == "__main__":
 
 from proteus_jax.convert import dinov2
 from proteus_jax.convert.formats import read_arrays
+from proteus_jax.data import randaugment
 from proteus_jax.errors import InputError
 from proteus_jax.losses import Losses, LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
@@ -37,6 +39,8 @@ TOKEN_TOLERANCE = 2e-4
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 1e-4
 GRADIENT_TOLERANCE = 1e-4
 WITHIN_LEARNING_RATE, OUTSIDE_TOLERANCE = 0.02, 0.02
+COLOUR_TOLERANCE, GEOMETRY_TOLERANCE = 1.0, 2.0
+GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 HEADS = {"token_head": "token_head", "fea_head": "feature_head", "patch_head": "patch_head"}
 HEAD_ARRAYS = {
     "0.weight": ("norm", "scale"),
@@ -69,6 +73,8 @@ def check_file(path: Path, weights: Path | None = None) -> list[Check]:
     with jax.default_matmul_precision("highest"):
         if "meta/student_heads" in arrays:
             return list(_check_distillation(arrays))
+        if "fill_rgb" in arrays:
+            return list(_check_operations(arrays))
         if "image_uint8" in arrays:
             if weights is None:
                 raise InputError(
@@ -308,6 +314,30 @@ def _check_weights(arrays: Arrays, weights: Arrays) -> Iterator[Check]:
             OUTSIDE_TOLERANCE,
             "of its elements beyond 2 % of the learning rate",
         )
+
+
+def _check_operations(arrays: Arrays) -> Iterator[Check]:
+    """RandAugment's operations: `out/<operation>_m<magnitude>_<pos or neg>` and its argument."""
+    image = np.ascontiguousarray(arrays["image"])
+    for key, expected in _under(arrays, "out/").items():
+        found = re.fullmatch(r"(\w+)_m([\d.]+)_(pos|neg)", key)
+        if not found or found[1] not in randaugment.OPERATIONS:
+            yield _unknown(f"out/{key}")
+            continue
+        name, magnitude, sign = found.groups()
+        operation = randaugment.OPERATIONS[name]
+        argument = operation.argument(float(magnitude), 1 if sign == "pos" else -1)
+        stated = np.ravel(arrays.get(f"args/{key}", np.zeros(0)))
+        if stated.size:
+            error = abs(float(stated[0]) - argument)
+            yield Check(f"args/{key}", error, 1e-6, "argument")
+        with mock.patch.object(randaugment, "FILL", tuple(arrays["fill_rgb"].tolist())):
+            output = operation.apply(image, argument)
+        error = np.inf
+        if output.shape == expected.shape:
+            error = float(np.abs(output.astype(int) - expected.astype(int)).mean())
+        tolerance = GEOMETRY_TOLERANCE if name in GEOMETRY else COLOUR_TOLERANCE
+        yield Check(f"out/{key}", error, tolerance, "levels of 255, mean")
 
 
 def main(arguments: list[str] | None = None) -> int:

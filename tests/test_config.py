@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from proteus_jax import config
 from proteus_jax.config import Override
+from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.errors import InputError
 from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
@@ -73,6 +74,10 @@ def test_the_papers_constants() -> None:
     assert (settings.weight_decay, settings.mask_ratio, settings.drop_path) == (0.05, 0.5, 0)
     assert (settings.loss.token, settings.loss.feature, settings.loss.patch) == (1, 1, 1)
     assert settings.learning_rate is settings.steps is settings.warmup_steps is None
+    assert settings.data.repeats == 3
+    assert dict(settings.data.randaugment) == RandAugment()._asdict()
+    assert RandAugment() == (2, 9.0, 0.5, 0.5)
+    assert settings.data.erasing == 0.25
 
 
 def test_overrides_take_the_fields_type() -> None:
@@ -92,7 +97,7 @@ def test_overrides_take_the_fields_type() -> None:
     assert (settings.batch, settings.epochs, settings.steps) == (32, 2.0, None)
     assert settings.learning_rate == 1e-4
     assert settings.student == ("vit_tiny", "vit_small")
-    assert settings.data.root == "~/my photos=1"
+    assert settings.data.root == ("~/my photos=1",)
     again: Any = config.load(QUICKSTART, [Override("student", "('vit_base',)")])[0]
     assert again.student == ("vit_base",)
 
@@ -132,8 +137,14 @@ def test_all_problems_come_in_one_list() -> None:
         ({"batch": "15", "loss.patch": "0"}, None),
         ({"mask_ratio": "0.01"}, "0.01 masks no patch of a 98 px crop"),
         ({"loss.token": "0", "loss.feature": "0", "loss.patch": "0"}, "a factor above 0"),
-        ({"student": "(1, 2)"}, "a list of names, found '(1, 2)'"),
-        ({"student": "("}, "a list of names, found '('"),
+        ({"student": "(1, 2)"}, "one or more different names"),
+        ({"student": "("}, "a list, found '('"),
+        ({"data.weights": "1,a"}, "a list, found '1,a'"),
+        ({"data.weights": "1,0", "data.root": "a,b"}, "numbers above 0, found (1.0, 0.0)"),
+        ({"data.weights": "1,2"}, "one for each of the 1 roots, found 2"),
+        ({"data.weights": "(1, 2.5)", "data.root": "a,b"}, None),
+        ({"data.subset.classes": "0"}, "above 0 and at most 1, found 0.0"),
+        ({"data.randaugment.magnitude": "11"}, "from 0 to 10, found 11.0"),
         ({"student": ""}, "one or more different names"),
         ({"batch": "None"}, "a whole number, found 'None'"),
         ({"learning_rate": "inf"}, "above 0, found inf"),

@@ -35,6 +35,10 @@ def test_backbone(name: str) -> None:
     assert_passes(golden.check_file(reference("golden", f"vit_dinov2_{name}.npz")), 9)
 
 
+def test_operations() -> None:
+    assert_passes(golden.check_file(reference("golden", "augment_ops.npz")), 90)
+
+
 def test_distillation() -> None:
     assert_passes(golden.check_file(reference("golden", "distill_dinov2.npz")), 120)
 

@@ -15,7 +15,7 @@ LAYERS = [
     ("storage",),
     ("downloads", "console"),
     ("models",),
-    ("losses", "optim", "sharding"),
+    ("losses", "erasing", "optim", "sharding"),
     ("step",),
     ("convert.onnx_file", "convert.huggingface", "convert.formats", "convert.dinov2"),
     ("pretrained",),
@@ -33,7 +33,10 @@ DOORS = {
     "orbax": ("checkpoint",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
-    "PIL": ("data.", "evaluation.picture"),
+    "PIL": ("data.images", "data.doctor", "evaluation.picture"),
+    "cv2": ("data.",),
+    "simplejpeg": ("data.images",),
+    "pyarrow": ("data.files", "data.shards"),
     "tensorboardX": ("metrics",),
     "clu": ("metrics",),
     "torch": ("convert.",),
@@ -42,7 +45,7 @@ DOORS = {
     "ml_collections": ("config",),
 }
 # What runs on a bare accelerator image.
-CORE = ("models.", "losses", "step", "optim", "sharding")
+CORE = ("models.", "losses", "erasing", "step", "optim", "sharding")
 CORE_LIBRARIES = {"jax", "flax", "optax", "jaxtyping", "numpy", "proteus_jax"}
 
 PACKAGE = ROOT / "proteus_jax"

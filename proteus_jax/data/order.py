@@ -1,0 +1,96 @@
+"""Which image a slot gets, as a function of (seed, slot): no state, so nothing to save or lose.
+
+docs/decisions/0002-data-order-is-a-function.md
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# One stream of randomness for each use, told apart in the counter of the generator.
+_EPOCH, _VIEW, _HELD_OUT, _PART, _SUBSET, _SPLIT = 1, 2, 3, 4, 5, 6
+
+
+class Draw(NamedTuple):
+    """An image and how many times it was drawn before in a row, for repeated augmentation."""
+
+    image: int
+    repeat: int
+
+
+def _bits(seed: int, stream: int, index: int, part: int = 0) -> np.random.Philox:
+    return np.random.Philox(key=[seed, index], counter=[0, 0, part, stream])
+
+
+def view_generator(seed: int, draw: int) -> np.random.Generator:
+    """The randomness of one training view."""
+    return np.random.Generator(_bits(seed, _VIEW, draw))
+
+
+def held_out_generator(index: int, turn: int) -> np.random.Generator:
+    """The randomness of one held-out view: the same for every seed, so that runs compare."""
+    return np.random.Generator(_bits(index, _HELD_OUT, turn))
+
+
+# Of each part of a mixture the epoch of today, and the one before for draws at the border.
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, stream: int, epoch: int, length: int, part: int = 0) -> np.ndarray:
+    # Raw bits and a stable sort: unlike Generator.permutation these do not change with numpy's
+    # version.
+    bits = _bits(seed, stream, epoch, part).random_raw(length)
+    order = np.argsort(bits, kind="stable")
+    return order.astype(np.uint32) if length < 2**32 else order
+
+
+def chosen(seed: int, length: int, wanted: int, part: int = 0) -> np.ndarray:
+    """`wanted` of `length` indices, sorted, drawn without replacement; a larger number contains
+    a smaller.
+    """
+    return np.sort(_permutation(seed, _SUBSET, 0, length, part)[:wanted].astype(np.int64))
+
+
+def apart(length: int, wanted: int) -> np.ndarray:
+    """`wanted` of `length` indices, sorted, the same for every seed."""
+    return np.sort(_permutation(0, _SPLIT, 0, length)[:wanted].astype(np.int64))
+
+
+class Order(NamedTuple):
+    """The order of a run over one data set, or over several that follow each other in one index.
+
+    `sizes` are the lengths of the parts. Without weights every epoch of sum(sizes) images sees
+    each image once. With weights an epoch is as long, and a part fills its exact share of it: the
+    part's own epochs follow each other over the run's. Each image is drawn `repeats` times in a
+    row, so that an epoch of as many draws sees a `repeats`-th of the images, and `repeats` epochs
+    see all.
+    """
+
+    seed: int
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    repeats: int = 1
+
+    def __call__(self, draw: int) -> Draw:
+        """The image of the draw-th slot since the start of training."""
+        number, repeat = divmod(draw, self.repeats)
+        total = sum(self.sizes)
+        epoch, place = divmod(number, total)
+        position = int(_permutation(self.seed, _EPOCH, epoch, total)[place])
+        if not self.weights:
+            return Draw(position, repeat)
+        counts = shares(total, self.weights)
+        part, first = 0, 0
+        while position >= first + counts[part]:
+            first += counts[part]
+            part += 1
+        turn, within = divmod(epoch * counts[part] + position - first, self.sizes[part])
+        order = _permutation(self.seed, _PART, turn, self.sizes[part], part)
+        return Draw(sum(self.sizes[:part]) + int(order[within]), repeat)
+
+
+@functools.lru_cache(maxsize=4)
+def shares(total: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """Whole numbers in proportion to the weights whose sum is `total`."""
+    edges = np.cumsum(weights) / np.sum(weights) * total
+    return tuple(np.diff(np.round(edges), prepend=0).astype(int).tolist())

@@ -1,0 +1,92 @@
+"""Columns of numbers and names in one file that is mapped into memory: a listing of millions of
+images that processes share.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_MAGIC = b"proteus_jax table 1\n"
+_ALIGNMENT = 64
+
+
+class Table(NamedTuple):
+    """Facts about the whole, and columns of equal or different lengths.
+
+    One that was read from a file travels to another process as the file's path.
+    """
+
+    facts: dict[str, Any]
+    columns: dict[str, np.ndarray]
+    path: Path | None = None
+
+    def __reduce__(self) -> tuple:
+        if self.path is not None:
+            return read_table, (self.path,)
+        return Table, (self.facts, self.columns)
+
+
+class Names(NamedTuple):
+    """Texts one after the other in one array of bytes, with the place where each one ends."""
+
+    text: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Names":
+        """Packs names; bytes that are no Unicode survive, as in the names of the operating
+        system.
+        """
+        encoded = [os.fsencode(name) for name in names]
+        lengths = np.fromiter((len(name) for name in encoded), np.int64, len(encoded))
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum(lengths))
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.text[start : int(self.ends[index])].tobytes())
+
+
+def write_table(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> None:
+    """Writes a file that `read_table` maps; it is the old one or the whole new one."""
+    places, offset = {}, 0
+    for name, column in columns.items():
+        places[name] = (column.dtype.str, len(column), offset)
+        offset += -(-column.nbytes // _ALIGNMENT) * _ALIGNMENT
+    header = json.dumps({"facts": dict(facts), "columns": places}).encode()
+    start = -(-(len(_MAGIC) + 8 + len(header)) // _ALIGNMENT) * _ALIGNMENT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
+        try:
+            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+            for name, column in columns.items():
+                file.seek(start + places[name][2])
+                file.write(np.ascontiguousarray(column).data)
+            file.truncate(start + offset)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+
+
+def read_table(path: Path) -> Table:
+    """Maps a file of `write_table`; ValueError where it is none."""
+    with open(path, "rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{path}: no table of this version")
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    start = -(-(len(_MAGIC) + 8 + length) // _ALIGNMENT) * _ALIGNMENT
+    memory = np.asarray(np.memmap(path, np.uint8, "r"))
+    columns = {}
+    for name, (dtype, count, offset) in header["columns"].items():
+        size = np.dtype(dtype).itemsize * count
+        columns[name] = memory[start + offset : start + offset + size].view(dtype)
+    return Table(header["facts"], columns, path)

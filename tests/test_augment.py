@@ -1,0 +1,288 @@
+"""Decoding, resizing, RandAugment, erasing: against Pillow, and as distributions."""
+
+import io
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import photograph
+from PIL import Image
+
+from proteus_jax.data import images, randaugment
+from proteus_jax.data.augment import Box, Recipe, crop_box, resized_crop
+from proteus_jax.data.randaugment import OPERATIONS, RandAugment
+from proteus_jax.data.resampling import resized
+from proteus_jax.erasing import erase
+
+
+def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Rougher than a photograph: edges, and noise between neighbours."""
+    smooth = photograph(rng, height, width).astype(float)
+    return (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", **({"quality": 95} | options))
+    return buffer.getvalue()
+
+
+def by_pillow(array: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(int) - other.astype(int)).mean())
+
+
+def test_crops_are_distributed_as_stated() -> None:
+    """Area uniform from 0.08 to 1, ratio log-uniform from 3/4 to 4/3, where nothing is cut off."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(rng, 4000, 4000) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area, ratio = width * height / 4000**2, np.log(width / height)
+    assert boxes.min() >= 0
+    assert boxes.max() <= 4000
+    assert np.abs(ratio).max() <= np.log(4 / 3) + 1e-3
+    small = area < 0.7  # a larger area does not fit with every ratio, and is drawn again
+    edges = np.linspace(0.08, 0.7, 6)
+    counts, _ = np.histogram(area[small], edges)
+    assert np.abs(counts / small.sum() - 0.2).max() < 0.03
+    counts, _ = np.histogram(ratio[small], np.linspace(-np.log(4 / 3), np.log(4 / 3), 6))
+    assert np.abs(counts / small.sum() - 0.2).max() < 0.03
+    free = boxes[small, 0] / (4000 - width[small])
+    counts, _ = np.histogram(free, 5, (0, 1))
+    assert np.abs(counts / small.sum() - 0.2).max() < 0.03
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 3), (7, 9)])
+def test_any_shape_can_be_cropped(height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    picture = images.opened(np.zeros((height, width, 3), np.uint8))
+    for _ in range(50):
+        left, top, right, bottom = crop_box(rng, height, width)
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        assert Recipe(28, RandAugment())(picture, rng).shape == (28, 28, 3)
+
+
+def test_half_of_the_views_are_flipped() -> None:
+    ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (100, 100, 3))
+    rng = np.random.default_rng(0)
+    views = [Recipe(28)(images.opened(ramp), rng) for _ in range(400)]
+    flipped = np.mean([view[0, 0, 0] > view[0, -1, 0] for view in views])
+    assert flipped == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.9, 1.0, 1.3, 1.8, 2.6, 3.9, 5.5])
+def test_resized_as_by_pillow(rng: np.random.Generator, scale: float) -> None:
+    """Half a level on a photograph, and within two where neighbours differ by noise."""
+    side = round(112 * scale)
+    assert (
+        mean_difference(
+            resized(photograph(rng, side, side), 112),
+            by_pillow(photograph(np.random.default_rng(0), side, side), 112),
+        )
+        < 0.5
+    )
+    rough = texture(rng, side, round(side * 1.2))
+    assert mean_difference(resized(rough, 112), by_pillow(rough, 112)) < 1.5
+
+
+def test_a_view_of_one_pixel_each_is_the_image(rng: np.random.Generator) -> None:
+    picture = texture(rng, 56, 56)
+    np.testing.assert_array_equal(resized(picture, 56), picture)
+    constant = np.full((91, 33, 3), (0, 200, 255), np.uint8)
+    np.testing.assert_array_equal(resized(constant, 28), constant[:28, :28][:, [0] * 28])
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_large_jpegs_are_decoded_smaller(rng: np.random.Generator, reduction: int) -> None:
+    whole = photograph(rng, 60 * reduction + 5, 72 * reduction + 3)
+    picture = images.opened(jpeg(whole))
+    box = Box(8, 0, 8 + 56 * reduction, 56 * reduction)
+    crop = resized_crop(picture, box, 28 if reduction < 8 else 24)
+    left, top, right, bottom = box
+    exact = images.decode(jpeg(whole))[top:bottom, left:right]
+    assert mean_difference(crop, by_pillow(exact, len(crop))) < 1
+    for fraction in (1, reduction):
+        shape = picture.pixels(fraction).shape
+        assert shape == (-(-picture.height // fraction), -(-picture.width // fraction), 3)
+
+
+def test_randaugment_draws_as_stated() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [RandAugment().draw(rng) for _ in range(4000)]
+    assert Counter(map(len, drawn)) == {
+        0: pytest.approx(1000, abs=120),
+        1: pytest.approx(2000, abs=150),
+        2: pytest.approx(1000, abs=120),
+    }
+    names, magnitudes, signs = zip(*(entry for entries in drawn for entry in entries), strict=True)
+    share = len(names) / len(OPERATIONS)
+    assert Counter(names) == {name: pytest.approx(share, rel=0.25) for name in OPERATIONS}
+    # With replacement: two of a kind come together about as often as any two.
+    assert sum(len(e) == 2 and e[0][0] == e[1][0] for e in drawn) == pytest.approx(67, abs=35)
+    assert np.mean(magnitudes) == pytest.approx(8.98, abs=0.05)
+    assert np.std(magnitudes) == pytest.approx(0.48, abs=0.05)
+    assert max(magnitudes) == 10.0  # clipped
+    assert np.mean(signs) == pytest.approx(0, abs=0.05)
+    assert RandAugment(operations=0).draw(rng) == []
+
+
+def test_every_operation_gives_an_image(rng: np.random.Generator) -> None:
+    for shape in ((14, 14), (40, 40)):
+        picture = texture(rng, *shape)
+        for name, operation in OPERATIONS.items():
+            for magnitude, sign in ((0.0, 1), (9.3, -1), (10.0, 1)):
+                before = picture.copy()
+                result = operation.apply(picture, operation.argument(magnitude, sign))
+                assert result.shape == picture.shape, name
+                assert result.dtype == np.uint8
+                np.testing.assert_array_equal(picture, before, err_msg=name)
+
+
+def test_operations_as_by_pillow(rng: np.random.Generator) -> None:
+    """A few of what the golden file holds, where that is absent."""
+    picture = texture(rng, 64, 64)
+    pillow = Image.fromarray(picture)
+    fill = randaugment.FILL
+    turned = pillow.rotate(20, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+    assert mean_difference(OPERATIONS["Rotate"].apply(picture, 20), np.asarray(turned)) < 2
+    for name, argument, matrix in (
+        ("ShearX", 0.2, (1, 0.2, 0, 0, 1, 0)),
+        ("ShearY", -0.3, (1, 0, 0, -0.3, 1, 0)),
+        ("TranslateXRel", 0.33, (1, 0, 0.33 * 64, 0, 1, 0)),
+        ("TranslateYRel", -0.41, (1, 0, 0, 0, 1, -0.41 * 64)),
+    ):
+        moved = pillow.transform(
+            (64, 64),
+            Image.Transform.AFFINE,
+            matrix,
+            resample=Image.Resampling.BICUBIC,
+            fillcolor=fill,
+        )
+        found = OPERATIONS[name].apply(picture, argument)
+        assert mean_difference(found, np.asarray(moved)) < 2, name
+    far = OPERATIONS["TranslateXRel"].apply(picture, 1.5)
+    assert (far == fill).all()
+    assert not OPERATIONS["PosterizeIncreasing"].apply(picture, 0).any()
+
+
+def test_erasing_is_distributed_as_stated() -> None:
+    """A quarter of the images, area from 0.02 to 1/3, ratio log-uniform from 0.3 to 1 / 0.3."""
+    side, count = 64, 2000
+    blank = jnp.zeros((count, side, side, 3))
+    erased = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(0), blank, 0.25))
+    hit = erased.any(axis=(1, 2, 3))
+    assert hit.mean() == pytest.approx(0.25, abs=0.03)
+    boxes = np.asarray(erased[hit].any(axis=-1))
+    assert (erased[hit][boxes] != 0).all(), "every channel of a box is noise"
+    noise = erased[hit][boxes]
+    assert noise.mean() == pytest.approx(0, abs=0.01)
+    assert noise.std() == pytest.approx(1, abs=0.01)
+    tall, wide = (np.any(boxes, axis=axis).sum(axis=1) for axis in (2, 1))
+    np.testing.assert_array_equal(boxes.sum(axis=(1, 2)), tall * wide)  # whole boxes
+    area, ratio = tall * wide / side**2, np.log(tall / wide)
+    assert area.min() > 0.015
+    assert area.max() < 0.35
+    counts, _ = np.histogram(area, 4, (0.02, 1 / 3))
+    assert np.abs(counts / len(area) - 0.25).max() < 0.07
+    assert np.abs(ratio).max() < np.log(1 / 0.3) + 0.2
+    assert np.median(ratio) == pytest.approx(0, abs=0.15)
+    everything = np.asarray(erase(jax.random.key(1), blank[:64], 1.0))
+    assert everything.any(axis=(1, 2, 3)).all()
+
+
+def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
+    picture = Image.fromarray(photograph(rng))
+    expected = np.asarray(picture)
+    grey = np.asarray(picture.convert("L"))
+
+    def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    decoded = images.decode(saved(picture.convert("RGBA")))
+    np.testing.assert_array_equal(decoded, expected)
+    decoded = images.decode(saved(picture.convert("L")))
+    np.testing.assert_array_equal(decoded, np.dstack([grey] * 3))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(images.decode(saved(deep)), np.dstack([grey] * 3))
+    assert mean_difference(images.decode(saved(picture.quantize(256))), expected) < 12
+    cmyk = saved(picture.convert("CMYK"), "JPEG", quality=100)
+    assert mean_difference(images.decode(cmyk), expected) < 12
+    jpegs = {
+        "grey": picture.convert("L"),
+        "colours": picture,
+        "progressive": picture,
+        "whole colours": picture,
+    }
+    for name, image in jpegs.items():
+        more = {"progressive": {"progressive": True}, "whole colours": {"subsampling": 0}}
+        data = saved(image, "JPEG", **more.get(name, {}))
+        by_pillow_itself = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(images.decode(data), by_pillow_itself, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation_is_applied(rng: np.random.Generator, kind: str, orientation: int) -> None:
+    picture, buffer, exif = photograph(rng), io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture).save(buffer, kind, exif=exif, quality=100)
+    turns = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
+    decoded = images.decode(buffer.getvalue())
+    assert decoded.shape == np.rot90(picture, turns).shape
+    assert mean_difference(decoded, np.rot90(picture, turns)) < 3
+
+
+def test_broken_images_are_unreadable(rng: np.random.Generator) -> None:
+    whole = jpeg(photograph(rng))
+    for broken in (b"", whole[:100], whole[:-40], whole[:20] + b"\0" * 200):
+        with pytest.raises(images.Unreadable):
+            images.decode(broken)
+
+
+def test_bombs_are_refused_before_they_are_decoded() -> None:
+    header = b"BM" + b"\0" * 12 + (40).to_bytes(4, "little")
+    bomb = header + (60_000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + b"\0" * 24
+    small = jpeg(np.zeros((16, 16, 3), np.uint8))
+    at = small.index(b"\xff\xc0") + 5
+    for data in (bomb, small[:at] + b"\xfd\xe8\xfd\xe8" + small[at + 4 :]):
+        with pytest.raises(images.Unreadable, match=r"\d+ x \d+ pixels are more than"):
+            images.decode(data)
+
+
+def test_three_hundred_spoilt_files(rng: np.random.Generator) -> None:
+    """Cut, with bits turned over, zeroed, grown: each one is an image or Unreadable, no more."""
+    picture = Image.fromarray(photograph(rng))
+    files = []
+    for kind in ("JPEG", "PNG", "WEBP", "BMP"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        files.append(buffer.getvalue())
+    readable = 0
+    for number in range(400):
+        data = bytearray(files[number % 4])
+        how = number // 4 % 5
+        if how == 0:
+            del data[int(rng.integers(len(data))) :]
+        elif how == 4:
+            data[int(rng.integers(len(data))) :] = rng.bytes(300)
+        else:
+            # All over the file, in its header, or a whole stretch of it.
+            reach = len(data) if how == 1 else 64
+            for _ in range(8 if how < 3 else 64):
+                place = int(rng.integers(reach))
+                data[place] = 0 if how == 3 else data[place] ^ (1 << int(rng.integers(8)))
+        try:
+            view = Recipe(28, RandAugment())(images.opened(bytes(data)), rng)
+            assert view.shape == (28, 28, 3)
+            readable += 1
+        except images.Unreadable:
+            pass
+    assert 40 < readable < 360

@@ -1,0 +1,209 @@
+"""The order of the data, its batches, and the processes that make them."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, photograph
+
+from proteus_jax.data import images, order
+from proteus_jax.data.augment import Recipe
+from proteus_jax.data.catalog import open_images
+from proteus_jax.data.order import Order, shares
+from proteus_jax.data.pipeline import Batch, held_out_views, training_batches
+from proteus_jax.data.randaugment import RandAugment
+from proteus_jax.data.sources import HeldOut, MemorySource, Source
+from proteus_jax.errors import InputError
+
+
+@pytest.fixture
+def source(rng: np.random.Generator) -> MemorySource:
+    return MemorySource([photograph(rng) for _ in range(10)], [str(i) for i in range(10)])
+
+
+def batches(source: Source, steps: range, **changes) -> list[Batch]:
+    chosen = Order(changes.pop("seed", 5), (len(source),), (), changes.pop("repeats", 1))
+    settings = {"order": chosen, "recipe": Recipe(28, RandAugment()), "batch": 8, "threads": 0}
+    return list(training_batches(source, steps=steps, **(settings | changes)))
+
+
+def test_order_depends_on_neither_threads_nor_hosts_nor_resumes(source: MemorySource) -> None:
+    whole = batches(source, range(6), repeats=3)
+    assert [batch.images.shape for batch in whole] == [(8, 28, 28, 3)] * 6
+    for hosts, threads, start in ((1, 3, 0), (2, 0, 0), (4, 2, 3), (1, 1, 5)):
+        parts = [
+            batches(source, range(start, 6), host=h, hosts=hosts, threads=threads, repeats=3)
+            for h in range(hosts)
+        ]
+        for step, pieces in enumerate(zip(*parts, strict=True), start):
+            np.testing.assert_array_equal(
+                np.concatenate([piece.images for piece in pieces]), whole[step].images
+            )
+    other = batches(source, range(1), seed=6)
+    assert np.any(other[0].images != whole[0].images)
+
+
+def shared_memory() -> set[str]:
+    place = Path("/dev/shm")
+    return {path.name for path in place.iterdir()} if place.is_dir() else set()
+
+
+def test_order_does_not_depend_on_workers(photographs: Path) -> None:
+    """Also after a resume with another number of them; and nothing is left behind."""
+    training = open_images([str(photographs)], held_out=HeldOut(0.0, 1, 1)).training
+    whole = batches(training, range(3), batch=144, repeats=3)
+    before = shared_memory()
+    for workers, start in ((1, 0), (3, 1)):
+        found = batches(training, range(start, 3), batch=144, repeats=3, workers=workers)
+        for one, other in zip(found, whole[start:], strict=True):
+            np.testing.assert_array_equal(one.images, other.images)
+    ahead = training_batches(
+        training,
+        order=Order(5, (len(training),)),
+        recipe=Recipe(28),
+        batch=64,
+        steps=range(1000),
+        workers=1,
+    )
+    next(ahead)
+    ahead.close()
+    assert shared_memory() <= before
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from proteus_jax.data.augment import Recipe
+from proteus_jax.data.catalog import open_images
+from proteus_jax.data.order import Order
+from proteus_jax.data.pipeline import training_batches
+from proteus_jax.data.sources import HeldOut
+
+if __name__ == "__main__":
+    training = open_images([sys.argv[1]], held_out=HeldOut(0.0, 1, 1)).training
+    batches = training_batches(training, order=Order(5, (40,)), recipe=Recipe(28), batch=64,
+                               steps=range(4), workers=2)
+    print(next(batches).images.sum())
+"""
+
+
+def test_workers_of_a_script_end_with_it(photographs: Path, tmp_path: Path) -> None:
+    """Without absl.app, and without closing anything: no warning, nothing left."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    before = shared_memory()
+    done = subprocess.run(
+        [sys.executable, str(script), str(photographs)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (expected,) = batches(
+        open_images([str(photographs)], held_out=HeldOut(0.0, 1, 1)).training,
+        range(1),
+        batch=64,
+        recipe=Recipe(28),
+    )
+    assert int(done.stdout) == expected.images.sum()
+    assert shared_memory() <= before
+
+
+def images_of(order: Order, draws: int) -> np.ndarray:
+    return np.array([order(draw).image for draw in range(draws)])
+
+
+def test_an_epoch_sees_each_image_once_in_an_order_of_its_own() -> None:
+    epochs = images_of(Order(3, (10,)), 40).reshape(4, 10)
+    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_repeats_follow_each_other() -> None:
+    """Three epochs of as many draws as there are images see each image three times."""
+    found = [Order(3, (10,), (), 3)(draw) for draw in range(30)]
+    pictures = np.array([draw.image for draw in found]).reshape(10, 3)
+    assert (pictures == pictures[:, :1]).all()
+    assert sorted(pictures[:, 0]) == list(range(10))
+    assert len({(draw.image, draw.repeat) for draw in found}) == 30
+
+
+def test_hosts_never_share_a_view(source: MemorySource) -> None:
+    """Within a batch every (image, repeat) is drawn once, whatever the number of hosts."""
+    chosen = Order(0, (1000,), (), 3)
+    for step in range(20):
+        drawn = [chosen(step * 96 + slot) for slot in range(96)]
+        assert len(set(drawn)) == 96
+    for views in batches(source, range(3), batch=30, repeats=3):
+        assert len({view.tobytes() for view in views.images}) == 30
+
+
+def test_mixtures_hold_their_shares() -> None:
+    """Exactly in every epoch, and each part sees all of its own before any of it again."""
+    chosen = Order(1, (30, 10, 60), (2.0, 1.0, 1.0))
+    drawn = images_of(chosen, 400)
+    for epoch in drawn.reshape(4, 100):
+        parts = np.digitize(epoch, [30, 40])
+        assert Counter(parts.tolist()) == {0: 50, 1: 25, 2: 25}
+    counts = Counter(drawn.tolist())
+    for first, last, draws in ((0, 30, 200), (30, 40, 100), (40, 100, 100)):
+        each = [counts[index] for index in range(first, last)]
+        assert sum(each) == draws
+        assert max(each) - min(each) <= 1
+    assert sorted(images_of(Order(1, (30, 10, 60)), 100)) == list(range(100))
+    assert shares(10, (1.0, 1.0, 1.0)) == (3, 4, 3)
+
+
+def test_raw_bits_do_not_change_with_numpy() -> None:
+    """The order of a run that is taken up in a year must be the one it began with."""
+    assert order._permutation(7, 1, 2, 8).tolist() == [1, 3, 0, 6, 4, 7, 5, 2]
+
+
+def test_an_unreadable_image_is_replaced_by_the_same_other(
+    photographs: Path, tmp_path: Path
+) -> None:
+    for number, path in enumerate(sorted(photographs.rglob("*.jpg"))):
+        (tmp_path / f"{number}.jpg").write_bytes(path.read_bytes())
+    broken = tmp_path / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    split = open_images([str(tmp_path)], held_out=HeldOut(0.0, 1, 1))
+    assert split.skipped == ()
+    index = [split.training.name(i) for i in range(len(split.training))].index("3.jpg")
+    first, again = (batches(split.training, range(4), threads=threads) for threads in (0, 2))
+    seen = np.concatenate([batch.unreadable for batch in first])
+    assert set(seen) == {-1, index}
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    spoilt = open_images([str(tmp_path)], held_out=HeldOut(0.0, 1, 1)).training
+    for workers in (0, 1):
+        with pytest.raises(InputError, match="32 images in a row cannot be read"):
+            batches(spoilt, range(1), workers=workers)
+
+
+def test_held_out_views_are_fixed(source: MemorySource) -> None:
+    views, unreadable = held_out_views(source, count=25, size=28)
+    assert views.shape == (25, 28, 28, 3)
+    assert unreadable == []
+    np.testing.assert_array_equal(held_out_views(source, count=25, size=28)[0], views)
+    assert len(held_out_views(source, count=4, size=28)[0]) == 10
+
+
+def test_held_out_images_that_cannot_be_read(source: MemorySource) -> None:
+    class Broken(MemorySource):
+        def read(self, index: int) -> np.ndarray:
+            if index == 1:
+                raise images.Unreadable("broken")
+            return super().read(index)
+
+    broken = Broken([source.read(index) for index in range(3)], ["a", "b", "c"])
+    views, unreadable = held_out_views(broken, count=9, size=28)
+    assert len(views) == 6
+    assert unreadable == [1]

@@ -1,0 +1,360 @@
+"""Folders, lists, shards, records, mixtures: what they hold, how they are split, and refusals."""
+
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from conftest import photograph
+from PIL import Image
+
+from proteus_jax.data import folder as folders
+from proteus_jax.data import images
+from proteus_jax.data.catalog import open_images, open_source
+from proteus_jax.data.sources import HeldOut, Source, Split, Subset
+from proteus_jax.errors import InputError
+
+NONE = HeldOut(0.0, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PROTEUS_JAX_CACHE", str(directory))
+    return directory
+
+
+def open_folder(root: Path, held_out: HeldOut) -> Split:
+    return open_images([str(root)], held_out=held_out)
+
+
+def save(path: Path, array: np.ndarray, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def names_of(source: Source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def test_a_folder_is_searched_to_its_bottom(tmp_path: Path, rng: np.random.Generator) -> None:
+    for name in ("b.PNG", "a b/ü.jpeg", "a b/c/d.webp", "e.bmp", "f.jpg"):
+        suffix = Path(name).suffix.lower().replace(".jpeg", ".jpg")
+        kind = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}[suffix]
+        save(tmp_path / name, photograph(rng), format=kind)
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "a b" / "loop").symlink_to(tmp_path)
+    split = open_folder(tmp_path, NONE)
+    assert names_of(split.training) == ["a b/c/d.webp", "a b/ü.jpeg", "b.PNG", "e.bmp", "f.jpg"]
+    assert split.held_out is None
+    assert split.skipped == ("empty.jpg", "gone.png", "text.png")
+
+
+def test_what_is_no_folder_of_images(tmp_path: Path, rng: np.random.Generator) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        open_folder(tmp_path / "absent", NONE)
+    with pytest.raises(InputError, match="no image"):
+        open_folder(tmp_path, NONE)
+    save(tmp_path / "a.png", photograph(rng))
+    with pytest.raises(
+        InputError, match="found 1 images of which 16 would be held out: at least 17"
+    ):
+        open_folder(tmp_path, HeldOut(0.02, 16, 1024))
+
+
+def test_a_folder_is_split_by_content(photographs: Path, tmp_path: Path) -> None:
+    split = open_folder(photographs, HeldOut(0.02, 16, 1024))
+    assert split.held_out is not None
+    assert len(split.held_out) == 16
+    assert len(split.training) == 24
+    apart = set(names_of(split.held_out))
+    assert not apart & set(names_of(split.training))
+    # Under other names the same pictures are held out, and a copy follows its original.
+    for number, path in enumerate(sorted(photographs.rglob("*.*"))):
+        content = path.read_bytes()
+        (tmp_path / f"{number:03}{path.suffix}").write_bytes(content)
+        if path.relative_to(photographs).as_posix() in apart:
+            (tmp_path / f"copy{number}{path.suffix}").write_bytes(content)
+    again = open_folder(tmp_path, HeldOut(0.02, 32, 1024))
+    assert again.held_out is not None
+    originals = {(photographs / name).read_bytes() for name in apart}
+    assert {(tmp_path / name).read_bytes() for name in names_of(again.held_out)} == originals
+    assert len(again.held_out) == 32
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"), [(100, 16), (10_000, 200), (1_281_167, 1024), (17, 16)]
+)
+def test_how_many_are_held_out(total: int, expected: int) -> None:
+    assert HeldOut(0.02, 16, 1024).count(total) == expected
+
+
+def test_fingerprint_changes_with_the_images(tmp_path: Path, rng: np.random.Generator) -> None:
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name, photograph(rng))
+    before = open_folder(tmp_path, NONE).training.fingerprint
+    assert open_folder(tmp_path, NONE).training.fingerprint == before
+    save(tmp_path / "b.png", photograph(rng))
+    assert open_folder(tmp_path, NONE).training.fingerprint != before
+
+
+def test_paths_that_are_no_unicode(tmp_path: Path, rng: np.random.Generator) -> None:
+    save(tmp_path / "a.png", photograph(rng))
+    (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    assert len(open_folder(tmp_path, NONE).training) == 1
+
+
+def encoded(rng: np.random.Generator, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(photograph(rng)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def assert_holds(source: Source, contents: list[bytes]) -> None:
+    """Those files in that order, also in another process."""
+    for opened in (source, pickle.loads(pickle.dumps(source))):
+        assert isinstance(opened, Source)
+        assert len(opened) == len(contents)
+        assert opened.fingerprint == source.fingerprint
+        for index in (len(contents) - 1, *range(len(contents))):
+            assert opened.read(index) == contents[index]
+            assert opened.name(index)
+
+
+@pytest.fixture
+def contents(rng: np.random.Generator) -> list[bytes]:
+    return [encoded(rng, kind) for kind in ("PNG", "JPEG", "PNG", "WEBP", "JPEG", "PNG")]
+
+
+def write_tar(path: Path, contents: list[bytes], labels: bool = True) -> None:
+    with tarfile.open(path, "w") as shard:
+        for number, content in enumerate(contents):
+            for name, data in (
+                (f"a/{number:03}.photo.jpg", content),
+                (f"a/{number:03}.cls", str(number % 2).encode()),
+                (f"a/{number:03}.json", b"{}"),
+            ):
+                if labels or not name.endswith(".cls"):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    shard.addfile(member, io.BytesIO(data))
+
+
+def test_tar_shards(tmp_path: Path, contents: list[bytes]) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"train-{number:02}.tar", contents[2 * number : 2 * number + 2])
+    (tmp_path / "sizes.json").write_text("{}")
+    for root in ("", "train-{00..02}.tar", "train-*.tar"):
+        source, _ = open_source(str(tmp_path / root))
+        assert_holds(source, contents)
+    labels = source.labels()
+    assert labels is not None
+    assert labels.tolist() == [0, 1] * 3
+    assert source.name(5) == f"{tmp_path}/train-02.tar: a/001.photo.jpg"
+    before = source.fingerprint
+    write_tar(tmp_path / "train-01.tar", contents[:2], labels=False)
+    changed, _ = open_source(str(tmp_path))
+    assert_holds(changed, contents[:2] * 2 + contents[4:])
+    assert changed.fingerprint != before
+    assert changed.labels() is None
+
+
+def test_what_is_no_tar_shard(tmp_path: Path, contents: list[bytes]) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(contents[0])
+    with pytest.raises(InputError, match=r"a\.tar: expected an uncompressed tar file"):
+        open_source(str(shard))
+    write_tar(shard, contents)
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"a\.tar: "):
+        open_source(str(shard))
+    write_tar(shard, [])
+    with pytest.raises(InputError, match="no image"):
+        open_source(str(shard))
+    with pytest.raises(InputError, match="compressed tar file has no random access"):
+        open_source(str(tmp_path / "a.tar.gz"))
+    with pytest.raises(InputError, match=r"b-00001\.tar: no such file"):
+        open_source(str(tmp_path / "b-{00001..00003}.tar"))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_parquet(tmp_path: Path, contents: list[bytes], nested: bool) -> None:
+    """As Hugging Face writes image sets, and with plain bytes."""
+    for number in range(2):
+        part = contents[3 * number : 3 * number + 3]
+        column = [{"bytes": content, "path": None} for content in part] if nested else part
+        table = pa.table({"label": [number, 7, number], "image": column})
+        pq.write_table(table, tmp_path / f"train-{number}.parquet", row_group_size=2)
+    source, _ = open_source(str(tmp_path))
+    assert_holds(source, contents)
+    assert source.name(5) == f"{tmp_path}/train-1.parquet: row 0 of group 1"
+    labels = source.labels()
+    assert labels is not None
+    assert labels.tolist() == [0, 7, 0, 1, 7, 1]
+    remote, _ = open_source(f"file://{tmp_path}/train-*.parquet")
+    assert [remote.read(index) for index in range(6)] == contents
+
+
+def test_what_is_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(InputError, match=r"a\.parquet: expected a parquet file"):
+        open_source(str(tmp_path / "a.parquet"))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="expected a column of image bytes, found text"):
+        open_source(str(tmp_path / "b.parquet"))
+    pq.write_table(pa.table({"image": [b"x", None]}), tmp_path / "c.parquet")
+    source, _ = open_source(str(tmp_path / "c.parquet"))
+    with pytest.raises(images.Unreadable, match="no image"):
+        source.read(1)
+
+
+def write_records(path: Path, records: list[bytes]) -> None:
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def test_array_records(tmp_path: Path, contents: list[bytes]) -> None:
+    write_records(tmp_path / "a.array_record-00000-of-00002", contents[:4])
+    write_records(tmp_path / "a.array_record-00001-of-00002", contents[4:])
+    source, _ = open_source(str(tmp_path))
+    assert_holds(source, contents)
+    write_records(tmp_path / "b.array_record", [b"text"])
+    with pytest.raises(InputError, match=r"expected records that are image files, found .*text"):
+        open_source(str(tmp_path / "b.array_record"))
+    with pytest.raises(InputError, match="read from a disk"):
+        open_source("gs://bucket/a.array_record")
+
+
+def test_what_is_no_tfds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(InputError, match="tfds:nothing_such: tensorflow-datasets cannot open it"):
+        open_source("tfds:nothing_such")
+    with pytest.raises(InputError, match="tfds:mnist: expected "):
+        open_source("tfds:mnist")
+
+
+def test_a_list_of_paths(tmp_path: Path, contents: list[bytes]) -> None:
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number} ü.img").write_bytes(content)
+    names = [f"{number} ü.img" for number in (3, 1, 4)]
+    text = "# chosen\n\n" + "\n".join([names[0], str(tmp_path / names[1]), names[2]])
+    (tmp_path / "list.txt").write_text(text)
+    source, _ = open_source(str(tmp_path / "list.txt"))
+    assert_holds(source, [contents[3], contents[1], contents[4]])
+    (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\na.jpg\n")
+    with pytest.raises(InputError, match=r"names a\.jpg twice"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    with pytest.raises(InputError, match="names no image"):
+        open_source(str(tmp_path / "list.txt"))
+
+
+def test_a_folder_on_a_store(photographs: Path) -> None:
+    here, _ = open_source(str(photographs))
+    there, _ = open_source(f"file://{photographs}")
+    assert names_of(there) == names_of(here)
+    assert there.read(7) == here.read(7)
+    with pytest.raises(InputError, match="nowhere://bucket: cannot be opened"):
+        open_source("nowhere://bucket")
+
+
+def test_the_listing_of_a_large_folder_is_kept(
+    photographs: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "SMALL", 10)
+    walked = []
+    walk = folders._walk
+    monkeypatch.setattr(folders, "_walk", lambda *a: walked.append(a) or walk(*a))
+    for number, path in enumerate(sorted(photographs.rglob("*.*"))):
+        place = tmp_path / f"class {number % 4}" / f"{number}{path.suffix}"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    first, _ = open_source(str(tmp_path))
+    assert len(first) == 40
+    walks = len(walked)
+    again, _ = open_source(str(tmp_path))
+    assert len(walked) == walks, "listed again though nothing changed"
+    assert names_of(again) == names_of(first)
+    assert again.fingerprint == first.fingerprint
+    assert len(pickle.dumps(again)) < 500, "workers share the file"
+    assert_holds(again, [(tmp_path / name).read_bytes() for name in names_of(first)])
+    labels = again.labels()
+    assert labels is not None
+    assert np.bincount(labels).tolist() == [10] * 4
+    (tmp_path / "class 2" / "new.jpg").write_bytes((tmp_path / "class 0" / "0.jpg").read_bytes())
+    changed, _ = open_source(str(tmp_path))
+    assert len(changed) == 41
+    assert changed.fingerprint != first.fingerprint
+    # What cannot be kept, or is spoilt, is made again.
+    for path in (cache / "listings").iterdir():
+        path.write_bytes(b"spoilt")
+    assert len(open_source(str(tmp_path))[0]) == 41
+    split = open_images([str(tmp_path)], held_out=HeldOut(0.1, 1, 9))
+    assert split.held_out is not None
+    assert len(split.held_out) == 4
+    assert not set(names_of(split.held_out)) & set(names_of(split.training))
+
+
+def test_one_image_is_a_data_set(tmp_path: Path, rng: np.random.Generator) -> None:
+    save(tmp_path / "one.png", photograph(rng))
+    split = open_images([str(tmp_path / "one.png")], held_out=HeldOut(0.02, 16, 1024))
+    assert split.held_out is not None
+    left, right = split.training.read(0), split.held_out.read(0)
+    assert isinstance(left, np.ndarray)
+    assert isinstance(right, np.ndarray)
+    np.testing.assert_array_equal(np.hstack([left, right]), photograph(np.random.default_rng(0)))
+    with pytest.raises(InputError, match=r"two\.png: No such file"):
+        open_images([str(tmp_path / "two.png")], held_out=NONE)
+
+
+def test_several_roots_are_one_data_set(photographs: Path, tmp_path: Path) -> None:
+    sub = sorted(path for path in photographs.iterdir() if path.is_dir())
+    split = open_images([str(path) for path in sub], held_out=HeldOut(0.02, 2, 4))
+    assert sum(split.parts) == len(split.training) == 40 - 2 * len(sub)
+    assert split.held_out is not None
+    assert len(split.held_out) == 2 * len(sub)
+    assert len(split.parts) == len(sub)
+    for index in (0, split.parts[0], len(split.training) - 1):
+        assert isinstance(split.training.read(index), bytes)
+    with pytest.raises(InputError) as error:
+        open_images([str(sub[0]), str(tmp_path / "a"), str(tmp_path / "b")], held_out=NONE)
+    assert len(error.value.problems) == 2
+
+
+def test_subsets(tmp_path: Path, rng: np.random.Generator) -> None:
+    for number in range(60):
+        save(tmp_path / f"class {number % 6}" / f"{number}.png", photograph(rng, 8, 8))
+
+    def subset(seed: int, **shares: float) -> list[str]:
+        split = open_images([str(tmp_path)], held_out=NONE, subset=Subset(**shares), seed=seed)
+        return names_of(split.training)
+
+    half = subset(0, classes=0.5)
+    assert len(half) == 30
+    assert len({Path(name).parent for name in half}) == 3
+    assert subset(0, classes=0.5) == half
+    assert {frozenset(subset(seed, classes=0.5)) for seed in range(5)} != {frozenset(half)}
+    assert set(subset(0, classes=0.34)) < set(half), "a smaller subset lies in a larger one"
+    few = subset(3, images=0.2)
+    assert len(few) == 12
+    assert len({Path(name).parent for name in few}) == 6
+    assert len(subset(3, classes=0.01, images=0.01)) == 1
+    for number in range(60):
+        path = tmp_path / f"class {number % 6}" / f"{number}.png"
+        path.rename(tmp_path / path.name)
+    assert len(subset(0, images=0.5)) == 30
+    with pytest.raises(InputError, match="these images have no classes"):
+        subset(0, classes=0.5)
