@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -112,6 +113,35 @@ def test_workers_of_a_script_end_with_it(photographs: Path, tmp_path: Path) -> N
         recipe=Recipe(28),
     )
     assert int(done.stdout) == expected.images.sum()
+    assert shared_memory() <= before
+
+
+def test_workers_end_with_a_killed_script(photographs: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("sum())", "sum(), flush=True)\n    input()"))
+    before = shared_memory()
+    with subprocess.Popen(
+        [sys.executable, str(script), str(photographs)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdigit()
+        process.kill()
+        # The group lives as long as one of its processes does.
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            process.poll()
+            time.sleep(0.05)
+        else:
+            pytest.fail("its workers live on")
     assert shared_memory() <= before
 
 

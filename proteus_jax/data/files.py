@@ -7,20 +7,13 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 import pyarrow.fs
 
 from proteus_jax.data.images import Unreadable
 from proteus_jax.errors import InputError
-
-
-class Entry(NamedTuple):
-    """A file below a root: its path from there, and its size in bytes."""
-
-    name: str
-    size: int
 
 
 def is_remote(path: str) -> bool:
@@ -77,13 +70,13 @@ def size_and_time(path: str) -> tuple[int, int]:
         raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def remote_listing(root: str) -> Iterator[Entry]:
-    """Every file below a root on a store."""
+def remote_listing(root: str) -> Iterator[tuple[str, int]]:
+    """The name and the size in bytes of every file below a root on a store."""
     store, base = _store(root)
     try:
         for info in store.get_file_info(pyarrow.fs.FileSelector(base, recursive=True)):
             if info.is_file:
-                yield Entry(info.path[len(base) :].lstrip("/"), int(info.size))
+                yield info.path[len(base) :].lstrip("/"), int(info.size)
     except OSError as error:
         raise InputError(f"{root}: cannot be listed: {error}") from None
 
@@ -121,7 +114,7 @@ def _remote_matches(pattern: str) -> list[str]:
     root, _, last = pattern.rpartition("/")
     if glob.has_magic(root):
         raise InputError(f"{pattern}: on a store only the last part may have * or ?")
-    names = fnmatch.filter((entry.name for entry in remote_listing(root)), last)
+    names = fnmatch.filter((name for name, _ in remote_listing(root)), last)
     names = [name for name in names if "/" not in name]
     if not names:
         raise InputError(f"{pattern}: no such file")

@@ -68,7 +68,8 @@ def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
     InputError where there is no folder or no image in it.
     """
     if files.is_remote(root):
-        return _source(root, sorted(_images(files.remote_listing(root)))), ()
+        found = (e for e in files.remote_listing(root) if e[0].lower().endswith(images.SUFFIXES))
+        return _source(root, sorted(found)), ()
     folder = files.local(root)
     if not folder.is_dir():
         raise InputError(f"{root}: no such folder")
@@ -77,7 +78,7 @@ def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
     if known is not None:
         return FileSource(str(folder), known), ()
     directories: list[tuple[str, int]] = []
-    entries = sorted(_images(_walk(str(folder), "", set(), directories)))
+    entries = sorted(_walk(str(folder), "", set(), directories))
     if len(entries) <= SMALL:
         return _looked_at(root, str(folder), entries)
     source = _source(str(folder), entries, directories)
@@ -108,36 +109,34 @@ def open_list(path: str) -> tuple[FileSource, tuple[str, ...]]:
         raise InputError(f"{path}: names {twice} twice")
     root = str(file.parent)
     if len(names) > SMALL:
-        return _source(root, [files.Entry(name, 0) for name in names]), ()
-    return _looked_at(path, root, [files.Entry(name, 0) for name in names])
-
-
-def _images(entries: Iterator[files.Entry]) -> Iterator[files.Entry]:
-    return (entry for entry in entries if entry.name.lower().endswith(images.SUFFIXES))
+        return _source(root, [(name, 0) for name in names]), ()
+    return _looked_at(path, root, [(name, 0) for name in names])
 
 
 def _walk(
     root: str, below: str, seen: set[tuple[int, int]], directories: list[tuple[str, int]]
-) -> Iterator[files.Entry]:
-    """Every file of a tree; links are followed, loops are not. Notes each directory and its time
-    of change.
+) -> Iterator[tuple[str, int]]:
+    """Name and size of every file of a tree with the name of an image; links are followed, loops
+    are not. Notes each directory and its time of change.
     """
-    status = os.stat(os.path.join(root, below))
+    here = os.path.join(root, below)
+    status = os.stat(here)
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     directories.append((below, status.st_mtime_ns))
+    prefix = f"{below}/" if below else ""
     inside = []
-    with os.scandir(os.path.join(root, below)) as entries:
+    with os.scandir(here) as entries:
         for entry in entries:
-            name = f"{below}/{entry.name}" if below else entry.name
             if entry.is_dir():
-                inside.append(name)
+                inside.append(prefix + entry.name)
             elif entry.name.lower().endswith(images.SUFFIXES):
                 try:
-                    yield files.Entry(name, entry.stat().st_size)
+                    size = entry.stat().st_size
                 except OSError:
-                    yield files.Entry(name, -1)
+                    size = -1
+                yield prefix + entry.name, size
     # In a fixed order: which of two links to one directory is met first must not depend on the
     # disk.
     for name in sorted(inside):
@@ -163,14 +162,14 @@ def _known(path: Path, folder: Path) -> Table | None:
 
 def _source(
     root: str,
-    entries: Sequence[files.Entry],
+    entries: Sequence[tuple[str, int]],
     directories: Sequence[tuple[str, int]] = (),
 ) -> FileSource:
     """Files known by names and sizes."""
     if not entries:
         raise InputError(f"{root}: no image ({', '.join(images.SUFFIXES)}) below it")
-    names = Names.of([entry.name for entry in entries])
-    sizes = np.fromiter((entry.size for entry in entries), np.int64, len(entries))
+    names = Names.of([name for name, _ in entries])
+    sizes = np.fromiter((size for _, size in entries), np.int64, len(entries))
     joined = hashlib.sha256()
     for column in (names.text, names.ends, sizes):
         joined.update(column.data)
@@ -183,16 +182,16 @@ def _source(
 
 
 def _looked_at(
-    asked: str, root: str, entries: Sequence[files.Entry]
+    asked: str, root: str, entries: Sequence[tuple[str, int]]
 ) -> tuple[FileSource, tuple[str, ...]]:
     """Files each of which begins like an image, known by their content; and the others."""
     names, digests, skipped = [], [], []
-    for entry in entries:
-        digest = _digest(os.path.join(root, entry.name))
+    for name, _ in entries:
+        digest = _digest(os.path.join(root, name))
         if digest is None:
-            skipped.append(entry.name)
+            skipped.append(name)
         else:
-            names.append(entry.name)
+            names.append(name)
             digests.append(digest)
     if not names:
         raise InputError(

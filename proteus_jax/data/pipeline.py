@@ -10,8 +10,10 @@ import atexit
 import functools
 import gc
 import itertools
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -176,6 +178,15 @@ def default_workers() -> int:
 def _start_worker(index: int, count: int) -> None:
     # An interrupt from the keyboard reaches every process; the main one decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed run must not leave processes that wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray, list[int]]:

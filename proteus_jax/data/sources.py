@@ -218,7 +218,9 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
         )
     digests = source.digests()
     out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
-    training = Part(source, np.setdiff1d(np.arange(total), out))
+    kept = np.ones(total, bool)
+    kept[out] = False
+    training = Part(source, np.flatnonzero(kept))
     return Split(training, Part(source, out) if len(out) else None, tuple(skipped))
 
 

@@ -32,7 +32,9 @@ class Table(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Texts one after the other in one array of bytes, with the place where each one ends."""
+    """Texts one after the other in one array of bytes, a zero after each but the last, and the
+    places where they end.
+    """
 
     text: np.ndarray
     ends: np.ndarray
@@ -42,12 +44,11 @@ class Names(NamedTuple):
         """Packs names; bytes that are no Unicode survive, as in the names of the operating
         system.
         """
-        encoded = [os.fsencode(name) for name in names]
-        lengths = np.fromiter((len(name) for name in encoded), np.int64, len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum(lengths))
+        text = np.frombuffer(os.fsencode("\0".join(names)), np.uint8)
+        return cls(text, np.append(np.flatnonzero(text == 0), len(text)))
 
     def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        start = int(self.ends[index - 1]) if index else 0
+        start = int(self.ends[index - 1]) + 1 if index else 0
         return os.fsdecode(self.text[start : int(self.ends[index])].tobytes())
 
 
