@@ -60,7 +60,7 @@ def resized_crop(picture: images.Picture, box: Box, size: int) -> np.ndarray:
     """
     least = min(box.right - box.left, box.bottom - box.top) / size
     reduction = next((r for r in picture.reductions if least >= r * _LEFT_TO_RESIZE), 1)
-    pixels = picture.pixels(reduction)
+    pixels = picture.pixels(reduction, box.bottom)
     left, top, right, bottom = (edge // reduction for edge in box)
     # Crop first: resizing with a box would let pixels outside it bleed in at the border.
     return resized(pixels[top:bottom, left:right], size)

@@ -16,7 +16,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAXIMUM_PIXELS = 2**27
 Image.MAX_IMAGE_PIXELS = None
 REDUCTIONS = (8, 4, 2)
-_ORIENTATION = 0x0112
+# Rows that a JPEG codes together, at most.
+_MCU = 16
 
 
 class Unreadable(Exception):
@@ -35,9 +36,9 @@ class Picture(Protocol):
         """Fractions of its size that it can be decoded at for less."""
         ...
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """Uint8 [ceil(H / reduction), ceil(W / reduction), 3], upright; `reduction` is 1 or one of
-        `reductions`.
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
+        """Uint8 [at least ceil(bottom / reduction), ceil(W / reduction), 3], upright, from the top;
+        `reduction` is 1 or one of `reductions`, `bottom` a row of the whole or all.
         """
         ...
 
@@ -49,7 +50,7 @@ class _Pixels:
         self._array = array
         self.height, self.width = array.shape[:2]
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
         return self._array
 
 
@@ -58,29 +59,42 @@ class _Jpeg:
 
     reductions = REDUCTIONS
 
-    def __init__(self, data: bytes, height: int, width: int):
+    def __init__(self, data: bytes, height: int, width: int, frame: int, reused: bool):
         self._data, self.height, self.width = data, height, width
-        # Repeated augmentation asks more than once.
+        self._frame, self._reused = frame, reused
         self._decoded: dict[int, np.ndarray] = {}
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        if reduction not in self._decoded:
-            self._decoded[reduction] = self._decode(reduction)
-        return self._decoded[reduction]
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
+        rows = self.height if bottom is None or self._reused else bottom
+        decoded = self._decoded.get(reduction)
+        if decoded is None or len(decoded) * reduction < rows:
+            decoded = self._decoded[reduction] = self._decode(reduction, rows)
+        return decoded
 
-    def _decode(self, reduction: int) -> np.ndarray:
-        height, width = -(-self.height // reduction), -(-self.width // reduction)
+    def _decode(self, reduction: int, rows: int) -> np.ndarray:
+        data, strict = self._data, True
+        # Two rows more, as colours of neighbouring rows are mixed.
+        rows = -(-(rows + 2) // _MCU) * _MCU
+        if rows < self.height and self._frame and _ends(data):
+            # A decoder stops at the height that the header tells; that data follow is no error
+            # then, and Pillow reads past all else that strictness would refuse.
+            at = self._frame + 5
+            data, strict = data[:at] + rows.to_bytes(2, "big") + data[at + 2 :], False
+        else:
+            rows = self.height
+        height, width = -(-rows // reduction), -(-self.width // reduction)
         try:
             if reduction == 1:
-                return simplejpeg.decode_jpeg(self._data)
+                return simplejpeg.decode_jpeg(data, strict=strict)
             return simplejpeg.decode_jpeg(
-                self._data, min_height=height, min_width=width, min_factor=reduction
+                data, min_height=height, min_width=width, min_factor=reduction, strict=strict
             )
         except ValueError:
             # What it calls an error may be a flaw that Pillow reads past: Pillow is the judge.
             array = _decode_with_pillow(self._data)
             if reduction > 1:
-                array = cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
+                whole = (width, -(-self.height // reduction))
+                array = cv2.resize(array, whole, interpolation=cv2.INTER_AREA)
             return array
 
 
@@ -91,23 +105,25 @@ def looks_like_image(head: bytes) -> bool:
     )
 
 
-def opened(content: bytes | np.ndarray) -> Picture:
-    """A picture of a file's bytes, or of pixels uint8 [H, W, 3].
+def opened(content: bytes | np.ndarray, *, reused: bool = False) -> Picture:
+    """A picture of a file's bytes, or of pixels uint8 [H, W, 3]; `reused` where more than one view
+    of it is wanted.
 
     Unreadable where the bytes are no image; a file that ends too early may show it only when its
     pixels are asked for.
     """
     if isinstance(content, np.ndarray):
         return _Pixels(content)
-    if content.startswith(b"\xff\xd8\xff") and not _has_exif(content):
+    if content.startswith(b"\xff\xd8\xff"):
+        exif, frame = _markers(content)
         try:
             found = simplejpeg.decode_jpeg_header(content)
         except ValueError:
             return _Pixels(_decode_with_pillow(content))
         height, width, colours = int(found[0]), int(found[1]), found[2]
         _refuse_bomb(width, height)
-        if colours in ("YCbCr", "Gray"):
-            return _Jpeg(content, height, width)
+        if not exif and colours in ("YCbCr", "Gray"):
+            return _Jpeg(content, height, width, frame, reused)
     return _Pixels(_decode_with_pillow(content))
 
 
@@ -120,14 +136,25 @@ def decode(data: bytes) -> np.ndarray:
     return opened(data).pixels()
 
 
-def _has_exif(jpeg: bytes) -> bool:
-    """Whether a JPEG has EXIF data, which may turn it."""
-    at = 2
-    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
-        if jpeg[at + 1] == 0xE1 and jpeg[at + 4 : at + 10] == b"Exif\0\0":
-            return True
+def _markers(jpeg: bytes) -> tuple[bool, int]:
+    """Whether a JPEG has EXIF data, which may turn it, and where its frame header begins if it is
+    a baseline one; 0 if not.
+    """
+    exif, at = False, 2
+    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
+        marker = jpeg[at + 1]
+        if marker == 0xC0:
+            return exif, at
+        if marker == 0xDA:
+            break
+        exif = exif or (marker == 0xE1 and jpeg[at + 4 : at + 10] == b"Exif\0\0")
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return False
+    return exif, 0
+
+
+def _ends(jpeg: bytes) -> bool:
+    """Whether a JPEG has its end: it was not cut short."""
+    return jpeg.endswith(b"\xff\xd9") or b"\xff\xd9" in jpeg[-64:]
 
 
 def _refuse_bomb(width: int, height: int) -> None:

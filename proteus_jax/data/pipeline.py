@@ -66,7 +66,7 @@ class _Chunks(NamedTuple):
         made = Batch(np.empty((high - low, size, size, 3), np.uint8), np.full(high - low, -1))
         # The same image several times in a row is read and decoded once.
         opened = functools.lru_cache(maxsize=1)(
-            lambda index: images.opened(self.source.read(index))
+            lambda index: images.opened(self.source.read(index), reused=self.order.repeats > 1)
         )
         base = (self.start + step) * self.batch + self.first + low
         for place in range(high - low):
