@@ -27,7 +27,7 @@ from benchmarks import pillow_recipe
 from proteus_jax.data import images
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
-from proteus_jax.data.order import Order, view_generator
+from proteus_jax.data.order import Order, ViewRandomness
 from proteus_jax.data.pictures import obtain_pictures
 from proteus_jax.data.pipeline import training_batches
 from proteus_jax.data.randaugment import RandAugment
@@ -75,12 +75,12 @@ def drawn(count: int = 16) -> list[bytes]:
 def _ours(recipe: Recipe, repeats: int = 1) -> Callable[[Sequence[bytes], int, int], np.ndarray]:
     def batch(jpegs: Sequence[bytes], first: int, count: int) -> np.ndarray:
         made = np.empty((count, SIZE, SIZE, 3), np.uint8)
-        picture = images.opened(jpegs[0])
+        picture, randomness = images.opened(jpegs[0]), ViewRandomness(0)
         for place in range(count):
             if (first + place) % repeats == 0:
                 number = (first + place) // repeats % len(jpegs)
                 picture = images.opened(jpegs[number], reused=repeats > 1)
-            made[place] = recipe(picture, view_generator(0, first + place))
+            made[place] = recipe(picture, randomness.at(first + place))
         return made
 
     return batch

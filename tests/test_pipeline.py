@@ -237,3 +237,13 @@ def test_held_out_images_that_cannot_be_read(source: MemorySource) -> None:
     views, unreadable = held_out_views(broken, count=9, size=28)
     assert len(views) == 6
     assert unreadable == [1]
+
+
+def test_randomness_of_a_view_depends_on_nothing_before() -> None:
+    one = order.ViewRandomness(3)
+    for draw in (0, 7, 2**40, 7):
+        fresh = np.random.Generator(np.random.Philox(key=[3, draw], counter=[0, 0, 0, order._VIEW]))
+        found = one.at(draw)
+        assert found.random(5).tolist() == fresh.random(5).tolist()
+        assert found.integers(1000) == fresh.integers(1000)
+        found.standard_normal(3)

@@ -78,8 +78,8 @@ class _Jpeg:
         if rows < self.height and self._frame and _ends(data):
             # A decoder stops at the height that the header tells; that data follow is no error
             # then, and Pillow reads past all else that strictness would refuse.
-            at = self._frame + 5
-            data, strict = data[:at] + rows.to_bytes(2, "big") + data[at + 2 :], False
+            data, strict = bytearray(data), False
+            data[self._frame + 5 : self._frame + 7] = rows.to_bytes(2, "big")
         else:
             rows = self.height
         height, width = -(-rows // reduction), -(-self.width // reduction)

@@ -24,9 +24,21 @@ def _bits(seed: int, stream: int, index: int, part: int = 0) -> np.random.Philox
     return np.random.Philox(key=[seed, index], counter=[0, 0, part, stream])
 
 
-def view_generator(seed: int, draw: int) -> np.random.Generator:
-    """The randomness of one training view."""
-    return np.random.Generator(_bits(seed, _VIEW, draw))
+class ViewRandomness:
+    """The randomness of training views, one generator set to one draw after another: to make a
+    generator for each takes longer than all that is drawn from it. Not for several threads.
+    """
+
+    def __init__(self, seed: int):
+        self._bits = _bits(seed, _VIEW, 0)
+        self._generator = np.random.Generator(self._bits)
+        self._start = self._bits.state
+
+    def at(self, draw: int) -> np.random.Generator:
+        """The generator, at the beginning of a draw's own stream."""
+        self._start["state"]["key"][1] = draw
+        self._bits.state = self._start
+        return self._generator
 
 
 def held_out_generator(index: int, turn: int) -> np.random.Generator:

@@ -25,7 +25,7 @@ import numpy as np
 
 from proteus_jax.data import images
 from proteus_jax.data.augment import Recipe
-from proteus_jax.data.order import Order, held_out_generator, view_generator
+from proteus_jax.data.order import Order, ViewRandomness, held_out_generator
 from proteus_jax.data.sources import Source
 from proteus_jax.errors import InputError
 
@@ -68,15 +68,20 @@ class _Chunks(NamedTuple):
         opened = functools.lru_cache(maxsize=1)(
             lambda index: images.opened(self.source.read(index), reused=self.order.repeats > 1)
         )
+        randomness = ViewRandomness(self.order.seed)
         base = (self.start + step) * self.batch + self.first + low
         for place in range(high - low):
-            made.images[place], made.unreadable[place] = self._view(base + place, opened)
+            draw = base + place
+            made.images[place], made.unreadable[place] = self._view(
+                self.order(draw).image, randomness.at(draw), opened
+            )
         return made
 
-    def _view(self, draw: int, opened: Callable[[int], images.Picture]) -> tuple[np.ndarray, int]:
+    def _view(
+        self, index: int, rng: np.random.Generator, opened: Callable[[int], images.Picture]
+    ) -> tuple[np.ndarray, int]:
         """One slot; an unreadable image is replaced by another that the same slot chooses."""
-        rng = view_generator(self.order.seed, draw)
-        index, unreadable = self.order(draw).image, -1
+        unreadable = -1
         for _ in range(MAXIMUM_REPLACEMENTS):
             try:
                 return self.recipe(opened(index), rng), unreadable

@@ -19,6 +19,8 @@ MAXIMUM = 10.0
 # What comes in from outside the image: the mean colour of ImageNet.
 FILL = (124, 116, 104)
 _LEVELS = np.arange(256)
+# ITU-R 601-2, as Pillow converts to grey.
+_LUMINANCE = (0.299, 0.587, 0.114)
 
 
 class Operation(NamedTuple):
@@ -30,7 +32,7 @@ class Operation(NamedTuple):
 
 def _table(values: np.ndarray) -> np.ndarray:
     """Float levels as Pillow stores them: clipped, and cut rather than rounded."""
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return values.clip(0, 255).astype(np.uint8)
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -38,33 +40,36 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
-def _channels_through(image: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Each channel through its own row of uint8 [3, 256]."""
-    planes = [cv2.LUT(plane, table) for plane, table in zip(cv2.split(image), tables, strict=True)]
-    return cv2.merge(planes)
+def _mixed(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Each pixel's channels mixed by [3, 4], cut to whole levels as Pillow cuts them."""
+    matrix[:, 3] -= 0.5
+    return cv2.transform(image, matrix)
 
 
 def auto_contrast(image: np.ndarray, _: float) -> np.ndarray:
     """Each channel stretched to the whole range."""
-    extremes = np.array([cv2.minMaxLoc(plane)[:2] for plane in cv2.split(image)])
-    low, span = extremes[:, :1], extremes[:, 1:] - extremes[:, :1]
-    # In this order, as the last bit decides where levels are cut.
-    scale = 255.0 / np.where(span, span, 255.0)
-    stretched = _LEVELS * scale - np.where(span, low, 0.0) * scale
-    return _channels_through(image, _table(stretched))
+    matrix = np.eye(3, 4)
+    for channel, plane in enumerate(cv2.split(image)):
+        low, high = cv2.minMaxLoc(plane)[:2]
+        if high > low:
+            scale = 255.0 / (high - low)
+            matrix[channel, channel], matrix[channel, 3] = scale, -low * scale
+    return _mixed(image, matrix)
 
 
 def equalize(image: np.ndarray, _: float) -> np.ndarray:
     """Each channel's histogram made flat."""
-    counts = np.stack(
-        [cv2.calcHist([image], [c], None, [256], [0, 256]).reshape(256) for c in range(3)]
-    ).astype(np.int64)
-    before = np.cumsum(counts, axis=1) - counts
-    brightest = 255 - np.argmax(counts[:, ::-1] > 0, axis=1)
-    # All pixels but those of the brightest level that there is, over the 255 steps.
-    step = before[np.arange(3), brightest][:, None] // 255
-    flat = (step // 2 + before) // np.maximum(step, 1)
-    return _channels_through(image, _table(np.where(step, flat, _LEVELS)))
+
+    def flattened(plane: np.ndarray) -> np.ndarray:
+        counts = cv2.calcHist([plane], [0], None, [256], [0, 256]).reshape(256)
+        before = np.cumsum(counts) - counts
+        # All pixels but those of the brightest level that there is, over the 255 steps.
+        step = before[int(counts.nonzero()[0][-1])] // 255
+        if not step:
+            return plane
+        return cv2.LUT(plane, _table((step // 2 + before) // step))
+
+    return cv2.merge([flattened(plane) for plane in cv2.split(image)])
 
 
 def invert(image: np.ndarray, _: float) -> np.ndarray:
@@ -80,18 +85,22 @@ def posterize(image: np.ndarray, bits: float) -> np.ndarray:
 
 def solarize(image: np.ndarray, threshold: float) -> np.ndarray:
     """Levels from a threshold on inverted."""
-    return cv2.LUT(image, _table(np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS)))
+    # All bits of a level turned over are the level's inverse.
+    _, inverted = cv2.threshold(image, threshold - 1, 255, cv2.THRESH_BINARY)
+    return cv2.bitwise_xor(image, inverted)
 
 
 def solarize_add(image: np.ndarray, added: float) -> np.ndarray:
     """Levels below 128 made brighter."""
-    return cv2.LUT(image, _table(np.where(_LEVELS < 128, _LEVELS + added, _LEVELS)))
+    dark = np.asarray(cv2.threshold(image, 127, 255, cv2.THRESH_BINARY_INV)[1])
+    return cv2.add(image, dark & np.uint8(added))
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
     """Towards grey (below 1) or away from it."""
-    grey = cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(image, factor, grey, 1 - factor, 0)
+    matrix = np.zeros((3, 4))
+    matrix[:, :3] = factor * np.eye(3) + (1 - factor) * np.array(_LUMINANCE)
+    return _mixed(image, matrix)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
@@ -102,7 +111,7 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Towards black (below 1) or away from it."""
-    return cv2.LUT(image, _table(factor * _LEVELS))
+    return cv2.convertScaleAbs(image, alpha=factor, beta=-0.5)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -179,6 +188,7 @@ OPERATIONS = {
     "TranslateXRel": Operation(functools.partial(translate, axis=1), _signed(0.45)),
     "TranslateYRel": Operation(functools.partial(translate, axis=0), _signed(0.45)),
 }
+_NAMES = tuple(OPERATIONS)
 
 
 class RandAugment(NamedTuple):
@@ -195,15 +205,17 @@ class RandAugment(NamedTuple):
 
     def draw(self, rng: np.random.Generator) -> list[tuple[str, float, int]]:
         """(name, magnitude, sign) of what is applied to one image, in order."""
-        names = list(OPERATIONS)
-        drawn = []
-        for _ in range(self.operations):
-            choice, applied, sign = rng.random(3)
-            magnitude = self.magnitude + self.deviation * rng.standard_normal()
-            if applied < self.probability:
-                clipped = min(max(magnitude, 0.0), MAXIMUM)
-                drawn.append((names[int(choice * len(names))], clipped, 1 if sign < 0.5 else -1))
-        return drawn
+        uniform = rng.random((self.operations, 3)).tolist()
+        magnitudes = self.magnitude + self.deviation * rng.standard_normal(self.operations)
+        return [
+            (
+                _NAMES[int(choice * len(_NAMES))],
+                min(max(magnitude, 0.0), MAXIMUM),
+                1 - 2 * (sign < 0.5),
+            )
+            for (choice, applied, sign), magnitude in zip(uniform, magnitudes.tolist(), strict=True)
+            if applied < self.probability
+        ]
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The augmented image."""

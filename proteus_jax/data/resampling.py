@@ -38,7 +38,7 @@ def _prefilter(scale: float) -> np.ndarray:
     A least-squares fit over all phases, weighted by the correlation of pixels.
     """
     scale = max(scale, 1.0)
-    half = math.ceil(1.14 * scale - 0.2)
+    half = 1 if scale < 1.16 else math.ceil(1.14 * scale - 0.2)
     offsets = np.arange(-_REACH, _REACH + 2)
     root = np.linalg.cholesky(_CORRELATION ** np.abs(offsets[:, None] - offsets)).T
     columns, wanted = [], []
@@ -100,7 +100,7 @@ def warped(image: np.ndarray, matrix: np.ndarray, fill: tuple[int, int, int]) ->
 
 def rounded(values: np.ndarray) -> np.ndarray:
     """Uint8 of float32, rounded and clipped."""
-    return cv2.convertScaleAbs(cv2.max(values, 0))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return cv2.convertScaleAbs(cv2.max(values, 0, dst=values))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def shifted(image: np.ndarray, pixels: float, axis: int, fill: tuple[int, int, int]) -> np.ndarray:
