@@ -1,10 +1,12 @@
 """The order of the data, its batches, and the processes that make them."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +50,22 @@ def test_order_depends_on_neither_threads_nor_hosts_nor_resumes(source: MemorySo
     assert np.any(other[0].images != whole[0].images)
 
 
+@pytest.fixture
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No other test with worker processes at the same time: shared memory is the machine's."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / "alone", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def shared_memory() -> set[str]:
     place = Path("/dev/shm")
     return {path.name for path in place.iterdir()} if place.is_dir() else set()
 
 
-def test_order_does_not_depend_on_workers(photographs: Path) -> None:
+def test_order_does_not_depend_on_workers(photographs: Path, alone: None) -> None:
     """Also after a resume with another number of them; and nothing is left behind."""
     training = open_images([str(photographs)], held_out=HeldOut(0.0, 1, 1)).training
     whole = batches(training, range(3), batch=144, repeats=3)
@@ -92,7 +104,7 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_a_script_end_with_it(photographs: Path, tmp_path: Path) -> None:
+def test_workers_of_a_script_end_with_it(photographs: Path, tmp_path: Path, alone: None) -> None:
     """Without absl.app, and without closing anything: no warning, nothing left."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -116,7 +128,7 @@ def test_workers_of_a_script_end_with_it(photographs: Path, tmp_path: Path) -> N
     assert shared_memory() <= before
 
 
-def test_workers_end_with_a_killed_script(photographs: Path, tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_script(photographs: Path, tmp_path: Path, alone: None) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("sum())", "sum(), flush=True)\n    input()"))
     before = shared_memory()
@@ -196,7 +208,7 @@ def test_raw_bits_do_not_change_with_numpy() -> None:
 
 
 def test_an_unreadable_image_is_replaced_by_the_same_other(
-    photographs: Path, tmp_path: Path
+    photographs: Path, tmp_path: Path, alone: None
 ) -> None:
     for number, path in enumerate(sorted(photographs.rglob("*.jpg"))):
         (tmp_path / f"{number}.jpg").write_bytes(path.read_bytes())

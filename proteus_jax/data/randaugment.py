@@ -92,8 +92,8 @@ def solarize(image: np.ndarray, threshold: float) -> np.ndarray:
 
 def solarize_add(image: np.ndarray, added: float) -> np.ndarray:
     """Levels below 128 made brighter."""
-    dark = np.asarray(cv2.threshold(image, 127, 255, cv2.THRESH_BINARY_INV)[1])
-    return cv2.add(image, dark & np.uint8(added))
+    # The threshold gives what it is told to, here the level that is added.
+    return cv2.add(image, cv2.threshold(image, 127, added, cv2.THRESH_BINARY_INV)[1])
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
@@ -211,7 +211,7 @@ class RandAugment(NamedTuple):
             (
                 _NAMES[int(choice * len(_NAMES))],
                 min(max(magnitude, 0.0), MAXIMUM),
-                1 - 2 * (sign < 0.5),
+                1 if sign < 0.5 else -1,
             )
             for (choice, applied, sign), magnitude in zip(uniform, magnitudes.tolist(), strict=True)
             if applied < self.probability
