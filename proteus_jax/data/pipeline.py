@@ -7,6 +7,7 @@ batches, and nothing of the loader needs to be saved
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import itertools
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import absl.flags
 import grain
@@ -117,30 +118,36 @@ def training_batches(
     edges = (*range(0, share, length), share)
     make = _Chunks(source, order, recipe, batch, host * share, edges, steps.start)
     pieces = len(edges) - 1
-    dataset = grain.MapDataset.range(len(steps) * pieces).map(make)
+    return _batches(in_parallel(make, len(steps) * pieces, workers, threads), pieces)
+
+
+def in_parallel(
+    make: Callable[[int], Any], count: int, workers: int, threads: int
+) -> Generator[Any]:
+    """make(0), make(1), ... make(count - 1), in order, made ahead by worker processes or, where
+    there are none, by threads. Processes and their shared memory end with the generator, or at the
+    latest with this process; what it yields is to be copied before the next is asked for.
+    """
+    dataset = grain.MapDataset.range(count).map(make)
     if workers:
         # Grain's workers read its flags, which only programs of absl.app have parsed.
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()
-        chunks = dataset.to_iter_dataset(
+        ahead = dataset.to_iter_dataset(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         ).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
             worker_init_fn=_start_worker,
         )
     else:
-        chunks = dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + pieces)
-        )
-    return _batches(iter(chunks), pieces)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        ahead = dataset.to_iter_dataset(options)
+    return _closing(iter(ahead))
 
 
-def _batches(chunks: grain.DatasetIterator[Batch], pieces: int) -> Generator[Batch]:
-    """So many pieces put together, again and again. The iterator, its processes and their shared
-    memory end with the generator, or at the latest with this process.
-    """
-    opened = [chunks]
-    del chunks
+def _closing(iterator: grain.DatasetIterator[Any]) -> Generator[Any]:
+    opened = [iterator]
+    del iterator
 
     def close() -> None:
         if opened:
@@ -150,14 +157,23 @@ def _batches(chunks: grain.DatasetIterator[Batch], pieces: int) -> Generator[Bat
     # A script may end without closing what it opened, and a generator cannot tell.
     atexit.register(close)
     try:
-        while made := list(itertools.islice(opened[0], pieces)):
+        # No variable holds what was yielded, or the iterator: both must go when `close` lets go.
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield next(opened[0])
+    finally:
+        close()
+        atexit.unregister(close)
+
+
+def _batches(chunks: Generator[Batch], pieces: int) -> Generator[Batch]:
+    """So many pieces put together, again and again."""
+    with contextlib.closing(chunks):
+        while made := list(itertools.islice(chunks, pieces)):
             # Copied in any case: pieces from workers lie in memory that is theirs.
             batch = Batch(*(np.concatenate(part) for part in zip(*made, strict=True)))
             del made
             yield batch
-    finally:
-        close()
-        atexit.unregister(close)
 
 
 def _await_release() -> None:
