@@ -1,6 +1,10 @@
 """Distil a teacher into a student.
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE]
+    python main.py --config=configs/quickstart.py --workdir=runs/mine --doctor [--config....]
+
+The second looks at all images, says what is wrong, and writes WORKDIR/doctor.json (or --output):
+training can take that file in place of the folder.
 
 Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training diverged;
 75 interrupted: the same command goes on.
@@ -15,7 +19,8 @@ from proteus_jax.console import Console
 from proteus_jax.errors import Diverged, InputError
 
 DEFECT, WRONG_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 75
-PATHS = ("--config", "--workdir")
+PATHS = ("--config", "--workdir", "--output")
+FLAGS = ("--doctor",)
 
 
 class Arguments(NamedTuple):
@@ -23,15 +28,21 @@ class Arguments(NamedTuple):
 
     paths: dict[str, str]
     overrides: list[tuple[str, str | None]]
+    flags: set[str]
     problems: list[str]
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """--config, --workdir and --config.FIELD, each as `--name=value` or `--name value`."""
-    read = Arguments({}, [], [])
+    """--config, --workdir, --output and --config.FIELD, each as `--name=value` or `--name value`,
+    and --doctor.
+    """
+    read = Arguments({}, [], set(), [])
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
+        if name in FLAGS and not equals:
+            read.flags.add(name)
+            continue
         if not equals and rest and not rest[0].startswith("--"):
             equals, value = "=", rest.pop(0)
         if name.startswith("--config."):
@@ -40,20 +51,36 @@ def parse(arguments: list[str]) -> Arguments:
             read.paths[name] = value
         else:
             read.problems.append(f"{name}: unknown argument")
-    read.problems.extend(f"{name}: expected a path" for name in PATHS if not read.paths.get(name))
+    needed = {"--config", "--workdir"}
+    if "--doctor" in read.flags:
+        # Its file lies in the workdir, where nothing else is said.
+        needed = {"--config"} if read.paths.get("--output") else needed
+    elif "--output" in read.paths:
+        read.problems.append("--output: only --doctor writes there")
+    read.problems.extend(
+        f"{name}: expected a path"
+        for name in PATHS
+        if not read.paths.get(name) and name in needed | read.paths.keys()
+    )
     return read
 
 
 def distil(arguments: list[str], console: Console) -> int:
-    """Checks everything, then trains; returns the exit code."""
+    """Checks everything, then trains, or with --doctor looks at the images; returns the exit
+    code.
+    """
     read = parse(arguments)
     if not read.paths.get("--config"):
         raise InputError(read.problems)
-    from proteus_jax import config, experiment, train
+    from proteus_jax import checkup, config, experiment, train
 
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides)
     workdir = Path(read.paths.get("--workdir") or ".").expanduser()
+    if "--doctor" in read.flags:
+        output = Path(read.paths.get("--output") or workdir / checkup.MANIFEST).expanduser()
+        checkup.checkup(configuration, output, [*read.problems, *problems], console)
+        return 0
     inputs = experiment.open_inputs(configuration, workdir, [*read.problems, *problems])
     return train.run(configuration, inputs, workdir, console)
 

@@ -23,7 +23,7 @@ LAYERS = [
     ("data",),
     ("teachers", "metrics", "checkpoint", "config"),
     ("evaluation", "loading"),
-    ("experiment",),
+    ("experiment", "checkup"),
     ("messages",),
     ("train",),
 ]

@@ -238,6 +238,47 @@ def test_array_records(tmp_path: Path, contents: list[bytes]) -> None:
         open_source("gs://bucket/a.array_record")
 
 
+def test_a_builder_of_tensorflow_datasets(tmp_path: Path, contents: list[bytes]) -> None:
+    """Prepared and read without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    class Mine(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "picture": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=3),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number, content in enumerate(contents):
+                path = tmp_path / f"{number}.png"
+                path.write_bytes(content)
+                yield number, {"picture": str(path), "label": number % 3}
+
+    builder = Mine(data_dir=str(tmp_path / "tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    source, _ = open_source(f"tfds:{builder.data_dir}")
+    read = [source.read(index) for index in range(len(source))]
+    assert sorted(read) == sorted(contents)
+    assert_holds(source, read)
+    for _ in range(2):  # the second time out of the cache
+        labels = source.labels()
+        assert labels is not None
+        assert [contents.index(content) % 3 for content in read] == labels.tolist()
+    with pytest.raises(InputError, match="expected a split out of train, found test"):
+        open_source(f"tfds:{builder.data_dir}:test")
+    with pytest.raises(InputError, match="is named as tfds:NAME or tfds:DIRECTORY"):
+        open_source(str(builder.data_dir))
+
+
 def test_what_is_no_tfds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(InputError, match="tfds:nothing_such: tensorflow-datasets cannot open it"):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
 import numpy as np
 
 from proteus_jax.data import files, images, pictures
-from proteus_jax.data.folder import open_folder, open_list
+from proteus_jax.data.folder import open_folder, open_list, open_single
 from proteus_jax.data.records import PREFIX, open_records, open_tfds
 from proteus_jax.data.shards import open_parquet, open_tar
 from proteus_jax.data.sources import (
@@ -25,6 +26,8 @@ from proteus_jax.data.sources import (
 from proteus_jax.errors import InputError
 
 _TAR, _PARQUET, _RECORDS = (".tar",), (".parquet",), (".array_record", ".arrayrecord")
+# As tensorflow-datasets and Hugging Face name the files of a split.
+_SPLIT = re.compile(r"([a-z]+)-\d+-of-\d+")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -71,11 +74,15 @@ def _single_image(root: str) -> Split:
 
 def open_source(root: str) -> tuple[Source, tuple[str, ...]]:
     """The images of a root, and files that were passed over: a folder, a text file of paths,
-    doctor.json, tar, parquet or ArrayRecord files or a folder of them, tfds:NAME.
+    one image, doctor.json, tar, parquet or ArrayRecord files or a folder of them, tfds:NAME.
     """
     name = root.lower()
+    if root == pictures.NAME:
+        return open_folder(str(pictures.obtain_pictures()))
     if name.startswith(PREFIX):
         return open_tfds(root), ()
+    if name.endswith(images.SUFFIXES):
+        return open_single(root), ()
     if name.endswith(_COMPRESSED):
         raise InputError(f"{root}: a compressed tar file has no random access; unpack it")
     if name.endswith(".txt"):
@@ -102,12 +109,20 @@ def _inside(root: str, suffixes: Sequence[str]) -> list[str]:
     folder = files.local(root)
     if not folder.is_dir():
         return []
+    found = []
     with os.scandir(folder) as entries:
-        found = [
-            entry.path
-            for entry in entries
-            if any(suffix in entry.name.lower() for suffix in suffixes) and entry.is_file()
-        ]
+        for entry in entries:
+            name = entry.name.lower()
+            if entry.is_dir() or name.endswith(images.SUFFIXES):
+                return []  # a tree of images, with an archive beside them perhaps
+            if any(suffix in name for suffix in suffixes):
+                found.append(entry.path)
+    splits = {match[1] for path in found if (match := _SPLIT.match(PurePath(path).name))}
+    if len(splits) > 1:
+        raise InputError(
+            f"{root}: holds the splits {', '.join(sorted(splits))}; name one, as "
+            f"{root.rstrip('/')}/{max(splits)}-*"
+        )
     return sorted(found)
 
 

@@ -113,6 +113,14 @@ def open_list(path: str) -> tuple[FileSource, tuple[str, ...]]:
     return _looked_at(path, root, [(name, 0) for name in names])
 
 
+def open_single(path: str) -> FileSource:
+    """One image file. InputError where it is none."""
+    file = files.local(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file")
+    return _looked_at(path, str(file.parent), [(file.name, 0)])[0]
+
+
 def _walk(
     root: str, below: str, seen: set[tuple[int, int]], directories: list[tuple[str, int]]
 ) -> Iterator[tuple[str, int]]:

@@ -1,0 +1,146 @@
+"""What --doctor finds, says and writes, and that training can take it."""
+
+import functools
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, photograph
+from PIL import Image
+
+from proteus_jax.data.catalog import open_images, open_source
+from proteus_jax.data.doctor import Findings, examine
+from proteus_jax.data.pipeline import in_parallel
+from proteus_jax.data.sources import HeldOut, MemorySource
+from proteus_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One image of each kind of trouble, and twenty healthy ones."""
+    folder, rng = tmp_path_factory.mktemp("hospital"), np.random.default_rng(3)
+    healthy = [photograph(rng, 90, 120) for _ in range(20)]
+    for number, array in enumerate(healthy):
+        Image.fromarray(array).save(folder / f"healthy {number:02}.png")
+    one = Image.fromarray(healthy[0])
+    whole = io.BytesIO()
+    Image.fromarray(photograph(rng, 90, 120)).save(whole, "JPEG")
+    (folder / "truncated.jpg").write_bytes(whole.getvalue()[:-300])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("no image")
+    (folder / "copy.png").write_bytes((folder / "healthy 03.png").read_bytes())
+    Image.fromarray(photograph(rng, 80, 80)).convert("CMYK").save(folder / "cmyk.jpg")
+    deep = np.asarray(Image.fromarray(photograph(rng)).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(photograph(rng, 20, 300)).save(folder / "tiny.png")
+    frames = [Image.fromarray(photograph(rng)) for _ in range(2)]
+    frames[0].save(folder / "animated.webp", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photograph(rng)).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(photograph(rng)).quantize(64).save(folder / "palette.png")
+    one.resize((240, 180), Image.Resampling.BICUBIC).save(folder / "larger.jpg", quality=80)
+    for shade in (10, 200):
+        Image.new("RGB", (64, 64), (shade,) * 3).save(folder / f"flat {shade}.png")
+    return folder
+
+
+def found(folder: Path) -> tuple[list[str], Findings]:
+    source, _ = open_source(str(folder))
+    parallel = functools.partial(in_parallel, workers=0, threads=2)
+    return [source.name(i) for i in range(len(source))], examine(source, parallel)
+
+
+def test_each_trouble_is_found(hospital: Path) -> None:
+    names, findings = found(hospital)
+    unreadable = findings.unreadable()
+    assert [names[index] for index in unreadable] == ["truncated.jpg"]
+    assert "truncated" in unreadable[names.index("truncated.jpg")]
+    odd = {kind: [names[index] for index in indices] for kind, indices in findings.odd().items()}
+    assert odd == {
+        "CMYK": ["cmyk.jpg"],
+        "16 bits": ["deep.png"],
+        "animated": ["animated.webp"],
+        "turned by EXIF": ["turned.jpg"],
+        "tiny": ["tiny.png"],
+        "alpha or palette": ["palette.png"],
+    }
+    groups = [[names[index] for index in group] for group in findings.equal()]
+    assert groups == [["copy.png", "healthy 03.png"]]
+    groups = [[names[index] for index in group] for group in findings.alike()]
+    assert groups == [["healthy 00.png", "larger.jpg"]]
+    left_out = {names[index]: reason for index, reason in findings.left_out().items()}
+    assert left_out.keys() == {"truncated.jpg", "healthy 03.png"}
+    histogram = dict(findings.histogram())
+    assert histogram["64 to 127"] == 24
+    assert sum(histogram.values()) == len(names) - 1
+    assert findings.decode_rate() > 0
+
+
+def test_many_images_that_look_alike() -> None:
+    """Each of fifty a little changed; unrelated ones stay apart."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(50):
+        picture = photograph(rng, 64, 72)
+        pictures += [picture, (picture * 0.9).astype(np.uint8)]
+    source = MemorySource(pictures, [str(number) for number in range(100)])
+    parallel = functools.partial(in_parallel, workers=0, threads=1)
+    pairs = [[number, number + 1] for number in range(0, 100, 2)]
+    assert examine(source, parallel).alike() == pairs
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "main.py"), "--doctor", *arguments]
+    command.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_training_takes_what_the_doctor_wrote(hospital: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, f"--config.data.root={hospital}", "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "cannot be read: truncated.jpg: OSError: image file is truncated" in result.stdout
+    assert "to train without what is wrong: --config.data.root=run/doctor.json" in result.stdout
+    manifest = tmp_path / "run" / "doctor.json"
+    written = json.loads(manifest.read_text())
+    assert written["no_images"] == ["empty.jpg", "text.jpg"]
+    assert written["copies"] == [["copy.png", "healthy 03.png"]]
+    split = open_images([str(manifest)], held_out=HeldOut(0.02, 4, 9))
+    assert split.held_out is not None
+    used = {
+        part.name(index) for part in (split.training, split.held_out) for index in range(len(part))
+    }
+    assert len(used) == written["images"] - 2
+    assert not used & {"truncated.jpg", "healthy 03.png"}
+    written["fingerprint"] = "0"
+    manifest.write_text(json.dumps(written))
+    with pytest.raises(InputError, match="have changed since; run --doctor again"):
+        open_images([str(manifest)], held_out=HeldOut(0.0, 1, 1))
+    manifest.write_text("{}")
+    with pytest.raises(InputError, match="expected a file that --doctor wrote"):
+        open_images([str(manifest)], held_out=HeldOut(0.0, 1, 1))
+
+
+def test_all_that_is_wrong_is_said_and_nothing_is_written(hospital: Path, tmp_path: Path) -> None:
+    result = run(
+        tmp_path,
+        f"--config.data.root={hospital},{tmp_path / 'absent'}",
+        "--config.batch=15",
+        "--output=report.json",
+    )
+    assert result.returncode == 2
+    assert "exact copies, as healthy 03.png" in result.stdout
+    assert result.stderr.splitlines() == [
+        "2 problems with the input:",
+        "  --config.batch: expected an even number, as half of the images are masked, found 15",
+        f"  --config.data.root: {tmp_path / 'absent'}: no such folder",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    result = run(tmp_path, f"--config.data.root={hospital}")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1:] == ["  --workdir: expected a path"]
