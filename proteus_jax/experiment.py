@@ -20,7 +20,7 @@ from proteus_jax import optim, sharding
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
-from proteus_jax.data.order import Order
+from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.sources import HeldOut, Split, Subset
 from proteus_jax.errors import InputError
@@ -155,6 +155,9 @@ def _check_teacher(config: Any, directory: Path | None) -> list[str]:
 
 def build(config: Any, inputs: Inputs) -> Experiment:
     """Everything that a run needs; the teacher's weights go to the devices here."""
+    weights = tuple(config.data.weights)
+    if weights and 0 in shares(sum(inputs.split.parts), weights):
+        raise InputError(f"--config.data.weights: {weights} leave nothing of one root")
     mesh = sharding.make_mesh(config.fsdp)
     images = config.data.epoch or len(inputs.split.training)
     total_steps = config.steps or _steps(config.epochs, images, config.batch)
@@ -199,9 +202,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         config=config,
         mesh=mesh,
         split=inputs.split,
-        order=Order(
-            config.seed, inputs.split.parts, tuple(config.data.weights), config.data.repeats
-        ),
+        order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(config.data.crop, RandAugment(**config.data.randaugment)),
         total_steps=total_steps,
         facts={

@@ -33,9 +33,10 @@ from proteus_jax.storage import write_atomically
 
 DONE, INTERRUPTED = 0, 75
 PICTURE, PICTURE_ROWS = "agreement.png", 8
-# Images that cannot be read: so many are named; a run is not stopped before so many draws were in
-# vain.
-NAMED, FEW = 20, 5
+# So many images that cannot be read are named.
+NAMED = 20
+# A run is stopped when the share of them is too large by so many standard deviations.
+CERTAIN = 3.0
 # A wait for images of more than this share of the time is worth a word.
 WAIT_WORTH_A_WORD = 0.1
 
@@ -179,8 +180,10 @@ class _Run:
                         batch = next(batches)
                     self.note_unreadable(batch.unreadable)
                 except InputError:
-                    self.save(step, state)
-                    self.checkpoints.wait()
+                    # Alone: on several hosts the others know nothing of it yet.
+                    if jax.process_count() == 1:
+                        self.save(step, state)
+                        self.checkpoints.wait()
                     raise
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
@@ -237,7 +240,9 @@ class _Run:
                 name = self.experiment.split.training.name(index)
                 self.console.line(f"{name} cannot be read; another image takes its place")
         limit = self.config.data.unreadable
-        if lost and self.replaced >= FEW and self.replaced > limit * self.drawn:
+        # Views of one image fail together.
+        chance = CERTAIN * (self.replaced * self.config.data.repeats) ** 0.5
+        if lost and self.replaced - chance > limit * self.drawn:
             raise InputError(
                 f"--config.data.unreadable: {self.replaced} of {self.drawn} images could not be "
                 f"read, the last one {self.experiment.split.training.name(lost[-1])}; expected at "

@@ -240,6 +240,45 @@ def test_exif_orientation_is_applied(rng: np.random.Generator, kind: str, orient
     assert mean_difference(decoded, np.rot90(picture, turns)) < 3
 
 
+def test_orientation_is_found_where_few_writers_put_it(rng: np.random.Generator) -> None:
+    """After a fill byte, and in XMP; a JPEG with EXIF that turns nothing stays on the fast path."""
+    picture, exif = photograph(rng), Image.Exif()
+    exif[0x0112] = 6
+    turned = jpeg(picture, exif=exif)
+    at = turned.index(b"\xff\xe1")
+    xmp = (
+        b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
+    )
+    segment = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp
+    plain = jpeg(picture)
+    for data in (turned[:at] + b"\xff" + turned[at:], plain[:2] + segment + plain[2:]):
+        assert images.decode(data).shape == (80, 60, 3)
+    exif[0x0112] = 1
+    upright = images.opened(jpeg(picture, exif=exif))
+    assert upright.reductions == images.REDUCTIONS
+    np.testing.assert_array_equal(upright.pixels(), images.decode(plain))
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2, "4:1:1"])
+def test_rows_to_a_crops_edge_are_those_of_the_whole(
+    rng: np.random.Generator, subsampling: int | str
+) -> None:
+    data = jpeg(texture(rng, 93, 61), subsampling=subsampling)
+    for reduction in (1, *images.REDUCTIONS):
+        whole = images.opened(data).pixels(reduction)
+        for bottom in (1, 14, 15, 16, 17, 31, 47, 80, 92, 93):
+            part = images.opened(data).pixels(reduction, bottom)
+            rows = -(-bottom // reduction)
+            np.testing.assert_array_equal(part[:rows], whole[:rows])
+    picture = images.opened(data)
+    for bottom in (20, 70, 30):
+        np.testing.assert_array_equal(
+            picture.pixels(1, bottom)[:bottom], images.decode(data)[:bottom]
+        )
+    with pytest.raises(images.Unreadable):
+        images.opened(data[:-400]).pixels(1, 20)
+
+
 def test_broken_images_are_unreadable(rng: np.random.Generator) -> None:
     whole = jpeg(photograph(rng))
     for broken in (b"", whole[:100], whole[:-40], whole[:20] + b"\0" * 200):

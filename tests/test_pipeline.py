@@ -200,6 +200,9 @@ def test_mixtures_hold_their_shares() -> None:
         assert max(each) - min(each) <= 1
     assert sorted(images_of(Order(1, (30, 10, 60)), 100)) == list(range(100))
     assert shares(10, (1.0, 1.0, 1.0)) == (3, 4, 3)
+    # A small part that fills half of an epoch goes round many times in it.
+    half = images_of(Order(1, (90, 10), (1.0, 1.0)), 200)
+    assert Counter(half[half >= 90].tolist()) == dict.fromkeys(range(90, 100), 10)
 
 
 def test_raw_bits_do_not_change_with_numpy() -> None:

@@ -266,7 +266,7 @@ def test_a_builder_of_tensorflow_datasets(tmp_path: Path, contents: list[bytes])
     builder = Mine(data_dir=str(tmp_path / "tfds"), file_format="array_record")
     builder.download_and_prepare()
     source, _ = open_source(f"tfds:{builder.data_dir}")
-    read = [source.read(index) for index in range(len(source))]
+    read = [bytes(source.read(index)) for index in range(len(source))]
     assert sorted(read) == sorted(contents)
     assert_holds(source, read)
     for _ in range(2):  # the second time out of the cache
@@ -301,6 +301,17 @@ def test_a_list_of_paths(tmp_path: Path, contents: list[bytes]) -> None:
     (tmp_path / "list.txt").write_text("# nothing\n")
     with pytest.raises(InputError, match="names no image"):
         open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf0 \xc3\xbc.img\r\n2 \xc3\xbc.img\r\n")
+    assert_holds(open_source(str(tmp_path / "list.txt"))[0], [contents[0], contents[2]])
+    (tmp_path / "list.txt").write_bytes(b"0.img\0001.img\0")
+    with pytest.raises(InputError, match="one path a line, found bytes of zero"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("gone.jpg\n")
+    with pytest.raises(InputError, match=r"1 of its files are missing, as gone\.jpg"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("0 ü.img\nlist.txt\n")
+    with pytest.raises(InputError, match=r"1 of its files are no images, as list\.txt"):
+        open_source(str(tmp_path / "list.txt"))
 
 
 def test_a_folder_on_a_store(photographs: Path) -> None:
@@ -308,7 +319,7 @@ def test_a_folder_on_a_store(photographs: Path) -> None:
     there, _ = open_source(f"file://{photographs}")
     assert names_of(there) == names_of(here)
     assert there.read(7) == here.read(7)
-    with pytest.raises(InputError, match="nowhere://bucket: cannot be opened"):
+    with pytest.raises(InputError, match=r"nowhere://bucket.*: cannot be opened"):
         open_source("nowhere://bucket")
 
 
@@ -317,8 +328,8 @@ def test_the_listing_of_a_large_folder_is_kept(
 ) -> None:
     monkeypatch.setattr(folders, "SMALL", 10)
     walked = []
-    walk = folders._walk
-    monkeypatch.setattr(folders, "_walk", lambda *a: walked.append(a) or walk(*a))
+    walk = folders._Walk
+    monkeypatch.setattr(folders, "_Walk", lambda root: walked.append(root) or walk(root))
     for number, path in enumerate(sorted(photographs.rglob("*.*"))):
         place = tmp_path / f"class {number % 4}" / f"{number}{path.suffix}"
         place.parent.mkdir(exist_ok=True)
@@ -373,6 +384,96 @@ def test_several_roots_are_one_data_set(photographs: Path, tmp_path: Path) -> No
     with pytest.raises(InputError) as error:
         open_images([str(sub[0]), str(tmp_path / "a"), str(tmp_path / "b")], held_out=NONE)
     assert len(error.value.problems) == 2
+
+
+def test_overlapping_roots_never_train_on_what_one_holds_out(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sub = sorted(path for path in photographs.iterdir() if path.is_dir())[1]
+    favourites = tmp_path / "favourites.txt"
+    favourites.write_text("\n".join(map(str, sorted(photographs.rglob("*.png"))[:6])))
+    for small in (True, False):
+        if not small:
+            monkeypatch.setattr(folders, "SMALL", 1)
+        split = open_images(
+            [str(photographs), str(sub), str(favourites)], held_out=HeldOut(0.1, 2, 9)
+        )
+        assert split.held_out is not None
+        out, kept = (
+            {bytes(source.read(index)) for index in range(len(source))}
+            for source in (split.held_out, split.training)
+        )
+        assert len(out) >= 6
+        assert not out & kept
+        assert sum(split.parts) == len(split.training)
+
+
+def test_names_that_look_like_another_kind(photographs: Path, tmp_path: Path) -> None:
+    """A folder is a folder, whatever it is called."""
+    for name in ("my.target", "train.tar", "a.parquet", "pics.png", "x.json", "dir.txt"):
+        (tmp_path / name).symlink_to(photographs)
+        assert len(open_source(str(tmp_path / name))[0]) == 40
+        assert len(open_images([str(tmp_path / name)], held_out=NONE).training) == 40
+    (tmp_path / "backup.tar").touch()
+    assert len(open_source(str(tmp_path))[0]) == 40  # the same images by many links, and a tar
+
+
+def test_folders_of_shards(tmp_path: Path, contents: list[bytes]) -> None:
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "train-0000.tar.idx").touch()
+    write_tar(tmp_path / "train-0000.tar", contents[:3])
+    write_tar(tmp_path / "train-0001.tar", contents[3:])
+    assert_holds(open_source(str(tmp_path))[0], contents)
+    write_tar(tmp_path / "val-0000.tar", contents)
+    with pytest.raises(InputError, match=r"holds shards of train, val; name .*/train\*\.tar"):
+        open_source(str(tmp_path))
+    assert_holds(open_source(str(tmp_path / "train*.tar"))[0], contents)
+    with pytest.raises(InputError, match="found nothing to count"):
+        open_source(str(tmp_path / "train-{0005..0003}.tar"))
+
+
+def test_what_cannot_be_listed_is_passed_over(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").symlink_to(photographs)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+    source, skipped = open_source(str(tmp_path))
+    assert len(source) == 40
+    assert skipped == ("self.png",)
+
+
+def test_a_listing_that_is_cut_short_is_made_again(
+    photographs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "SMALL", 10)
+    names = names_of(open_source(str(photographs))[0])
+    (listing,) = (cache / "listings").iterdir()
+    whole = listing.read_bytes()
+    for length in range(0, len(whole), 64):
+        listing.write_bytes(whole[:length])
+        assert names_of(open_source(str(photographs))[0]) == names
+
+
+def test_another_listing_is_noticed_in_a_worker(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "SMALL", 10)
+    for path in photographs.rglob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    travelling = pickle.dumps(open_source(str(tmp_path))[0])
+    (tmp_path / "one more.png").write_bytes((tmp_path / "image 1.png").read_bytes())
+    open_source(str(tmp_path))
+    with pytest.raises(InputError, match="listed anew while a run was starting"):
+        pickle.loads(travelling)
+
+
+def test_copies_of_one_image_cannot_be_held_out(tmp_path: Path, rng: np.random.Generator) -> None:
+    for number in range(30):
+        save(tmp_path / f"{number}.png", photograph(np.random.default_rng(0)))
+    with pytest.raises(InputError, match="copies of each other"):
+        open_images([str(tmp_path)], held_out=HeldOut(0.02, 16, 1024))
+    save(tmp_path / "narrow.png", photograph(rng, 50, 2))
+    with pytest.raises(InputError, match="at least 4 pixels across, found 2"):
+        open_images([str(tmp_path / "narrow.png")], held_out=NONE)
 
 
 def test_subsets(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -25,9 +25,9 @@ from proteus_jax.data.sources import (
 )
 from proteus_jax.errors import InputError
 
-_TAR, _PARQUET, _RECORDS = (".tar",), (".parquet",), (".array_record", ".arrayrecord")
-# As tensorflow-datasets and Hugging Face name the files of a split.
-_SPLIT = re.compile(r"([a-z]+)-\d+-of-\d+")
+_SHARD = re.compile(r"(\.tar|\.parquet|\.array_?record)(-\d+-of-\d+|-\*|-\?*)?$")
+# What comes before the number of a shard tells the split.
+_NUMBERED = re.compile(r"[-_.]*\d")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -55,7 +55,8 @@ def open_images(
 def _open_split(root: str, held_out: HeldOut) -> Split:
     if root == pictures.NAME:
         return pictures.open_pictures()
-    if root.lower().endswith(images.SUFFIXES) and not files.is_remote(root):
+    single = root.lower().endswith(images.SUFFIXES) and not files.is_remote(root)
+    if single and not os.path.isdir(files.local(root)):
         return _single_image(root)
     source, skipped = open_source(root)
     try:
@@ -73,70 +74,87 @@ def _single_image(root: str) -> Split:
 
 
 def open_source(root: str) -> tuple[Source, tuple[str, ...]]:
-    """The images of a root, and files that were passed over: a folder, a text file of paths,
-    one image, doctor.json, tar, parquet or ArrayRecord files or a folder of them, tfds:NAME.
+    """The images of a root, and files that were passed over: a folder, a text file of paths, one
+    image, doctor.json, tar, parquet or ArrayRecord files or a folder of them, tfds:NAME.
     """
     name = root.lower()
     if root == pictures.NAME:
         return open_folder(str(pictures.obtain_pictures()))
     if name.startswith(PREFIX):
         return open_tfds(root), ()
-    if name.endswith(images.SUFFIXES):
-        return open_single(root), ()
+    if not files.is_remote(root) and os.path.isdir(files.local(root)):
+        return _open_directory(root)
     if name.endswith(_COMPRESSED):
         raise InputError(f"{root}: a compressed tar file has no random access; unpack it")
     if name.endswith(".txt"):
-        return open_list(root)
+        return open_list(root), ()
     if name.endswith(".json"):
         return _open_manifest(root)
-    for suffixes, opener in (
-        (_TAR, open_tar),
-        (_PARQUET, open_parquet),
-        (_RECORDS, open_records),
-    ):
-        if any(suffix in PurePath(name).name for suffix in suffixes):
-            return opener(files.expand(root)), ()
-        inside = _inside(root, suffixes)
-        if inside:
-            return opener(inside), ()
+    kind = _kind(PurePath(name).name)
+    if kind is not None:
+        return _OPENERS[kind](files.expand(root)), ()
+    if name.endswith(images.SUFFIXES) and not files.is_remote(root):
+        return open_single(root), ()
     return open_folder(root)
 
 
-def _inside(root: str, suffixes: Sequence[str]) -> list[str]:
-    """The files of a kind right inside a folder, as sharded data sets lie there; sorted."""
-    if files.is_remote(root):
-        return []
-    folder = files.local(root)
-    if not folder.is_dir():
-        return []
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name.lower()
-            if entry.is_dir() or name.endswith(images.SUFFIXES):
-                return []  # a tree of images, with an archive beside them perhaps
-            if any(suffix in name for suffix in suffixes):
-                found.append(entry.path)
-    splits = {match[1] for path in found if (match := _SPLIT.match(PurePath(path).name))}
-    if len(splits) > 1:
+_OPENERS = {".tar": open_tar, ".parquet": open_parquet, ".array_record": open_records}
+
+
+def _kind(name: str) -> str | None:
+    """The kind of shard that a file name tells; its number may follow the suffix."""
+    found = _SHARD.search(name.lower())
+    return found[1].replace("arrayrecord", "array_record") if found else None
+
+
+def _open_directory(root: str) -> tuple[Source, tuple[str, ...]]:
+    """Shards that lie right inside a folder, and nothing but files beside them; or a tree."""
+    shards: dict[str, list[str]] = {}
+    try:
+        with os.scandir(files.local(root)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() or entry.name.lower().endswith(images.SUFFIXES):
+                    return open_folder(root)
+                kind = _kind(entry.name)
+                if kind is not None:
+                    shards.setdefault(kind, []).append(entry.path)
+    except OSError:
+        return open_folder(root)  # which says what it cannot read
+    if not shards:
+        return open_folder(root)
+    paths = sorted(path for found in shards.values() for path in found)
+    beginnings = sorted({_NUMBERED.split(PurePath(path).name)[0] for path in paths})
+    if len(beginnings) > 1 or len(shards) > 1:
+        one = "train" if "train" in beginnings else beginnings[0]
         raise InputError(
-            f"{root}: holds the splits {', '.join(sorted(splits))}; name one, as "
-            f"{root.rstrip('/')}/{max(splits)}-*"
+            f"{root}: holds shards of {', '.join(beginnings)}; name those that you mean, as "
+            f"{root.rstrip('/')}/{one}*{next(iter(shards))}*"
         )
-    return sorted(found)
+    return _OPENERS[next(iter(shards))](paths), ()
 
 
 def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
     """What `--doctor` wrote: its source without the images that it found wrong."""
     try:
         manifest = json.loads(files.local(path).read_text())
-        root, left_out = manifest["root"], manifest["left_out"]
-        fingerprint = manifest["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        root, fingerprint = str(manifest["root"]), manifest["fingerprint"]
+        wrong = {int(entry["index"]) for entry in manifest["left_out"]}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected a file that --doctor wrote: {error!r}") from None
+    if root.lower().endswith(".json"):
+        raise InputError(
+            f"{path}: was written of {root}, which names images in turn; expected a place of images"
+        )
     source, skipped = open_source(root)
     if source.fingerprint != fingerprint:
         raise InputError(f"{path}: the images of {root} have changed since; run --doctor again")
-    wrong = {entry["index"] for entry in left_out}
+    if wrong - set(range(len(source))):
+        raise InputError(f"{path}: leaves out images that {root} does not have")
     kept = [index for index in range(len(source)) if index not in wrong]
+    if not kept:
+        raise InputError(f"{path}: leaves out every image of {root}")
     return Part(source, np.array(kept, np.int64)), skipped

@@ -5,6 +5,7 @@ import functools
 import glob
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,28 @@ def is_remote(path: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _store(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def _bucket(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
     try:
         return pyarrow.fs.FileSystem.from_uri(root)
     except (OSError, ValueError) as error:
         raise InputError(f"{root}: cannot be opened: {error}") from None
 
 
+def _store(path: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of an address, one for all that lies in a bucket, and the path in it."""
+    parts = urllib.parse.urlsplit(path)
+    store, base = _bucket(parts._replace(path="/", fragment="").geturl())
+    return store, base.rstrip("/") + urllib.parse.unquote(parts.path)
+
+
 def local(path: str | Path) -> Path:
     """A path of a disk with ~ expanded."""
     return Path(path).expanduser()
+
+
+def absolute(path: str) -> str:
+    """A path that means the same from everywhere."""
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def read(root: str, name: str) -> bytes:
@@ -92,6 +105,8 @@ def expand(pattern: str) -> list[str]:
     found = _RANGE.search(pattern)
     if found:
         first, last = found.groups()
+        if int(first) > int(last):
+            raise InputError(f"{pattern}: expected {{first..last}}, found nothing to count")
         numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
         return [
             name
@@ -101,6 +116,8 @@ def expand(pattern: str) -> list[str]:
     if is_remote(pattern):
         return _remote_matches(pattern)
     path = str(local(pattern))
+    if os.path.exists(path):
+        return [path]
     names = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
     missing = [name for name in names if not os.path.exists(name)]
     if missing or not names:

@@ -7,6 +7,7 @@ directories are unchanged; processes share it through the memory of the machine.
 import functools
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -43,6 +44,10 @@ class FileSource:
         """The path below the root."""
         return self._names[index]
 
+    def key(self, index: int) -> str:
+        """See Source."""
+        return os.path.join(self._root, self._names[index])
+
     def read(self, index: int) -> bytes:
         """See Source."""
         return files.read(self._root, self._names[index])
@@ -62,8 +67,9 @@ class FileSource:
 
 
 def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
-    """Every JPEG, PNG, WebP and BMP of a tree, in the order of the names, and the files with such
-    a name that are none (of a small tree).
+    """Every JPEG, PNG, WebP and BMP of a tree, in the order of the names, and what was passed over:
+    directories that cannot be read, and, of a small tree, files with such a name that are no
+    images.
 
     InputError where there is no folder or no image in it.
     """
@@ -71,46 +77,58 @@ def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
         found = (e for e in files.remote_listing(root) if e[0].lower().endswith(images.SUFFIXES))
         return _source(root, sorted(found)), ()
     folder = files.local(root)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{root}: no such folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{root}: no permission to read it")
     path = cache_directory() / "listings" / _key(folder)
     known = _known(path, folder)
     if known is not None:
-        return FileSource(str(folder), known), ()
-    directories: list[tuple[str, int]] = []
-    entries = sorted(_walk(str(folder), "", set(), directories))
+        return FileSource(str(folder.resolve()), known), ()
+    walk = _Walk(str(folder))
+    entries = sorted(walk.files(""))
     if len(entries) <= SMALL:
-        return _looked_at(root, str(folder), entries)
-    source = _source(str(folder), entries, directories)
+        source, skipped = _looked_at(root, folder, entries)
+        return source, (*walk.unreadable, *skipped)
+    source = _source(str(folder.resolve()), entries, walk.directories)
     try:
         write_table(path, source._table.facts, source._table.columns)
     except OSError:
         # Without a place to keep it the listing is made again next time, and copied to workers.
-        return source, ()
-    return FileSource(str(folder), read_table(path)), ()
+        return source, tuple(walk.unreadable)
+    return FileSource(str(folder.resolve()), read_table(path)), tuple(walk.unreadable)
 
 
-def open_list(path: str) -> tuple[FileSource, tuple[str, ...]]:
+def open_list(path: str) -> FileSource:
     """The images that a text file names, one path a line, from the file's own folder where they
     are relative; empty lines and those that begin with # do not count.
 
-    InputError where it names none, or one twice.
+    InputError where it names none, one twice, or what is no image.
     """
     file = files.local(path)
     try:
-        lines = os.fsdecode(file.read_bytes()).splitlines()
+        content = file.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if b"\0" in content:
+        raise InputError(f"{path}: expected text with one path a line, found bytes of zero")
+    lines = (line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+    names = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
     if not names:
         raise InputError(f"{path}: names no image")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{path}: names {twice} twice")
-    root = str(file.parent)
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path}: names {name} twice")
+    root = file.parent
     if len(names) > SMALL:
-        return _source(root, [(name, 0) for name in names]), ()
-    return _looked_at(path, root, [(name, 0) for name in names])
+        return _source(str(root.resolve()), [(name, 0) for name in names])
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of its files are missing, as {missing[0]}")
+    source, skipped = _looked_at(path, root, [(name, 0) for name in names])
+    if skipped:
+        raise InputError(f"{path}: {len(skipped)} of its files are no images, as {skipped[0]}")
+    return source
 
 
 def open_single(path: str) -> FileSource:
@@ -118,37 +136,54 @@ def open_single(path: str) -> FileSource:
     file = files.local(path)
     if not file.is_file():
         raise InputError(f"{path}: no such file")
-    return _looked_at(path, str(file.parent), [(file.name, 0)])[0]
+    return _looked_at(path, file.parent, [(file.name, 0)])[0]
 
 
-def _walk(
-    root: str, below: str, seen: set[tuple[int, int]], directories: list[tuple[str, int]]
-) -> Iterator[tuple[str, int]]:
-    """Name and size of every file of a tree with the name of an image; links are followed, loops
-    are not. Notes each directory and its time of change.
-    """
-    here = os.path.join(root, below)
-    status = os.stat(here)
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    directories.append((below, status.st_mtime_ns))
-    prefix = f"{below}/" if below else ""
-    inside = []
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                inside.append(prefix + entry.name)
-            elif entry.name.lower().endswith(images.SUFFIXES):
-                try:
-                    size = entry.stat().st_size
-                except OSError:
-                    size = -1
-                yield prefix + entry.name, size
-    # In a fixed order: which of two links to one directory is met first must not depend on the
-    # disk.
-    for name in sorted(inside):
-        yield from _walk(root, name, seen, directories)
+class _Walk:
+    """Every file of a tree with the name of an image; links are followed, loops are not."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self._seen: set[tuple[int, int]] = set()
+        # Each directory and its time of change; and what could not be read.
+        self.directories: list[tuple[str, int]] = []
+        self.unreadable: list[str] = []
+
+    def files(self, below: str) -> Iterator[tuple[str, int]]:
+        """Names and sizes in bytes, in no order."""
+        here, prefix, inside = os.path.join(self._root, below), f"{below}/" if below else "", []
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in self._seen:
+                return
+            self._seen.add((status.st_dev, status.st_ino))
+            self.directories.append((below, status.st_mtime_ns))
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if _is_directory(entry):
+                        inside.append(prefix + entry.name)
+                    elif entry.name.lower().endswith(images.SUFFIXES):
+                        yield prefix + entry.name, _size(entry)
+        except OSError:
+            self.unreadable.append(below or self._root)
+        # In a fixed order: which of two links to one directory is met first must not depend on the
+        # disk.
+        for name in sorted(inside):
+            yield from self.files(name)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
 
 
 def _key(folder: Path) -> str:
@@ -190,12 +225,12 @@ def _source(
 
 
 def _looked_at(
-    asked: str, root: str, entries: Sequence[tuple[str, int]]
+    asked: str, root: Path, entries: Sequence[tuple[str, int]]
 ) -> tuple[FileSource, tuple[str, ...]]:
     """Files each of which begins like an image, known by their content; and the others."""
     names, digests, skipped = [], [], []
     for name, _ in entries:
-        digest = _digest(os.path.join(root, name))
+        digest = _digest(root / name)
         if digest is None:
             skipped.append(name)
         else:
@@ -210,10 +245,10 @@ def _looked_at(
         joined.update(os.fsencode(name) + b"\0" + digest)
     packed = Names.of(names)
     table = Table({"fingerprint": joined.hexdigest()}, {"text": packed.text, "ends": packed.ends})
-    return FileSource(root, table, digests), tuple(skipped)
+    return FileSource(str(root.resolve()), table, digests), tuple(skipped)
 
 
-def _digest(path: str) -> bytes | None:
+def _digest(path: Path) -> bytes | None:
     """A hash of a file's size and beginning; None where it cannot be read or does not begin like an
     image.
     """

@@ -16,6 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAXIMUM_PIXELS = 2**27
 Image.MAX_IMAGE_PIXELS = None
 REDUCTIONS = (8, 4, 2)
+_ORIENTATION = 0x0112
 # Rows that a JPEG codes together, at most.
 _MCU = 16
 
@@ -89,7 +90,7 @@ class _Jpeg:
             return simplejpeg.decode_jpeg(
                 data, min_height=height, min_width=width, min_factor=reduction, strict=strict
             )
-        except ValueError:
+        except Exception:
             # What it calls an error may be a flaw that Pillow reads past: Pillow is the judge.
             array = _decode_with_pillow(self._data)
             if reduction > 1:
@@ -115,14 +116,15 @@ def opened(content: bytes | np.ndarray, *, reused: bool = False) -> Picture:
     if isinstance(content, np.ndarray):
         return _Pixels(content)
     if content.startswith(b"\xff\xd8\xff"):
-        exif, frame = _markers(content)
+        tagged, frame = _markers(content)
         try:
             found = simplejpeg.decode_jpeg_header(content)
-        except ValueError:
+        except Exception:
+            # It raises what it likes for what it does not know; Pillow is the judge.
             return _Pixels(_decode_with_pillow(content))
         height, width, colours = int(found[0]), int(found[1]), found[2]
         _refuse_bomb(width, height)
-        if not exif and colours in ("YCbCr", "Gray"):
+        if colours in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
             return _Jpeg(content, height, width, frame, reused)
     return _Pixels(_decode_with_pillow(content))
 
@@ -137,19 +139,28 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _markers(jpeg: bytes) -> tuple[bool, int]:
-    """Whether a JPEG has EXIF data, which may turn it, and where its frame header begins if it is
-    a baseline one; 0 if not.
+    """Whether a JPEG has a segment that may tell of an orientation (EXIF, XMP), and where its frame
+    header begins if it is a baseline one; 0 if not.
     """
-    exif, at = False, 2
-    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
+    tagged, frame, at = False, 0, 2
+    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
         marker = jpeg[at + 1]
-        if marker == 0xC0:
-            return exif, at
-        if marker == 0xDA:
-            break
-        exif = exif or (marker == 0xE1 and jpeg[at + 4 : at + 10] == b"Exif\0\0")
+        if marker == 0xFF:  # any number of these may come before a marker
+            at += 1
+            continue
+        tagged = tagged or marker == 0xE1
+        frame = at if marker == 0xC0 else frame
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return exif, 0
+    return tagged, frame
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether Pillow would turn or mirror a picture upright."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:
+        return True  # for Pillow to say what is wrong
 
 
 def _ends(jpeg: bytes) -> bool:

@@ -46,8 +46,6 @@ def held_out_generator(index: int, turn: int) -> np.random.Generator:
     return np.random.Generator(_bits(index, _HELD_OUT, turn))
 
 
-# Of each part of a mixture the epoch of today, and the one before for draws at the border.
-@functools.lru_cache(maxsize=16)
 def _permutation(seed: int, stream: int, epoch: int, length: int, part: int = 0) -> np.ndarray:
     # Raw bits and a stable sort: unlike Generator.permutation these do not change with numpy's
     # version.
@@ -86,22 +84,31 @@ class Order(NamedTuple):
     def __call__(self, draw: int) -> Draw:
         """The image of the draw-th slot since the start of training."""
         number, repeat = divmod(draw, self.repeats)
-        total = sum(self.sizes)
-        epoch, place = divmod(number, total)
-        position = int(_permutation(self.seed, _EPOCH, epoch, total)[place])
-        if not self.weights:
-            return Draw(position, repeat)
-        counts = shares(total, self.weights)
-        part, first = 0, 0
-        while position >= first + counts[part]:
-            first += counts[part]
-            part += 1
-        turn, within = divmod(epoch * counts[part] + position - first, self.sizes[part])
-        order = _permutation(self.seed, _PART, turn, self.sizes[part], part)
-        return Draw(sum(self.sizes[:part]) + int(order[within]), repeat)
+        epoch, place = divmod(number, sum(self.sizes))
+        return Draw(int(_epoch(self.seed, epoch, self.sizes, self.weights)[place]), repeat)
 
 
-@functools.lru_cache(maxsize=4)
+# The epoch of today, and the one before for draws at the border.
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, sizes: tuple[int, ...], weights: tuple[float, ...]) -> np.ndarray:
+    """The images of an epoch in their order."""
+    places = _permutation(seed, _EPOCH, epoch, sum(sizes))
+    if not weights:
+        return places
+    found, first = [], 0
+    for part, (size, count) in enumerate(zip(sizes, shares(sum(sizes), weights), strict=True)):
+        # This epoch's stretch of the part's own epochs, one after the other.
+        start, stop = epoch * count, (epoch + 1) * count
+        turns = [
+            _permutation(seed, _PART, turn, size, part)
+            for turn in range(start // size, -(-stop // size))
+        ]
+        within = start - start // size * size
+        found.append(first + np.concatenate(turns)[within : within + count])
+        first += size
+    return np.concatenate(found)[places]
+
+
 def shares(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     """Whole numbers in proportion to the weights whose sum is `total`."""
     edges = np.cumsum(weights) / np.sum(weights) * total

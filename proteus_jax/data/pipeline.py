@@ -197,8 +197,10 @@ def default_workers() -> int:
 
 
 def _start_worker(index: int, count: int) -> None:
-    # An interrupt from the keyboard reaches every process; the main one decides what becomes of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An interrupt from the keyboard, and a scheduler's request to end, reach every process of the
+    # group; the main one decides what becomes of them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

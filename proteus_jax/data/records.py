@@ -56,6 +56,10 @@ class RecordSource:
         """The number of the record."""
         return f"{self._paths[0]}: record {index}"
 
+    def key(self, index: int) -> str:
+        """See Source."""
+        return files.absolute(self.name(index))
+
     def read(self, index: int) -> bytes:
         """See Source."""
         try:
@@ -108,6 +112,10 @@ class TfdsSource:
     def name(self, index: int) -> str:
         """The number of the example."""
         return f"{PREFIX}{self._asked[0]}: example {index} of {self._asked[1]}"
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        return f"{self._builder.info.full_name} {self._asked[1]} {index}"
 
     def read(self, index: int) -> bytes:
         """See Source."""
@@ -163,7 +171,7 @@ def open_tfds(root: str) -> TfdsSource:
 
     InputError for what is not prepared as ArrayRecord.
     """
-    name, _, split = root.removeprefix(PREFIX).partition(":")
+    name, _, split = root[len(PREFIX) :].partition(":")
     return TfdsSource(name, split or "train", os.environ.get("TFDS_DATA_DIR"))
 
 

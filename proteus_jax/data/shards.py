@@ -2,14 +2,12 @@
 publishes image sets. Random access by an index that is made once.
 """
 
-import functools
 import hashlib
-import os
 import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow
@@ -46,9 +44,9 @@ class TarSource:
         shard = self._paths[int(self._table.columns["shard"][index])]
         return f"{shard}: {self._names[index]}"
 
-    @functools.cached_property
-    def _files(self) -> dict[int, int]:
-        return {}
+    def key(self, index: int) -> str:
+        """See Source."""
+        return files.absolute(self.name(index))
 
     def read(self, index: int) -> bytes:
         """See Source."""
@@ -57,13 +55,9 @@ class TarSource:
         offset, size = int(columns["offset"][index]), int(columns["size"][index])
         path = self._paths[shard]
         try:
-            if files.is_remote(path):
-                with files.open_file(path) as file:
-                    file.seek(offset)
-                    return file.read(size)
-            if shard not in self._files:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            return os.pread(self._files[shard], size, offset)
+            with files.open_file(path) as file:
+                file.seek(offset)
+                return file.read(size)
         except OSError as error:
             raise images.Unreadable(error.strerror or str(error)) from None
 
@@ -83,7 +77,7 @@ def open_tar(paths: Sequence[str]) -> TarSource:
     is no tar file, is compressed, or holds no image.
     """
     facts = [files.size_and_time(path) for path in paths]
-    absolute = "\0".join(str(Path(path).absolute()) for path in paths)
+    absolute = "\0".join(map(files.absolute, paths))
     key = hashlib.sha256(absolute.encode()).hexdigest()
     place = cache_directory() / "listings" / key[:32]
     shards = [list(fact) for fact in facts]
@@ -173,6 +167,10 @@ class ParquetSource:
         group, row = self._find(index)
         path, number, _ = self._groups[group]
         return f"{self._paths[path]}: row {row} of group {number}"
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        return files.absolute(self.name(index))
 
     def read(self, index: int) -> bytes:
         """See Source."""

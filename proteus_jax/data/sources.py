@@ -4,7 +4,7 @@ A source is split once into images to train on and images held out, and the two 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,6 +26,10 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call an image in a message."""
+        ...
+
+    def key(self, index: int) -> str:
+        """The same for the same image in whatever source it is met: where it lies."""
         ...
 
     def read(self, index: int) -> bytes | np.ndarray:
@@ -63,6 +67,10 @@ class MemorySource:
         """The picture's name."""
         return self._names[index]
 
+    def key(self, index: int) -> str:
+        """See Source."""
+        return self._names[index]
+
     def read(self, index: int) -> np.ndarray:
         """See Source."""
         return self._pictures[index]
@@ -88,6 +96,10 @@ class Part:
     def name(self, index: int) -> str:
         """See Source."""
         return self._source.name(int(self._indices[index]))
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        return self._source.key(int(self._indices[index]))
 
     def read(self, index: int) -> bytes | np.ndarray:
         """See Source."""
@@ -124,6 +136,11 @@ class Joined:
         """See Source."""
         source, within = self._find(index)
         return source.name(within)
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        source, within = self._find(index)
+        return source.key(within)
 
     def read(self, index: int) -> bytes | np.ndarray:
         """See Source."""
@@ -218,6 +235,11 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
         )
     digests = source.digests()
     out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
+    if wanted and not len(out):
+        raise InputError(
+            f"found {total} images that are copies of each other, so that none can be held out; "
+            "--config.data.held_out.share=0 trains on all"
+        )
     kept = np.ones(total, bool)
     kept[out] = False
     training = Part(source, np.flatnonzero(kept))
@@ -225,7 +247,13 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
 
 
 def split_within(pictures: Sequence[np.ndarray], names: Sequence[str]) -> Split:
-    """The left three quarters of each picture to train on, the right quarters held out."""
+    """The left three quarters of each picture to train on, the right quarters held out.
+
+    InputError where a picture is too narrow for that.
+    """
+    for picture, name in zip(pictures, names, strict=True):
+        if picture.shape[1] < 4:
+            raise InputError(f"{name}: expected at least 4 pixels across, found {picture.shape[1]}")
     edges = [picture.shape[1] * 3 // 4 for picture in pictures]
     left = [picture[:, :edge].copy() for picture, edge in zip(pictures, edges, strict=True)]
     right = [picture[:, edge:].copy() for picture, edge in zip(pictures, edges, strict=True)]
@@ -233,16 +261,40 @@ def split_within(pictures: Sequence[np.ndarray], names: Sequence[str]) -> Split:
 
 
 def mixed(splits: Sequence[Split]) -> Split:
-    """Several sources, each split on its own, as one."""
+    """Several sources, each split on its own, as one. What one of them holds out, no other trains
+    on: roots may overlap.
+
+    InputError where nothing is left of one.
+    """
     if len(splits) == 1:
         return splits[0]
     held_out = [split.held_out for split in splits if split.held_out is not None]
+    out = {key for source in held_out for key in _keys(source)}
+    training = [_without(split.training, out) for split in splits]
     return Split(
-        Joined([split.training for split in splits]),
+        Joined(training),
         Joined(held_out) if held_out else None,
         tuple(name for split in splits for name in split.skipped),
-        tuple(len(split.training) for split in splits),
+        tuple(map(len, training)),
     )
+
+
+def _keys(source: Source) -> Iterator[str | bytes]:
+    """All that tells a source's images: where they lie, and their contents where known."""
+    yield from map(source.key, range(len(source)))
+    yield from source.digests() or ()
+
+
+def _without(source: Source, out: set[str | bytes]) -> Source:
+    digests = source.digests() or [b""] * len(source)
+    kept = [
+        index
+        for index, digest in enumerate(digests)
+        if digest not in out and source.key(index) not in out
+    ]
+    if not kept:
+        raise InputError("all images of one root are held out by another")
+    return source if len(kept) == len(source) else Part(source, np.array(kept))
 
 
 def told(skipped: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from proteus_jax.errors import InputError
+
 _MAGIC = b"proteus_jax table 1\n"
 _ALIGNMENT = 64
 
@@ -27,7 +29,7 @@ class Table(NamedTuple):
 
     def __reduce__(self) -> tuple:
         if self.path is not None:
-            return read_table, (self.path,)
+            return _same_table, (self.path, self.facts)
         return Table, (self.facts, self.columns)
 
 
@@ -70,6 +72,8 @@ def write_table(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.n
                 file.seek(start + places[name][2])
                 file.write(np.ascontiguousarray(column).data)
             file.truncate(start + offset)
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
             os.replace(file.name, path)
         except BaseException:
@@ -89,5 +93,15 @@ def read_table(path: Path) -> Table:
     columns = {}
     for name, (dtype, count, offset) in header["columns"].items():
         size = np.dtype(dtype).itemsize * count
+        if start + offset + size > len(memory):
+            raise ValueError(f"{path}: cut short")
         columns[name] = memory[start + offset : start + offset + size].view(dtype)
     return Table(header["facts"], columns, path)
+
+
+def _same_table(path: Path, facts: dict[str, Any]) -> Table:
+    """The table in another process; InputError where it is another one by now."""
+    table = read_table(path)
+    if table.facts != facts:
+        raise InputError(f"{path}: the images were listed anew while a run was starting")
+    return table
