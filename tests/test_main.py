@@ -163,20 +163,29 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert_same_run(tmp_path / "run", finished[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)]
+)
 def test_a_signal_saves_and_says_so(
     number: signal.Signals,
+    workers: int,
     finished: tuple[Path, subprocess.CompletedProcess],
     photographs: Path,
     tiny_teacher: Path,
     tmp_path: Path,
 ) -> None:
+    """To the whole group, as a terminal and schedulers do: worker processes get it too."""
     arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.checkpoint_every=5")
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+        [*arguments, f"--config.data.workers={workers}"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for_checkpoint(tmp_path / "run", process, 5)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     printed, _ = process.communicate()
     if process.returncode != 0:  # it may have come to its end before the signal did
         assert process.returncode == 75

@@ -104,13 +104,19 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_a_script_end_with_it(photographs: Path, tmp_path: Path, alone: None) -> None:
-    """Without absl.app, and without closing anything: no warning, nothing left."""
+@pytest.mark.parametrize("kind", ["script", "notebook"])
+def test_workers_of_a_script_end_with_it(
+    photographs: Path, tmp_path: Path, alone: None, kind: str
+) -> None:
+    """Without absl.app, and without closing anything: no warning, nothing left. A notebook has, as
+    `python -c`, no file that workers could import.
+    """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     before = shared_memory()
+    code = [str(script)] if kind == "script" else ["-c", SCRIPT]
     done = subprocess.run(
-        [sys.executable, str(script), str(photographs)],
+        [sys.executable, *code, str(photographs)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
