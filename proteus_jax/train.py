@@ -9,7 +9,6 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +29,10 @@ from proteus_jax.metrics import MetricsWriter, parameter_table
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
+from proteus_jax.watch import Clock, UnreadableImages, WaitNotice
 
 DONE, INTERRUPTED = 0, 75
 PICTURE, PICTURE_ROWS = "agreement.png", 8
-# So many images that cannot be read are named.
-NAMED = 20
-# A run is stopped when the share of them is too large by so many standard deviations.
-CERTAIN = 3.0
-# A wait for images of more than this share of the time is worth a word.
-WAIT_WORTH_A_WORD = 0.1
 
 
 def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
@@ -116,11 +110,14 @@ class _Run:
             stop,
         )
         self.pending: _Pending | None = None
-        self.unreadable: set[int] = set()
-        self.drawn = self.replaced = 0
-        self.waited = False
-        chosen = self.config.data.workers
-        self.workers = default_workers() if chosen is None else chosen
+        data = self.config.data
+        self.unreadable = UnreadableImages(
+            experiment.split.training.name,
+            limit=data.unreadable,
+            repeats=data.repeats,
+            say=console.line,
+        )
+        self.workers = default_workers() if data.workers is None else data.workers
         self.views, self.target = None, None
         if experiment.split.held_out is not None:
             self.views = self.held_out_views(experiment.split.held_out)
@@ -157,9 +154,9 @@ class _Run:
             )
             return INTERRUPTED
         self.checkpoints.wait()
-        if self.unreadable:
+        if self.unreadable.met:
             self.console.line(
-                f"{len(self.unreadable)} images could not be read; others took their place"
+                f"{len(self.unreadable.met)} images could not be read; others took their place"
             )
         directories = _export(experiment, state, self.workdir)
         self.draw(state)
@@ -171,14 +168,19 @@ class _Run:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self.console.progress(f"step {step}/{total}: compiling")
         self.began, self.began_at, self.saved = time.monotonic(), step, step
-        clock = _Clock()
+        clock = Clock()
+        makers = f"{self.config.data.threads} threads"
+        if self.workers:
+            makers = f"{self.workers} worker processes"
+        first = step + 2 * max(config.log_every, 5)
+        self.notice = WaitNotice(makers, first, self.console.line)
         stopping = False
         with contextlib.closing(self.batches(step)) as batches, jax.transfer_guard("disallow"):
             while step < total and not stopping:
                 try:
                     with clock.waiting():
                         batch = next(batches)
-                    self.note_unreadable(batch.unreadable)
+                    self.unreadable.note(batch.unreadable)
                 except InputError:
                     # Alone: on several hosts the others know nothing of it yet.
                     if jax.process_count() == 1:
@@ -226,29 +228,6 @@ class _Run:
             threads=config.data.threads,
         )
 
-    def note_unreadable(self, indices: np.ndarray) -> None:
-        """Counts images that cannot be read, and names each once.
-
-        InputError where they are too many.
-        """
-        lost = indices[indices >= 0].tolist()
-        self.drawn += len(indices)
-        self.replaced += len(lost)
-        for index in set(lost) - self.unreadable:
-            self.unreadable.add(index)
-            if len(self.unreadable) <= NAMED:
-                name = self.experiment.split.training.name(index)
-                self.console.line(f"{name} cannot be read; another image takes its place")
-        limit = self.config.data.unreadable
-        # Views of one image fail together.
-        chance = CERTAIN * (self.replaced * self.config.data.repeats) ** 0.5
-        if lost and self.replaced - chance > limit * self.drawn:
-            raise InputError(
-                f"--config.data.unreadable: {self.replaced} of {self.drawn} images could not be "
-                f"read, the last one {self.experiment.split.training.name(lost[-1])}; expected at "
-                f"most {limit:.2%}. --doctor lists them all"
-            )
-
     def write_pending(self) -> None:
         """Fetches and writes the row that waits; Diverged where its loss is no number."""
         if self.pending is None:
@@ -264,20 +243,7 @@ class _Run:
             raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
         self.metrics.write(step, values)
         self.show(step, values)
-        self.say_who_waits(step, values)
-
-    def say_who_waits(self, step: int, values: dict[str, float]) -> None:
-        """One line, once, where images come too slowly; not of the first steps, which compile."""
-        if self.waited or step < self.began_at + 2 * max(self.config.log_every, 5):
-            return
-        if values["data_wait"] > WAIT_WORTH_A_WORD:
-            self.waited = True
-            self.console.line(
-                f"the device waits {values['data_wait']:.0%} of the time: this host makes "
-                f"{values['images_per_second']:.0f} images a second with "
-                f"{self.workers or self.config.data.threads} "
-                f"{'worker processes' if self.workers else 'threads'}; docs/data.md says what helps"
-            )
+        self.notice.lap(step, values["data_wait"], values["images_per_second"])
 
     def draw(self, state: TrainState) -> None:
         """Patch tokens of some held-out views as colours: the teacher's and each student's."""
@@ -341,41 +307,6 @@ class _Run:
             values |= {f"{name}/agreement_class": found.cls, f"{name}/agreement_patch": found.patch}
             values[f"{name}/neighbour_overlap"] = found.neighbours
         return self.renamed(values)
-
-
-class _Clock:
-    """Time of an interval between two logged steps, and the share of it that the loop waited for
-    images.
-    """
-
-    def __init__(self):
-        self._start, self._waited, self._stood, self._step = time.monotonic(), 0.0, 0.0, None
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is time without images."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
-
-    @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
-        """Time in here belongs to no interval."""
-        start = time.monotonic()
-        yield
-        self._stood += time.monotonic() - start
-
-    def lap(self, step: int, batch: int) -> dict[str, float]:
-        """images_per_second and data_wait since the last lap."""
-        now = time.monotonic()
-        elapsed = max(now - self._start - self._stood, 1e-9)
-        steps = 1 if self._step is None else step - self._step
-        result = {
-            "images_per_second": steps * batch / elapsed,
-            "data_wait": min(self._waited / elapsed, 1.0),
-        }
-        self._start, self._waited, self._stood, self._step = now, 0.0, 0.0, step
-        return result
 
 
 def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:

@@ -21,7 +21,7 @@ LAYERS = [
     ("pretrained",),
     ("convert.importer", "convert.verify"),
     ("data",),
-    ("teachers", "metrics", "checkpoint", "config"),
+    ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("evaluation", "loading"),
     ("experiment", "checkup"),
     ("messages",),

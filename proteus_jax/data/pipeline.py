@@ -113,9 +113,7 @@ def training_batches(
     there are none, threads of this one. To be closed, as they are made ahead.
     """
     share = batch // hosts
-    # A piece ends where the repeats of an image do, so that one decoding serves them all.
-    length = max(CHUNK // order.repeats, 1) * order.repeats
-    edges = (*range(0, share, length), share)
+    edges = (*range(0, share, CHUNK), share)
     make = _Chunks(source, order, recipe, batch, host * share, edges, steps.start)
     pieces = len(edges) - 1
     return _batches(in_parallel(make, len(steps) * pieces, workers, threads), pieces)

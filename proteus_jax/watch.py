@@ -1,0 +1,109 @@
+"""What the loop keeps an eye on: its time, who waits for whom, and images that cannot be read."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from proteus_jax.errors import InputError
+
+# So many images that cannot be read are named.
+NAMED = 20
+# A run is stopped when the share of them is too large by so many standard deviations.
+CERTAIN = 3.0
+# A wait for images of more than this share of the time is worth a word.
+WORTH_A_WORD = 0.1
+
+
+class Clock:
+    """Time of an interval between two logged steps, and the share of it that the loop waited for
+    images.
+    """
+
+    def __init__(self):
+        self._start, self._waited, self._stood, self._step = time.monotonic(), 0.0, 0.0, None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is time without images."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """Time in here belongs to no interval."""
+        start = time.monotonic()
+        yield
+        self._stood += time.monotonic() - start
+
+    def lap(self, step: int, batch: int) -> dict[str, float]:
+        """images_per_second and data_wait since the last lap."""
+        now = time.monotonic()
+        elapsed = max(now - self._start - self._stood, 1e-9)
+        steps = 1 if self._step is None else step - self._step
+        result = {
+            "images_per_second": steps * batch / elapsed,
+            "data_wait": min(self._waited / elapsed, 1.0),
+        }
+        self._start, self._waited, self._stood, self._step = now, 0.0, 0.0, step
+        return result
+
+
+class WaitNotice:
+    """One line, once, where images come too slowly; not of the first steps, which compile."""
+
+    def __init__(self, makers: str, first_step: int, say: Callable[[str], None]):
+        self._makers, self._first, self._say, self._said = makers, first_step, say, False
+
+    def lap(self, step: int, data_wait: float, images_per_second: float) -> None:
+        """Looks at a logged interval that ended with `step`."""
+        if self._said or step < self._first or data_wait <= WORTH_A_WORD:
+            return
+        self._said = True
+        self._say(
+            f"the device waits {data_wait:.0%} of the time: this host makes "
+            f"{images_per_second:.0f} images a second with {self._makers}; docs/data.md says what "
+            "helps"
+        )
+
+
+class UnreadableImages:
+    """Counts them, names each once, and stops a run that meets too many: `limit` is a share of the
+    views.
+    """
+
+    def __init__(
+        self,
+        name: Callable[[int], str],
+        *,
+        limit: float,
+        repeats: int,
+        say: Callable[[str], None],
+    ):
+        self._name, self._limit, self._repeats, self._say = name, limit, repeats, say
+        self._drawn = self._replaced = 0
+        self.met: set[int] = set()
+
+    def note(self, indices: np.ndarray) -> None:
+        """Takes the account of one batch: the index of an image that could not be read, or -1, for
+        each view.
+
+        InputError where they are too many by now, beyond what chance explains.
+        """
+        lost = indices[indices >= 0].tolist()
+        self._drawn += len(indices)
+        self._replaced += len(lost)
+        for index in sorted(set(lost) - self.met):
+            self.met.add(index)
+            if len(self.met) <= NAMED:
+                self._say(f"{self._name(index)} cannot be read; another image takes its place")
+        # Views of one image fail together.
+        chance = CERTAIN * (self._replaced * self._repeats) ** 0.5
+        if lost and self._replaced - chance > self._limit * self._drawn:
+            raise InputError(
+                f"--config.data.unreadable: {self._replaced} of {self._drawn} images could not be "
+                f"read, the last one {self._name(lost[-1])}; expected at most {self._limit:.2%}. "
+                "--doctor lists them all"
+            )
