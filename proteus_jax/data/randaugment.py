@@ -106,7 +106,9 @@ def color(image: np.ndarray, factor: float) -> np.ndarray:
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Towards the mean grey (below 1) or away from it."""
     mean = int(cv2.mean(_grey(image))[0] + 0.5)
-    return cv2.LUT(image, _table(mean + factor * (_LEVELS - mean)))
+    matrix = factor * np.eye(3, 4)
+    matrix[:, 3] = mean * (1 - factor)
+    return _mixed(image, matrix)
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:

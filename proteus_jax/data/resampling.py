@@ -118,8 +118,12 @@ def shifted(image: np.ndarray, pixels: float, axis: int, fill: tuple[int, int, i
     # One more pixel before the first, for a source beyond the edge.
     edges = (0, 0, 1, 0) if axis else (1, 0, 0, 0)
     padded = cv2.copyMakeBorder(image, *edges, cv2.BORDER_REPLICATE)
-    between = cv2.filter2D(padded, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
-    source = slice(start + whole + 1, stop + whole + 1)
+    # Filtered is what is kept, and the neighbours that it needs.
+    first = start + whole + 1
+    low, high = max(first - 1, 0), stop + whole + 3
+    part = padded[:, low:high] if axis else padded[low:high]
+    between = cv2.filter2D(part, -1, kernel, anchor=anchor, borderType=cv2.BORDER_REPLICATE)
+    source = slice(first - low, first - low + stop - start)
     kept = between[:, source] if axis else between[source]
     fills = (0, 0, start, length - stop) if axis else (start, length - stop, 0, 0)
     return cv2.copyMakeBorder(kept, *fills, cv2.BORDER_CONSTANT, value=fill)
