@@ -33,8 +33,8 @@ def introduce(experiment: Experiment, workdir: Path, resumed: int | None, consol
             f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M "
             "parameters"
         )
-    split = experiment.split
-    console.line(f"images   {len(split.training)} to train on, from {config.data.root}")
+    split, roots = experiment.split, ", ".join(config.data.root)
+    console.line(f"images   {len(split.training)} to train on, from {roots}")
     if split.skipped:
         console.line(
             f"         {len(split.skipped)} files are no images and are skipped, as "
