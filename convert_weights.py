@@ -129,17 +129,20 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _photographs(folder: Path | None, side: int) -> np.ndarray:
-    """Square middles of photographs, uint8 [n, side, side, 3]."""
+    """Square middles of photographs, uint8 [n, side, side, 3]. InputError where one is broken."""
     if folder is None:
         found = pictures.obtain_pictures()
-        arrays = [images.decode((found / name).read_bytes()) for name in PHOTOGRAPHS]
-    else:
-        source, _ = open_source(str(folder))
-        arrays = [
-            images.opened(source.read(index)).pixels()
-            for index in range(min(len(source), len(PHOTOGRAPHS)))
-        ]
-    return np.stack([_square(array, side) for array in arrays])
+        return np.stack(
+            [_square(images.decode((found / name).read_bytes()), side) for name in PHOTOGRAPHS]
+        )
+    source, _ = open_source(str(folder))
+    squares = []
+    for index in range(min(len(source), len(PHOTOGRAPHS))):
+        try:
+            squares.append(_square(images.opened(source.read(index)).pixels(), side))
+        except images.Unreadable as error:
+            raise InputError(f"{folder}: {source.name(index)}: {error}") from None
+    return np.stack(squares)
 
 
 def _square(array: np.ndarray, side: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from proteus_jax.data.order import Order, ViewRandomness
 from proteus_jax.data.pictures import obtain_pictures
 from proteus_jax.data.pipeline import training_batches
 from proteus_jax.data.randaugment import RandAugment
-from proteus_jax.data.sources import HeldOut
+from proteus_jax.data.splits import HeldOut
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
 # Of quickstart's nineteen: those that are photographs, not drawings or pages.

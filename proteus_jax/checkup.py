@@ -17,7 +17,7 @@ from proteus_jax.data.doctor import Findings, examine
 from proteus_jax.data.pipeline import default_workers, in_parallel
 from proteus_jax.data.sources import Source
 from proteus_jax.errors import InputError
-from proteus_jax.storage import write_atomically
+from proteus_jax.storage import why_unwritable, write_atomically
 
 MANIFEST = "doctor.json"
 # So many names of a kind are shown.
@@ -30,10 +30,12 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
     InputError, with nothing written, where a root has no images or `problems`, which are those of
     the configuration, are not empty; what was found of the images is said all the same.
     """
-    found, manifests = list(problems), []
+    found, manifests = [*problems, *_check_output(output)], []
     images, seconds = 0, 0.0
     for root in config.data.root:
         try:
+            if root.lower().endswith(".json"):
+                raise InputError(f"{root}: expected a place of images, found what --doctor wrote")
             source, skipped = catalog.open_source(root)
         except InputError as error:
             found += [f"--config.data.root: {problem}" for problem in error.problems]
@@ -56,6 +58,11 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
             path = output.with_name(f"{output.stem}-{number}{output.suffix}")
         write_atomically(path, json.dumps(manifest, indent=1) + "\n")
         console.line(f"to train without what is wrong: --config.data.root={path}")
+
+
+def _check_output(output: Path) -> list[str]:
+    reason = f"{output} is a directory" if output.is_dir() else why_unwritable(output.parent)
+    return [f"--output: {reason}"] if reason else []
 
 
 def _examined(config: Any, root: str, source: Source, console: Console) -> tuple[Findings, float]:
@@ -122,8 +129,8 @@ def _what_the_run_needs(config: Any, images: int, seconds: float) -> str:
     decoded = draws / config.data.repeats
     return (
         f"the run draws {draws:.0f} views of {decoded:.0f} images: this host takes "
-        f"{duration(decoded * seconds / images)} to read and decode so many, and about as long "
-        "again to augment them"
+        f"{duration(decoded * seconds / images)} to read and decode so many; what augments them "
+        "comes on top"
     )
 
 

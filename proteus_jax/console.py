@@ -2,6 +2,7 @@
 library's chatter.
 """
 
+import io
 import os
 import shutil
 import sys
@@ -20,6 +21,9 @@ class Console:
     """
 
     def __init__(self):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names of files may hold bytes that are no Unicode.
+            sys.stdout.reconfigure(errors="backslashreplace")
         self._live = sys.stdout.isatty()
         self._shown = False
         self._last = -float("inf")
@@ -49,7 +53,7 @@ class Console:
     def error(self, text: str) -> None:
         """A line on the real standard error."""
         self._clear()
-        os.write(self._stderr, (text + "\n").encode(errors="replace"))
+        os.write(self._stderr, (text + "\n").encode(errors="backslashreplace"))
 
     def progress(self, text: str, *, last: bool = False) -> None:
         """The state of a long work: one line that renews itself, or without a terminal a line now

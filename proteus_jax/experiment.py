@@ -6,7 +6,6 @@ Everything that can be wrong is found here, before anything is written.
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
 from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
-from proteus_jax.data.sources import HeldOut, Split, Subset
+from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError
 from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
@@ -31,7 +30,7 @@ from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
 from proteus_jax.step import Metrics, TrainState, init_state, make_train_step
-from proteus_jax.storage import sha256
+from proteus_jax.storage import sha256, why_unwritable
 from proteus_jax.teachers import find_teacher, obtain_teacher
 
 
@@ -115,16 +114,8 @@ def _open_images(config: Any) -> Split:
 
 
 def _check_workdir(workdir: Path | None) -> list[str]:
-    if workdir is None:
-        return []
-    existing = workdir
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        return [f"--workdir: {existing} is no directory"]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"--workdir: {existing} cannot be written to"]
-    return []
+    reason = None if workdir is None else why_unwritable(workdir)
+    return [f"--workdir: {reason}"] if reason else []
 
 
 def _check_devices(config: Any) -> list[str]:
@@ -205,19 +196,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(config.data.crop, RandAugment(**config.data.randaugment)),
         total_steps=total_steps,
-        facts={
-            "data": inputs.split.training.fingerprint,
-            "seed": config.seed,
-            "batch": config.batch,
-            "crop": config.data.crop,
-            "weights": list(config.data.weights),
-            "repeats": config.data.repeats,
-            "randaugment": dict(config.data.randaugment),
-            "erasing": config.data.erasing,
-            "student": list(config.student),
-            "teacher": sha256(inputs.teacher / WEIGHTS),
-            "teacher_width": card.spec.width,
-        },
+        facts=_facts(config, inputs, card),
         teacher_card=card,
         teacher_params=teacher_params,
         students=students,
@@ -228,6 +207,23 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         teacher_features=features,
         predictions=predictions,
     )
+
+
+def _facts(config: Any, inputs: Inputs, card: ModelCard) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    return {
+        "data": inputs.split.training.fingerprint,
+        "seed": config.seed,
+        "batch": config.batch,
+        "crop": config.data.crop,
+        "weights": list(config.data.weights),
+        "repeats": config.data.repeats,
+        "randaugment": dict(config.data.randaugment),
+        "erasing": config.data.erasing,
+        "student": list(config.student),
+        "teacher": sha256(inputs.teacher / WEIGHTS),
+        "teacher_width": card.spec.width,
+    }
 
 
 def _steps(epochs: float, images: int, batch: int) -> int:

@@ -29,6 +29,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
+def why_unwritable(directory: Path) -> str | None:
+    """Why nothing can be written to a directory, which may have to be made; None where it can."""
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is no directory"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} cannot be written to"
+    return None
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill, which gets its name only when the block ends without an error.

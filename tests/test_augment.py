@@ -171,6 +171,16 @@ def test_operations_as_by_pillow(rng: np.random.Generator) -> None:
     assert not OPERATIONS["PosterizeIncreasing"].apply(picture, 0).any()
 
 
+def test_whole_levels_stay() -> None:
+    """What an operation leaves as it is comes out to the last bit."""
+    levels = np.dstack([np.arange(256, dtype=np.uint8).reshape(16, 16)] * 3)
+    for name in ("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing"):
+        np.testing.assert_array_equal(OPERATIONS[name].apply(levels, 1.0), levels, err_msg=name)
+    flat = np.full((20, 20, 3), (7, 8, 201), np.uint8)
+    for name in ("AutoContrast", "Equalize"):
+        np.testing.assert_array_equal(OPERATIONS[name].apply(flat, 0.0), flat, err_msg=name)
+
+
 def test_erasing_is_distributed_as_stated() -> None:
     """A quarter of the images, area from 0.02 to 1/3, ratio log-uniform from 0.3 to 1 / 0.3."""
     side, count = 64, 2000

@@ -15,7 +15,8 @@ from PIL import Image
 from proteus_jax.data.catalog import open_images, open_source
 from proteus_jax.data.doctor import Findings, examine
 from proteus_jax.data.pipeline import in_parallel
-from proteus_jax.data.sources import HeldOut, MemorySource
+from proteus_jax.data.sources import MemorySource
+from proteus_jax.data.splits import HeldOut
 from proteus_jax.errors import InputError
 
 
@@ -141,6 +142,13 @@ def test_all_that_is_wrong_is_said_and_nothing_is_written(hospital: Path, tmp_pa
         f"  --config.data.root: {tmp_path / 'absent'}: no such folder",
     ]
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    wrong = run(tmp_path, "--config.data.root=doctor.json", "--output=file/doctor.json")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[1:] == [
+        "  --output: file is no directory",
+        "  --config.data.root: doctor.json: expected a place of images, found what --doctor wrote",
+    ]
     result = run(tmp_path, f"--config.data.root={hospital}")
     assert result.returncode == 2
     assert result.stderr.splitlines()[1:] == ["  --workdir: expected a path"]

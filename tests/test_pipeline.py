@@ -19,7 +19,8 @@ from proteus_jax.data.catalog import open_images
 from proteus_jax.data.order import Order, shares
 from proteus_jax.data.pipeline import Batch, held_out_views, training_batches
 from proteus_jax.data.randaugment import RandAugment
-from proteus_jax.data.sources import HeldOut, MemorySource, Source
+from proteus_jax.data.sources import MemorySource, Source
+from proteus_jax.data.splits import HeldOut
 from proteus_jax.errors import InputError
 
 
@@ -94,7 +95,7 @@ from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
 from proteus_jax.data.order import Order
 from proteus_jax.data.pipeline import training_batches
-from proteus_jax.data.sources import HeldOut
+from proteus_jax.data.splits import HeldOut
 
 if __name__ == "__main__":
     training = open_images([sys.argv[1]], held_out=HeldOut(0.0, 1, 1)).training

@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
-from conftest import photograph
+from conftest import ROOT, photograph
 from PIL import Image
 
 from proteus_jax.data import folder as folders
 from proteus_jax.data import images
 from proteus_jax.data.catalog import open_images, open_source
-from proteus_jax.data.sources import HeldOut, Source, Split, Subset
+from proteus_jax.data.sources import Source
+from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError
 
 NONE = HeldOut(0.0, 1, 1)
@@ -112,7 +115,11 @@ def test_fingerprint_changes_with_the_images(tmp_path: Path, rng: np.random.Gene
 def test_paths_that_are_no_unicode(tmp_path: Path, rng: np.random.Generator) -> None:
     save(tmp_path / "a.png", photograph(rng))
     (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
-    assert len(open_folder(tmp_path, NONE).training) == 1
+    source = open_folder(tmp_path, NONE).training
+    assert len(source) == 1
+    code = f"from proteus_jax.console import Console; Console().line({source.name(0)!r})"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert shown.stdout == b"\\udcff.png\n"
 
 
 def encoded(rng: np.random.Generator, kind: str = "PNG") -> bytes:
@@ -138,6 +145,7 @@ def contents(rng: np.random.Generator) -> list[bytes]:
 
 
 def write_tar(path: Path, contents: list[bytes], labels: bool = True) -> None:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as shard:
         for number, content in enumerate(contents):
             for name, data in (
@@ -220,6 +228,7 @@ def test_what_is_no_parquet(tmp_path: Path) -> None:
 
 
 def write_records(path: Path, records: list[bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     for record in records:
         writer.write(record)
@@ -408,6 +417,18 @@ def test_overlapping_roots_never_train_on_what_one_holds_out(
         assert sum(split.parts) == len(split.training)
 
 
+def test_parts_of_one_picture_can_be_mixed_with_others(
+    photographs: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for place in ("a", "b"):
+        save(tmp_path / place / "one.png", photograph(rng))
+    roots = [str(tmp_path / "a" / "one.png"), str(tmp_path / "b" / "one.png"), str(photographs)]
+    split = open_images(roots, held_out=HeldOut(0.1, 2, 9))
+    assert split.parts == (1, 1, 36)
+    assert split.held_out is not None
+    assert len(split.held_out) == 6
+
+
 def test_names_that_look_like_another_kind(photographs: Path, tmp_path: Path) -> None:
     """A folder is a folder, whatever it is called."""
     for name in ("my.target", "train.tar", "a.parquet", "pics.png", "x.json", "dir.txt"):
@@ -425,9 +446,22 @@ def test_folders_of_shards(tmp_path: Path, contents: list[bytes]) -> None:
     write_tar(tmp_path / "train-0001.tar", contents[3:])
     assert_holds(open_source(str(tmp_path))[0], contents)
     write_tar(tmp_path / "val-0000.tar", contents)
-    with pytest.raises(InputError, match=r"holds shards of train, val; name .*/train\*\.tar"):
+    with pytest.raises(
+        InputError, match=r"several kinds, train\*\.tar, val\*\.tar; name .*/train\*\.tar"
+    ):
         open_source(str(tmp_path))
     assert_holds(open_source(str(tmp_path / "train*.tar"))[0], contents)
+    for name in ("train.tar", "val.tar"):
+        write_tar(tmp_path / "whole" / name, contents)
+    with pytest.raises(InputError, match=r"name those that you mean, as .*/whole/train\.tar"):
+        open_source(str(tmp_path / "whole"))
+    for number, split in enumerate(("train", "test")):
+        name = f"mine-{split}.array_record-00000-of-00001"
+        write_records(tmp_path / "records" / name, contents[number:])
+    with pytest.raises(InputError, match=r"as .*/mine-test\.array_record-\*"):
+        open_source(str(tmp_path / "records"))
+    chosen, _ = open_source(str(tmp_path / "records" / "mine-test.array_record-*"))
+    assert_holds(chosen, contents[1:])
     with pytest.raises(InputError, match="found nothing to count"):
         open_source(str(tmp_path / "train-{0005..0003}.tar"))
 

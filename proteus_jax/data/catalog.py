@@ -1,5 +1,6 @@
 """What the one line of a configuration that says where the images are can mean."""
 
+import itertools
 import json
 import os
 import re
@@ -12,11 +13,10 @@ from proteus_jax.data import files, images, pictures
 from proteus_jax.data.folder import open_folder, open_list, open_single
 from proteus_jax.data.records import PREFIX, open_records, open_tfds
 from proteus_jax.data.shards import open_parquet, open_tar
-from proteus_jax.data.sources import (
+from proteus_jax.data.sources import Part, Source
+from proteus_jax.data.splits import (
     WHOLE,
     HeldOut,
-    Part,
-    Source,
     Split,
     Subset,
     mixed,
@@ -25,9 +25,9 @@ from proteus_jax.data.sources import (
 )
 from proteus_jax.errors import InputError
 
-_SHARD = re.compile(r"(\.tar|\.parquet|\.array_?record)(-\d+-of-\d+|-\*|-\?*)?$")
-# What comes before the number of a shard tells the split.
-_NUMBERED = re.compile(r"[-_.]*\d")
+# A number, or a pattern for it, may follow the suffix.
+_SHARD = re.compile(r"(\.tar|\.parquet|\.array_?record)(-\d+-of-\d+|-[*?]+)?$")
+_NUMBER = re.compile(r"[-_.]*\d")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -102,9 +102,19 @@ _OPENERS = {".tar": open_tar, ".parquet": open_parquet, ".array_record": open_re
 
 
 def _kind(name: str) -> str | None:
-    """The kind of shard that a file name tells; its number may follow the suffix."""
+    """The kind of shard that a file name tells."""
     found = _SHARD.search(name.lower())
     return found[1].replace("arrayrecord", "array_record") if found else None
+
+
+def _pattern(name: str) -> str:
+    """The shards that belong with one: what comes before its number tells the split."""
+    found = _SHARD.search(name.lower())
+    assert found is not None
+    suffix = name[found.start(1) : found.end(1)] + ("-*" if found[2] else "")
+    before = name[: found.start()]
+    numbered = _NUMBER.search(before)
+    return (f"{before[: numbered.start()]}*" if numbered else before) + suffix
 
 
 def _open_directory(root: str) -> tuple[Source, tuple[str, ...]]:
@@ -124,15 +134,15 @@ def _open_directory(root: str) -> tuple[Source, tuple[str, ...]]:
         return open_folder(root)  # which says what it cannot read
     if not shards:
         return open_folder(root)
-    paths = sorted(path for found in shards.values() for path in found)
-    beginnings = sorted({_NUMBERED.split(PurePath(path).name)[0] for path in paths})
-    if len(beginnings) > 1 or len(shards) > 1:
-        one = "train" if "train" in beginnings else beginnings[0]
+    patterns = sorted({_pattern(PurePath(path).name) for path in itertools.chain(*shards.values())})
+    if len(patterns) > 1:
+        one = next((pattern for pattern in patterns if pattern.startswith("train")), patterns[0])
         raise InputError(
-            f"{root}: holds shards of {', '.join(beginnings)}; name those that you mean, as "
-            f"{root.rstrip('/')}/{one}*{next(iter(shards))}*"
+            f"{root}: holds shards of several kinds, {', '.join(patterns)}; name those that you "
+            f"mean, as {root.rstrip('/')}/{one}"
         )
-    return _OPENERS[next(iter(shards))](paths), ()
+    ((kind, paths),) = shards.items()
+    return _OPENERS[kind](sorted(paths)), ()
 
 
 def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
@@ -152,9 +162,10 @@ def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
     source, skipped = open_source(root)
     if source.fingerprint != fingerprint:
         raise InputError(f"{path}: the images of {root} have changed since; run --doctor again")
-    if wrong - set(range(len(source))):
+    if any(not 0 <= index < len(source) for index in wrong):
         raise InputError(f"{path}: leaves out images that {root} does not have")
-    kept = [index for index in range(len(source)) if index not in wrong]
-    if not kept:
+    kept = np.ones(len(source), bool)
+    kept[list(wrong)] = False
+    if not kept.any():
         raise InputError(f"{path}: leaves out every image of {root}")
-    return Part(source, np.array(kept, np.int64)), skipped
+    return Part(source, np.flatnonzero(kept)), skipped

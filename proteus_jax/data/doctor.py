@@ -1,5 +1,6 @@
 """Looks at every image before a run does: what is broken, odd, or there twice."""
 
+import contextlib
 import functools
 import io
 import itertools
@@ -163,8 +164,11 @@ def _describe(record: Any, content: bytes | np.ndarray) -> None:
 
 
 def _oddities(data: bytes) -> dict[str, bool]:
-    """Of an image that could be decoded, by its header."""
-    with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
+    """Of an image that could be decoded, by its header; nothing where Pillow trips over that."""
+    with (
+        contextlib.suppress(Exception),
+        Image.open(io.BytesIO(data), formats=images.FORMATS) as image,
+    ):
         return {
             "CMYK": image.mode == "CMYK",
             "16 bits": image.mode.startswith("I"),
@@ -172,6 +176,7 @@ def _oddities(data: bytes) -> dict[str, bool]:
             "turned by EXIF": image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1),
             "alpha or palette": image.mode in ("P", "PA", "LA", "RGBA"),
         }
+    return {}
 
 
 def _groups(values: np.ndarray, indices: list[int]) -> list[list[int]]:

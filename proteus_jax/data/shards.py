@@ -3,6 +3,7 @@ publishes image sets. Random access by an index that is made once.
 """
 
 import hashlib
+import os
 import tarfile
 import threading
 from collections import OrderedDict
@@ -78,7 +79,7 @@ def open_tar(paths: Sequence[str]) -> TarSource:
     """
     facts = [files.size_and_time(path) for path in paths]
     absolute = "\0".join(map(files.absolute, paths))
-    key = hashlib.sha256(absolute.encode()).hexdigest()
+    key = hashlib.sha256(os.fsencode(absolute)).hexdigest()
     place = cache_directory() / "listings" / key[:32]
     shards = [list(fact) for fact in facts]
     try:
@@ -147,7 +148,7 @@ class ParquetSource:
         self._paths, self._columns, self._groups = list(paths), columns, groups
         joined = hashlib.sha256(np.ascontiguousarray(groups).tobytes())
         for path in paths:
-            joined.update(f"{PurePosixPath(path).name} {files.size_and_time(path)[0]}".encode())
+            joined.update(os.fsencode(f"{PurePosixPath(path).name} {files.size_and_time(path)[0]}"))
         self.fingerprint = joined.hexdigest()
         self._held: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()

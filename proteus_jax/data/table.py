@@ -77,7 +77,7 @@ def write_table(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.n
             file.close()
             os.replace(file.name, path)
         except BaseException:
-            Path(file.name).unlink()
+            Path(file.name).unlink(missing_ok=True)
             raise
 
 
