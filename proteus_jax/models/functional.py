@@ -73,9 +73,11 @@ class StudentFunction(_Functional):
         teacher_width: int,
         dtype: DTypeLike = jnp.float32,
         drop_path: float = 0.0,
+        remat: str = "off",
     ):
         self.spec = spec
         self.drop_path = drop_path
+        self.remat = remat
         super().__init__(lambda rngs: Student(spec, teacher_width, dtype=dtype, rngs=rngs))
 
     def __call__(
@@ -90,4 +92,6 @@ class StudentFunction(_Functional):
         training.
         """
         drop_path = 0.0 if key is None else self.drop_path
-        return self._module(params)(images, masked_images, mask, drop_path=drop_path, key=key)
+        return self._module(params)(
+            images, masked_images, mask, drop_path=drop_path, key=key, remat=self.remat
+        )

@@ -3,7 +3,7 @@
 Source: arXiv 2407.10366 and the authors' pretrain/models_proteus_dinov2.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,19 +64,25 @@ class Student(nnx.Module):
         *,
         drop_path: float = 0.0,
         key: PRNGKeyArray | None = None,
+        remat: str = "off",
     ) -> Predictions:
         """Unmasked predictions for `images`, masked ones for `masked_images` under `mask`."""
+        training = {"drop_path": drop_path, "key": key, "remat": remat}
         if masked_images is None or mask is None:
-            features = self.backbone(images, drop_path=drop_path, key=key)
+            features = self.backbone(images, **training)
             return Predictions(
                 features, self.token_head(features.cls), self.feature_head(features.patches), None
             )
-        features, masked = self._both_passes(images, masked_images, mask, drop_path, key)
+        features, masked = self._both_passes(images, masked_images, mask, training)
         token, feature = self.token_head(features.cls), self.feature_head(features.patches)
         return Predictions(features, token, feature, self.patch_head(masked.patches))
 
     def _both_passes(
-        self, images: jax.Array, masked_images: jax.Array, mask: jax.Array, drop_path: float, key
+        self,
+        images: jax.Array,
+        masked_images: jax.Array,
+        mask: jax.Array,
+        training: dict[str, Any],
     ) -> tuple[Features, Features]:
         """One run of the backbone over both sets: compiled once, and fuller matmuls than two runs.
 
@@ -97,7 +103,7 @@ class Student(nnx.Module):
 
         rows = interleave(images, masked_images)
         row_mask = interleave(jnp.zeros((len(images), mask.shape[1]), bool), mask)
-        everything = self.backbone(rows, row_mask, drop_path=drop_path, key=key)
+        everything = self.backbone(rows, row_mask, **training)
 
         def unmasked(tokens: jax.Array) -> jax.Array:
             groups = tokens.reshape(count, share + 1, *tokens.shape[1:])

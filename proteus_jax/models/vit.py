@@ -12,9 +12,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from proteus_jax.models.attention import KEPT
 from proteus_jax.models.layers import LINEAR_INIT, Block, layer_norm, torch_uniform
 from proteus_jax.models.position import resize_matrix
 from proteus_jax.models.specs import ViTSpec
+
+# What a block leaves for its backward pass. off: what its matmuls made (`kept`); elementwise
+# arithmetic is made again, which costs less than its memory would. blocks: its input alone, for
+# about a third more arithmetic in the student.
+REMAT = {
+    "off": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Features(NamedTuple):
@@ -104,14 +113,17 @@ class VisionTransformer(nnx.Module):
         *,
         drop_path: float = 0.0,
         key: PRNGKeyArray | None = None,
+        remat: str = "off",
     ) -> Features:
         """Features of normalised images, the patches under `mask` replaced by the mask token.
 
         `drop_path` is the rate of the last block, growing linearly from 0 at the first; it needs a
-        `key`. ValueError where a side is no multiple of the patch size.
+        `key`. `remat` says what the backward pass makes again, see REMAT. ValueError where a side
+        is no multiple of the patch size.
         """
         tokens = self._embed(images, mask)
-        tokens, _ = self._run_blocks(tokens, (), self._keep(drop_path, key, images.shape[0]))
+        keep = self._keep(drop_path, key, images.shape[0])
+        tokens, _ = self._run_blocks(tokens, (), keep, remat)
         return self._features(tokens, normalise=True)
 
     def intermediates(
@@ -125,7 +137,7 @@ class VisionTransformer(nnx.Module):
         """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless
         told not to.
         """
-        _, outputs = self._run_blocks(self._embed(images, mask), tuple(blocks), None)
+        _, outputs = self._run_blocks(self._embed(images, mask), tuple(blocks), None, "off")
         return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
 
     def _embed(self, images: jax.Array, mask: jax.Array | None) -> Float[Array, "b t d"]:
@@ -164,7 +176,7 @@ class VisionTransformer(nnx.Module):
         return drawn / kept
 
     def _run_blocks(
-        self, tokens: jax.Array, wanted: tuple[int, ...], keep: jax.Array | None
+        self, tokens: jax.Array, wanted: tuple[int, ...], keep: jax.Array | None, remat: str
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens after the last block, and [len(wanted), b, t, d] those after each wanted block."""
         depth = self.spec.depth
@@ -186,7 +198,9 @@ class VisionTransformer(nnx.Module):
             return (tokens, outputs), None
 
         layers = (stacked, jnp.asarray(slots), keep)
-        (tokens, outputs), _ = jax.lax.scan(body, (tokens, outputs), layers)
+        # Under a scan nothing can be merged with the forward pass: no barrier against it is needed.
+        rematted = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
+        (tokens, outputs), _ = jax.lax.scan(rematted, (tokens, outputs), layers)
         return tokens, outputs[: len(wanted)]
 
     def _features(self, tokens: jax.Array, *, normalise: bool) -> Features:
