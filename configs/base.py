@@ -55,8 +55,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.precision = "auto"
     # The teacher's weights and arithmetic, by the same words.
     config.teacher_precision = "auto"
+    # Where AdamW keeps its mean of the gradients: float32 or bfloat16, which is half the memory.
+    config.first_moment = "float32"
     # Devices that share one copy of parameters and optimizer; 1 keeps a whole copy on each.
     config.fsdp = 1
+    # Parts that a batch goes through in, one after the other: less memory for the same update.
+    config.accumulate = 1
+    # What the student's backward pass makes again: off keeps what matmuls made; blocks keeps only
+    # what enters a block, a fraction of the memory for a third more of the student's arithmetic.
+    config.remat = "off"
+    # Hosts, and devices of each, that a run must find, where they are given; it stops at once where
+    # it finds others.
+    config.hosts = config_dict.placeholder(int)
+    config.devices = config_dict.placeholder(int)
 
     config.data = ml_collections.ConfigDict()
     # Where the images are, no labels needed: a folder, searched to its bottom; a text file of

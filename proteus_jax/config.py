@@ -15,10 +15,19 @@ import ml_collections
 
 from proteus_jax.errors import InputError
 from proteus_jax.models.specs import SPECS
+from proteus_jax.models.vit import REMAT
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Fields that may be left without a value: another one decides then.
-_OPTIONAL = ("steps", "learning_rate", "warmup_steps", "data.epoch", "data.workers")
+_OPTIONAL = (
+    "steps",
+    "learning_rate",
+    "warmup_steps",
+    "hosts",
+    "devices",
+    "data.epoch",
+    "data.workers",
+)
 # Lists of numbers; every other list is one of texts.
 _NUMBERS = ("data.weights",)
 _TYPE_NAMES = {
@@ -181,7 +190,14 @@ _RULES: dict[str, _Rule] = {
     "teacher_precision": _Rule(
         lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"
     ),
+    "first_moment": _Rule(
+        lambda value: value in PRECISIONS[1:], f"one of {', '.join(PRECISIONS[1:])}"
+    ),
     "fsdp": _at_least(1),
+    "accumulate": _at_least(1),
+    "remat": _Rule(lambda value: value in REMAT, f"one of {', '.join(REMAT)}"),
+    "hosts": _at_least(1),
+    "devices": _at_least(1),
     "data.root": _Rule(
         lambda roots: all(isinstance(root, str) and root for root in roots),
         "one or more places of images",

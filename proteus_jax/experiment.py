@@ -122,11 +122,12 @@ def _check_devices(config: Any) -> list[str]:
     devices = jax.device_count()
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
-    # Half of the images is masked, and each device has its share of that half.
-    unit = 2 * devices if config.loss.patch else devices
+    # Half of the images is masked, and each device has its share of that half, in every part.
+    unit = (2 if config.loss.patch else 1) * devices * config.accumulate
     if config.batch % unit:
+        parts = f" and {config.accumulate} parts" if config.accumulate > 1 else ""
         return [
-            f"--config.batch: expected a multiple of {unit} for {devices} devices, found "
+            f"--config.batch: expected a multiple of {unit} for {devices} devices{parts}, found "
             f"{config.batch}"
         ]
     return []
@@ -157,7 +158,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         warmup_steps = round(config.warmup_epochs * images / config.batch)
     peak = config.learning_rate or optim.scaled_learning_rate(config.batch)
     schedule = optim.warmup_cosine(peak, warmup_steps, total_steps)
-    optimizer = optim.adamw(schedule, config.weight_decay)
+    optimizer = optim.adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
 
     teacher, teacher_params, card = _teacher(config, inputs.teacher, mesh)
     students = {
@@ -166,6 +167,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
             card.spec.width,
             dtype=_dtype(config.precision),
             drop_path=config.drop_path,
+            remat=config.remat,
         )
         for name in config.student
     }
@@ -180,6 +182,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         ema_decay=config.ema_decay,
         seed=config.seed,
         erasing=config.data.erasing,
+        accumulate=config.accumulate,
     )
 
     def init() -> TrainState:

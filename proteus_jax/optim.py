@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from proteus_jax.models.functional import Params
 
@@ -58,11 +59,20 @@ def decay_mask(params: Params) -> Params:
 
 
 def adamw(
-    schedule: optax.ScalarOrSchedule, weight_decay: float = 0.05
+    schedule: optax.ScalarOrSchedule,
+    weight_decay: float = 0.05,
+    first_moment: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """PyTorch's AdamW: betas 0.9 and 0.999, eps 1e-8, decay times the learning rate on
-    `decay_mask`.
+    `decay_mask`. The mean of the gradients is kept in the dtype `first_moment`, that of their
+    squares in float32.
     """
     return optax.adamw(
-        schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=decay_mask
+        schedule,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=weight_decay,
+        mask=decay_mask,
+        mu_dtype=first_moment,
     )

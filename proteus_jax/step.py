@@ -80,14 +80,37 @@ def make_train_step(
     ema_decay: float,
     seed: int,
     erasing: float = 0.0,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Params, UInt8[Array, "b h w 3"]], tuple[TrainState, Metrics]]:
     """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state
     donated.
 
-    `erasing` is the share of the images that get a box of noise. Randomness is a function of
+    `erasing` is the share of the images that get a box of noise. The batch goes through in
+    `accumulate` parts, one after the other, for one update. Randomness is a function of
     (seed, state.step) alone. Metrics are float32 scalars: `<student>/loss`,
     `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and `learning_rate`.
     """
+
+    def gradients_of(
+        params: dict[str, Params], teacher_params: Params, part: _Part
+    ) -> dict[str, tuple[Params, Losses]]:
+        """Gradients and losses of every student, from one pass of the teacher."""
+        target = jax.lax.stop_gradient(teacher(teacher_params, part.pixels))
+
+        def objective(values: Params, student: StudentFunction) -> tuple[jax.Array, Losses]:
+            losses = student_losses(
+                student,
+                values,
+                part.pixels,
+                target,
+                part.mask,
+                weights,
+                key=part.key if student.drop_path else None,
+            )
+            return losses.loss, losses
+
+        gradients = jax.grad(objective, has_aux=True)
+        return {name: gradients(params[name], student) for name, student in students.items()}
 
     def train_step(
         state: TrainState, teacher_params: Params, images: jax.Array
@@ -97,25 +120,19 @@ def make_train_step(
         pixels = normalisation(images)
         if erasing:
             pixels = erase(erasing_key, pixels, erasing)
-        target = jax.lax.stop_gradient(teacher(teacher_params, pixels))
         mask = None
         if weights.patch:
-            mask = random_masks(mask_key, len(images) // 2, target.patches.shape[1], mask_ratio)
+            patches = (images.shape[1] // teacher.spec.patch_size) ** 2
+            mask = random_masks(mask_key, len(images) // 2, patches, mask_ratio)
+        found = _mean_over_parts(
+            lambda part: gradients_of(state.params, teacher_params, part),
+            _Part(pixels, mask, drop_key),
+            accumulate,
+        )
 
         params, optimizer_state, ema = {}, {}, {}
         metrics: Metrics = {"learning_rate": jnp.asarray(schedule(state.step))}
-        for name, student in students.items():
-
-            def objective(
-                values: Params, student: StudentFunction = student
-            ) -> tuple[jax.Array, Losses]:
-                dropping = drop_key if student.drop_path else None
-                losses = student_losses(
-                    student, values, pixels, target, mask, weights, key=dropping
-                )
-                return losses.loss, losses
-
-            gradients, losses = jax.grad(objective, has_aux=True)(state.params[name])
+        for name, (gradients, losses) in found.items():
             updates, optimizer_state[name] = optimizer.update(
                 gradients, state.optimizer[name], state.params[name]
             )
@@ -130,6 +147,44 @@ def make_train_step(
         ), metrics
 
     return train_step
+
+
+class _Part(NamedTuple):
+    """Images that go through the models together; every second one has a mask, where any has."""
+
+    pixels: Float[Array, "b h w 3"]
+    mask: Bool[Array, "m n"] | None
+    key: jax.Array
+
+
+def _mean_over_parts(function: Callable[[_Part], Any], whole: _Part, count: int) -> Any:
+    """The mean of a function over `count` equal parts of a batch, taken one after the other.
+
+    A part takes every `count`-th pair of a masked and an unmasked image, so that each device keeps
+    its own share of the batch.
+    """
+    if count == 1:
+        return function(whole)
+    together = 1 if whole.mask is None else 2
+
+    def divided(array: jax.Array, together: int) -> jax.Array:
+        parts = array.reshape(-1, count, together, *array.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(count, -1, *array.shape[1:])
+
+    parts = _Part(
+        divided(whole.pixels, together),
+        None if whole.mask is None else divided(whole.mask, 1),
+        jax.random.split(whole.key, count),
+    )
+    nothing = jax.tree.map(
+        lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(function, whole)
+    )
+
+    def add(total: Any, part: _Part) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = jax.lax.scan(add, nothing, parts)
+    return jax.tree.map(lambda value: value / count, total)
 
 
 def init_state(

@@ -160,6 +160,65 @@ def test_several_students_equal_each_alone(
     assert_close(state.params["small"], single[0].params["small"], 1e-4)
 
 
+@pytest.mark.parametrize("changes", [{"accumulate": 4}, {"remat": "blocks"}])
+def test_cheaper_in_memory_and_the_same(
+    changes: dict,
+    teacher_params: dict,
+    batches: np.ndarray,
+    single: tuple[TrainState, list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = dict(changes)
+    monkeypatch.setattr(STUDENTS["small"], "remat", changes.pop("remat", "off"))
+    step, init = make(**changes)
+    _, rows = run(step, init(), teacher_params, batches)
+    assert_close(rows[0], single[1][0], 1e-5)
+    assert_close(rows, single[1], 1e-4)
+
+
+def test_precisions(batches: np.ndarray) -> None:
+    """Matmuls bfloat16; LayerNorm, softmax, losses, stream, parameters and optimizer float32."""
+    teacher = BackboneFunction(TINY, jnp.bfloat16)
+    student = StudentFunction(STUDENTS["small"].spec, TINY.width, jnp.bfloat16)
+    optimizer = adamw(1e-3, first_moment=jnp.bfloat16)
+    step, _ = make(teacher=teacher, students={"small": student}, optimizer=optimizer)
+    state = init_state({"small": student}, optimizer, ema=False, seed=0)
+    params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), teacher.init(jax.random.key(0)))
+    shapes = jax.eval_shape(step, state, params, batches[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes[0].params)} == {jnp.dtype("float32")}
+    moments = shapes[0].optimizer["small"][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments.mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in shapes[1].values()} == {jnp.dtype("float32")}
+
+    found: dict[str, set[str]] = {}
+    for equation in equations(jax.make_jaxpr(step)(state, params, batches[0]).jaxpr):
+        kinds = {str(value.aval.dtype) for value in equation.invars}
+        found.setdefault(equation.primitive.name, set()).update(kinds)
+    assert found["dot_general"] == {"bfloat16"}
+    for name in ("exp", "log", "erf", "rsqrt", "reduce_max"):
+        assert found[name] == {"float32"}, name
+    # The stream between the blocks.
+    features = jax.eval_shape(student, student.shapes, jnp.zeros((2, 56, 56, 3))).features
+    assert features.patches.dtype == jnp.float32
+
+
+def equations(jaxpr):
+    """All of a jaxpr's equations, those inside loops and branches too."""
+    for equation in jaxpr.eqns:
+        inside = [
+            part
+            for value in equation.params.values()
+            for part in (value if isinstance(value, tuple | list) else [value])
+        ]
+        inside = [getattr(part, "jaxpr", part) for part in inside]
+        inside = [part for part in inside if hasattr(part, "eqns")]
+        for part in inside:
+            yield from equations(part)
+        if not inside:
+            yield equation
+
+
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 def test_many_devices_equal_one(
     fsdp: int,
