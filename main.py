@@ -6,6 +6,10 @@
 The second looks at all images, says what is wrong, and writes WORKDIR/doctor.json (or --output):
 training can take that file in place of the folder.
 
+On several hosts the same command runs on each. Under SLURM and on TPU pods they find each other;
+elsewhere --hosts=N --host=I --coordinator=ADDRESS:PORT say how (ADDRESS is host 0's, which also
+listens on PORT + 1). --wait=SECONDS is how long they wait for each other (600).
+
 Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training diverged;
 75 interrupted: the same command goes on.
 """
@@ -15,11 +19,15 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import proteus_jax
 from proteus_jax.console import Console
-from proteus_jax.errors import Diverged, InputError
+from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.hosts import ALONE, Place, find_place
 
-DEFECT, WRONG_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 75
+DEFECT, WRONG_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, Interrupted.EXIT_CODE
 PATHS = ("--config", "--workdir", "--output")
+PLACE = ("--hosts", "--host", "--coordinator")
+WAIT, WAIT_SECONDS = "--wait", "600"
 FLAGS = ("--doctor",)
 
 
@@ -27,16 +35,17 @@ class Arguments(NamedTuple):
     """The command line as read, and what of it was not understood."""
 
     paths: dict[str, str]
+    place: dict[str, str]
     overrides: list[tuple[str, str | None]]
     flags: set[str]
     problems: list[str]
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """--config, --workdir, --output and --config.FIELD, each as `--name=value` or `--name value`,
-    and --doctor.
+    """--config, --workdir and the others, and --config.FIELD, each as `--name=value` or
+    `--name value`; and flags.
     """
-    read = Arguments({}, [], set(), [])
+    read = Arguments({}, {}, [], set(), [])
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
@@ -49,6 +58,8 @@ def parse(arguments: list[str]) -> Arguments:
             read.overrides.append((name.removeprefix("--config."), value if equals else None))
         elif name in PATHS:
             read.paths[name] = value
+        elif name in PLACE or name == WAIT:
+            read.place[name] = value
         else:
             read.problems.append(f"{name}: unknown argument")
     needed = {"--config", "--workdir"}
@@ -72,7 +83,7 @@ def distil(arguments: list[str], console: Console) -> int:
     read = parse(arguments)
     if not read.paths.get("--config"):
         raise InputError(read.problems)
-    from proteus_jax import checkup, config, experiment, train
+    from proteus_jax import checkup, cluster, config, experiment, train
 
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides)
@@ -81,8 +92,29 @@ def distil(arguments: list[str], console: Console) -> int:
         output = Path(read.paths.get("--output") or workdir / checkup.MANIFEST).expanduser()
         checkup.checkup(configuration, output, [*read.problems, *problems], console)
         return 0
-    inputs = experiment.open_inputs(configuration, workdir, [*read.problems, *problems])
-    return train.run(configuration, inputs, workdir, console)
+    known = [*read.problems, *problems]
+    place, seconds = _company(read.place, known)
+    about = {"version": proteus_jax.__version__, "configuration": configuration.to_json()}
+    with cluster.joined(place, about, timeout=seconds, say=console.error):
+        inputs = experiment.open_inputs(configuration, workdir, known)
+        return train.run(configuration, inputs, workdir, console)
+
+
+def _company(flags: dict[str, str], known: list[str]) -> tuple[Place, float]:
+    """This host's place and how long it waits for the others; what is wrong goes to `known`.
+
+    InputError at once on one of several hosts, where something is wrong already: nobody waits.
+    """
+    place, seconds = ALONE, flags.pop(WAIT, WAIT_SECONDS)
+    try:
+        place = find_place(flags)
+    except InputError as error:
+        known += error.problems
+    if not seconds.isdecimal() or int(seconds) == 0:
+        known.append(f"{WAIT}: expected seconds, found {seconds!r}")
+    if known and place.hosts > 1:
+        raise InputError(known)
+    return place, float(seconds) if seconds.isdecimal() else 0.0
 
 
 def main() -> int:
@@ -102,6 +134,9 @@ def main() -> int:
     except Diverged as error:
         console.error(str(error))
         return DIVERGED
+    except Interrupted as error:
+        console.error(str(error))
+        return INTERRUPTED
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:
@@ -109,5 +144,14 @@ def main() -> int:
         return DEFECT
 
 
+def end(code: int) -> None:
+    """Ends this process; at once after a failure on one of several hosts."""
+    if code and "jax" in sys.modules:
+        from proteus_jax import cluster
+
+        cluster.end_at_once_if_several(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

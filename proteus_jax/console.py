@@ -24,6 +24,8 @@ class Console:
         if isinstance(sys.stdout, io.TextIOWrapper):
             # Names of files may hold bytes that are no Unicode.
             sys.stdout.reconfigure(errors="backslashreplace")
+        # Of several hosts only the first one speaks; errors are said by each.
+        self.quiet = False
         self._live = sys.stdout.isatty()
         self._shown = False
         self._last = -float("inf")
@@ -43,6 +45,8 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """A line that stays."""
+        if self.quiet:
+            return
         self._clear()
         print(text, flush=True)
 
@@ -60,6 +64,8 @@ class Console:
         and then.
         """
         now = time.monotonic()
+        if self.quiet:
+            return
         if not last and now - self._last < (LIVE_INTERVAL if self._live else PLAIN_INTERVAL):
             return
         self._last = now

@@ -15,3 +15,9 @@ class InputError(Exception):
 
 class Diverged(Exception):
     """Training left the finite numbers."""
+
+
+class Interrupted(Exception):
+    """The run cannot go on now, through no fault of its input; the same command goes on later."""
+
+    EXIT_CODE = 75

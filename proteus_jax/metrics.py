@@ -52,6 +52,19 @@ class MetricsWriter:
         self._events.close()
 
 
+class NoMetrics:
+    """Stands where the first of several hosts has its MetricsWriter."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
     """The rows of a run, in order; a last line that a kill cut short is left out."""
     path = workdir / FILE

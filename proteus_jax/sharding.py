@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -53,5 +54,40 @@ def place_batch(images: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def place_tree(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays on the devices, each born as the rule says."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    """Host arrays, the same on every host, on the devices, each born as the rule says."""
+
+    def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place, tree, shardings(tree, mesh))
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """A tree of device arrays as host arrays, whole on every host; all hosts must take part."""
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+    return jax.device_get(whole)
+
+
+class Agreement:
+    """One answer on all hosts to what each asks at every step: does any of them say yes.
+
+    On several hosts the answer is to what was asked LAG steps before, so that nobody waits for the
+    device.
+    """
+
+    LAG = 2
+
+    def __init__(self, mesh: Mesh):
+        self._mesh, self._asked = mesh, []
+        self._sum = jax.jit(jnp.sum, out_shardings=replicated(mesh))
+
+    def any(self, mine: bool) -> bool:
+        """True where any host said yes."""
+        if jax.process_count() == 1:
+            return mine
+        votes = np.full(jax.local_device_count(), mine, np.int32)
+        self._asked.append(self._sum(place_batch(votes, self._mesh)))
+        if len(self._asked) <= self.LAG:
+            return False
+        return bool(jax.device_get(self._asked.pop(0)))

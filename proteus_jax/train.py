@@ -25,7 +25,7 @@ from proteus_jax.errors import Diverged, InputError
 from proteus_jax.evaluation import agreement, picture
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.messages import conclude, introduce
-from proteus_jax.metrics import MetricsWriter, parameter_table
+from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
@@ -43,14 +43,16 @@ def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
     """
     experiment = build(config, inputs)
     workdir.mkdir(parents=True, exist_ok=True)
+    host = jax.process_index()
+    console.quiet = host > 0
     with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
         resumed = checkpoints.latest()
         if resumed is not None:
             _refuse_other_run(checkpoints.facts(resumed), experiment.facts, resumed)
-        console.keep_log(workdir / "log.txt")
-        write_atomically(
-            workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n"
-        )
+        console.keep_log(workdir / (f"log.{host}.txt" if host else "log.txt"))
+        if host == 0:
+            text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+            write_atomically(workdir / "config.json", text)
         introduce(experiment, workdir, resumed, console)
         with _StopRequest() as stop:
             return _Run(experiment, workdir, console, checkpoints, stop).to_the_end(resumed)
@@ -109,7 +111,9 @@ class _Run:
             checkpoints,
             stop,
         )
+        self.leads = jax.process_index() == 0
         self.pending: _Pending | None = None
+        self.failure: InputError | None = None
         data = self.config.data
         self.unreadable = UnreadableImages(
             experiment.split.training.name,
@@ -141,7 +145,7 @@ class _Run:
                 resumed, experiment.state_shapes, experiment.state_shardings
             )
             step = resumed
-        self.metrics = MetricsWriter(self.workdir, resumed)
+        self.metrics = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
         with contextlib.closing(self.metrics):
             if resumed is None:
                 self.metrics.write(0, self.evaluate(0, state))
@@ -149,6 +153,8 @@ class _Run:
                 state, step = self.train(state, step)
         if step < total:
             self.checkpoints.wait()
+            if self.failure is not None:
+                raise self.failure
             self.console.line(
                 f"interrupted at step {step} of {total}; the same command goes on from here"
             )
@@ -160,7 +166,8 @@ class _Run:
             )
         directories = _export(experiment, state, self.workdir)
         self.draw(state)
-        conclude(experiment, self.workdir, directories, self.console)
+        if self.leads:
+            conclude(experiment, self.workdir, directories, self.console)
         return DONE
 
     def train(self, state: TrainState, step: int) -> tuple[TrainState, int]:
@@ -174,23 +181,20 @@ class _Run:
             makers = f"{self.workers} worker processes"
         first = step + 2 * max(config.log_every, 5)
         self.notice = WaitNotice(makers, first, self.console.line)
-        stopping = False
+        stopping, agreement = False, sharding.Agreement(experiment.mesh)
         with contextlib.closing(self.batches(step)) as batches, jax.transfer_guard("disallow"):
             while step < total and not stopping:
+                with clock.waiting():
+                    batch = next(batches)
                 try:
-                    with clock.waiting():
-                        batch = next(batches)
                     self.unreadable.note(batch.unreadable)
-                except InputError:
-                    # Alone: on several hosts the others know nothing of it yet.
-                    if jax.process_count() == 1:
-                        self.save(step, state)
-                        self.checkpoints.wait()
-                    raise
+                except InputError as error:
+                    # As a request to stop: all hosts save the same step, then this one says why.
+                    self.failure, self.stop.made = error, True
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
-                stopping = self.stop.made
+                stopping = agreement.any(self.stop.made)
                 evaluating = step % config.eval_every == 0 or step == total
                 if evaluating or step % config.log_every == 0:
                     # First the row before this one: its numbers are ready, and the device is
@@ -261,7 +265,8 @@ class _Run:
             for moment, at in moments
         ]
         columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
-        picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
+        if self.leads:
+            picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
 
     def renamed(self, values: dict[str, float]) -> dict[str, float]:
         """With one student its name is left out of the keys."""
@@ -329,10 +334,14 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
                 "proteus_jax": proteus_jax.__version__,
             },
         )
-        target = workdir / "student" / name if several else workdir / "student"
-        save_model(target, state.params[name]["backbone"], card, replace=True)
-        directories.append(target)
+        copies = {"student": state.params[name]["backbone"]}
         if state.ema is not None:
-            average = workdir / "student_ema" / name if several else workdir / "student_ema"
-            save_model(average, state.ema[name], card, replace=True)
+            copies["student_ema"] = state.ema[name]
+        for folder, params in copies.items():
+            target = workdir / folder / name if several else workdir / folder
+            # Of all hosts: each may hold a part.
+            whole = sharding.gather(params, experiment.mesh)
+            if jax.process_index() == 0:
+                save_model(target, whole, card, replace=True)
+        directories.append(workdir / "student" / name if several else workdir / "student")
     return directories

@@ -13,7 +13,9 @@ from conftest import ROOT
 LAYERS = [
     ("errors",),
     ("storage",),
-    ("downloads", "console"),
+    ("downloads", "console", "hosts"),
+    ("rendezvous",),
+    ("cluster",),
     ("models",),
     ("losses", "erasing", "optim", "sharding"),
     ("step",),

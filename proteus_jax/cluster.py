@@ -1,0 +1,55 @@
+"""From one process to many: meet, start JAX on all hosts, and end without hanging."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.hosts import Place
+from proteus_jax.rendezvous import GRACE, meet
+
+# A failed collective is often the first sign of a lost host; its name follows.
+NEWS_TIMEOUT = 15.0
+
+
+@contextlib.contextmanager
+def joined(
+    place: Place, about: Mapping[str, str], *, timeout: float, say: Callable[[str], None]
+) -> Iterator[None]:
+    """The block runs once all hosts have met and JAX knows them; alone it just runs.
+
+    `say` tells of a host that is lost meanwhile: this process then ends with the exit code 75.
+    Interrupted where not all hosts came within `timeout` seconds.
+    """
+    if place.hosts == 1:
+        yield
+        return
+    company = meet(place, about, timeout=timeout, say=say)
+    try:
+        jax.distributed.initialize(
+            f"{place.address}:{place.port}",
+            num_processes=place.hosts,
+            process_id=place.host,
+            local_device_ids=place.local_devices,
+        )
+        yield
+        jax.distributed.shutdown()
+    except BaseException as error:
+        known = isinstance(error, InputError | Diverged | Interrupted | KeyboardInterrupt)
+        if not known and company.lost_one(NEWS_TIMEOUT):
+            # The company says who, and ends this process.
+            threading.Event().wait(2 * GRACE)
+        company.leave(str(error).strip().partition("\n")[0] or type(error).__name__)
+        raise
+    company.leave()
+
+
+def end_at_once_if_several(code: int) -> None:
+    """After a failure on one of several hosts: JAX would wait for the others when Python ends."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)

@@ -1,0 +1,275 @@
+"""Hosts find each other before JAX does, and notice when one is gone.
+
+jax.distributed alone aborts the process, without a name, where a peer does not come or dies, and a
+collective waits for ever (docs/decisions/0010-hosts.md). So the hosts meet here first, over plain
+TCP; each keeps its line to host 0 open, and what is said or breaks on it ends the run in words.
+
+One JSON object a line: a host says hello; host 0 answers go, or what is missing or wrong. Then each
+end says alive now and then, host 0 passes on who is lost, and who is done says bye.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.hosts import Place
+
+ALIVE_EVERY = 5.0
+# A host that says nothing for so long is lost: a machine that vanishes closes no connection.
+SILENCE = 60.0
+# How long a process may take to end by itself once a peer is gone.
+GRACE = 5.0
+HELLO_TIMEOUT = 5.0
+LONGEST_LINE = 65536
+
+
+class _Line:
+    """Messages over one connection."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection, self._rest = connection, b""
+        self._sending = threading.Lock()
+
+    def say(self, **message: Any) -> None:
+        """OSError where the other end is gone."""
+        with self._sending:
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def hear(self, timeout: float) -> dict[str, Any] | None:
+        """The next message; None where the other end is gone. TimeoutError, ValueError."""
+        self._connection.settimeout(timeout)
+        while b"\n" not in self._rest:
+            received = self._connection.recv(4096)
+            if not received:
+                return None
+            self._rest += received
+            if len(self._rest) > LONGEST_LINE:
+                raise ValueError("no message")
+        line, _, self._rest = self._rest.partition(b"\n")
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError("no message")
+        return message
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+
+class _Peer(NamedTuple):
+    host: int
+    name: str
+    line: _Line
+
+    def __str__(self) -> str:
+        return f"host {self.host} ({self.name})"
+
+
+class Company:
+    """The hosts of a run, met; watched until `leave`."""
+
+    def __init__(self, peers: list[_Peer], own: str, say: Callable[[str], None]):
+        self._peers, self._own, self._say = peers, own, say
+        self._leaving = threading.Event()
+        self._news = threading.Event()
+        self._gone: set[int] = set()
+        self._lock = threading.Lock()
+        for peer in peers:
+            threading.Thread(target=self._watch, args=(peer,), daemon=True).start()
+        threading.Thread(target=self._say_alive, daemon=True).start()
+
+    def leave(self, reason: str | None = None) -> None:
+        """Says goodbye; with a reason, that this host failed."""
+        self._leaving.set()
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                if reason is None:
+                    peer.line.say(bye=True)
+                else:
+                    peer.line.say(lost=f"{self._own} stopped: {reason}")
+
+    def lost_one(self, wait: float) -> bool:
+        """True where another host is lost, or is found to be within `wait` seconds."""
+        return self._news.wait(wait)
+
+    def _watch(self, peer: _Peer) -> None:
+        reason = f"{peer} is gone"
+        heard = time.monotonic()
+        while not self._leaving.is_set():
+            try:
+                message = peer.line.hear(1.0)
+            except TimeoutError:
+                if time.monotonic() - heard > SILENCE:
+                    reason = f"{peer} has said nothing for {SILENCE:.0f} s"
+                    break
+                continue
+            except (OSError, ValueError):
+                break
+            heard = time.monotonic()
+            if message is None:
+                break
+            if "bye" in message:
+                return
+            if "lost" in message:
+                reason = str(message["lost"])
+                break
+        if not self._leaving.is_set():
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        """Tells everybody, and ends this process if it does not end by itself."""
+        with self._lock:
+            if self._news.is_set():
+                return
+            self._news.set()
+        self._say(f"{reason}; this run ends, the same command goes on from its last checkpoint")
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.line.say(lost=reason)
+        time.sleep(GRACE)
+        # The main thread may wait in a collective that never ends.
+        os._exit(Interrupted.EXIT_CODE)
+
+    def _say_alive(self) -> None:
+        while not self._leaving.wait(ALIVE_EVERY):
+            for peer in self._peers:
+                with contextlib.suppress(OSError):
+                    peer.line.say(alive=True)
+
+
+def meet(
+    place: Place, about: Mapping[str, str], *, timeout: float, say: Callable[[str], None]
+) -> Company:
+    """Returns when all hosts are there and agree on `about` (what each of them runs).
+
+    Interrupted, with who came and who did not, after `timeout` seconds; InputError where they
+    disagree.
+    """
+    own = f"host {place.host} ({socket.gethostname()})"
+    if place.host == 0:
+        return Company(_receive(place, about, timeout), own, say)
+    return Company([_join(place, about, timeout)], own, say)
+
+
+def _receive(place: Place, about: Mapping[str, str], timeout: float) -> list[_Peer]:
+    """Host 0: takes in the others."""
+    deadline = time.monotonic() + timeout
+    try:
+        server = socket.create_server(("", place.port + 1), backlog=place.hosts)
+    except OSError as error:
+        raise InputError(
+            f"port {place.port + 1} of this host cannot be listened on: {error.strerror}"
+        ) from None
+    peers: dict[int, _Peer] = {}
+    with server:
+        while len(peers) < place.hosts - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                reason = _who_came(place, peers, timeout)
+                _refuse(peers.values(), missing=reason)
+                raise Interrupted(reason) from None
+            line = _Line(connection)
+            try:
+                hello, peer = _greet(line)
+            except (OSError, ValueError, KeyError, TypeError):
+                # Not one of ours.
+                line.close()
+                continue
+            problem = _disagreement(place, hello, about, peer)
+            if problem is None and peer.host in peers:
+                problem = f"{peer} and {peers[peer.host]} have the same number"
+            if problem is not None:
+                _refuse([*peers.values(), peer], wrong=problem)
+                raise InputError(problem)
+            peers[peer.host] = peer
+    for peer in peers.values():
+        peer.line.say(go=True)
+    return [peers[host] for host in sorted(peers)]
+
+
+def _greet(line: _Line) -> tuple[dict[str, Any], _Peer]:
+    hello = line.hear(HELLO_TIMEOUT)
+    if hello is None:
+        raise ValueError("nothing said")
+    return hello, _Peer(int(hello["host"]), str(hello["name"]), line)
+
+
+def _disagreement(
+    place: Place, hello: dict[str, Any], about: Mapping[str, str], peer: _Peer
+) -> str | None:
+    if hello["hosts"] != place.hosts or not 0 < peer.host < place.hosts:
+        return (
+            f"{peer}: expected one of {place.hosts} hosts, found number {peer.host} of "
+            f"{hello['hosts']}"
+        )
+    for key, value in about.items():
+        if hello["about"].get(key) != value:
+            return (
+                f"{peer} runs something else: its {key} is {hello['about'].get(key)}, that of host "
+                f"0 is {value}"
+            )
+    return None
+
+
+def _who_came(place: Place, peers: Mapping[int, _Peer], timeout: float) -> str:
+    came = ["host 0 (this one)" if not peers else "host 0"]
+    came += [str(peers[host]) for host in sorted(peers)]
+    missing = [str(host) for host in range(1, place.hosts) if host not in peers]
+    return (
+        f"after {timeout:.0f} s {len(came)} of {place.hosts} hosts are here: {', '.join(came)}; "
+        f"missing: {', '.join(missing)}"
+    )
+
+
+def _refuse(peers: Iterable[_Peer], **reason: str) -> None:
+    for peer in peers:
+        with contextlib.suppress(OSError):
+            peer.line.say(**reason)
+        peer.line.close()
+
+
+def _join(place: Place, about: Mapping[str, str], timeout: float) -> _Peer:
+    """The others: find host 0 and wait for its word."""
+    deadline = time.monotonic() + timeout
+    reason = "no answer"
+    where = f"host 0 at {place.address}:{place.port + 1}"
+    while time.monotonic() < deadline:
+        try:
+            connection = socket.create_connection((place.address, place.port + 1), timeout=5.0)
+        except OSError as error:
+            reason = str(error)
+            time.sleep(0.5)
+            continue
+        line = _Line(connection)
+        try:
+            name = socket.gethostname()
+            line.say(host=place.host, hosts=place.hosts, name=name, about=dict(about))
+            # Host 0 has its own clock: its word on who is missing should come before ours.
+            answer = line.hear(max(deadline - time.monotonic(), 1.0) + 10.0)
+        except (OSError, ValueError) as error:
+            reason = str(error)
+            line.close()
+            continue
+        if answer is None:
+            reason = "it hung up"
+            line.close()
+            time.sleep(0.5)
+            continue
+        if "wrong" in answer:
+            raise InputError(str(answer["wrong"]))
+        if "missing" in answer:
+            raise Interrupted(str(answer["missing"]))
+        return _Peer(0, place.address, line)
+    raise Interrupted(
+        f"after {timeout:.0f} s {where} is not here ({reason}); this is host {place.host} of "
+        f"{place.hosts}"
+    )
