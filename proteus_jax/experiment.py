@@ -118,8 +118,24 @@ def _check_workdir(workdir: Path | None) -> list[str]:
     return [f"--workdir: {reason}"] if reason else []
 
 
+def found_devices() -> str:
+    """What JAX found, as "2 hosts x 4 devices"."""
+
+    def several(count: int, name: str) -> str:
+        return f"{count} {name}{'' if count == 1 else 's'}"
+
+    hosts, devices = jax.process_count(), jax.local_device_count()
+    return f"{several(hosts, 'host')} x {several(devices, 'device')}"
+
+
 def _check_devices(config: Any) -> list[str]:
-    devices = jax.device_count()
+    devices, hosts = jax.device_count(), jax.process_count()
+    expected = config.hosts or hosts, config.devices or jax.local_device_count()
+    if expected != (hosts, jax.local_device_count()):
+        return [
+            f"--config.hosts, --config.devices: found {found_devices()}, expected {expected[0]} x "
+            f"{expected[1]}"
+        ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
     # Half of the images is masked, and each device has its share of that half, in every part.

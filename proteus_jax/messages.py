@@ -10,7 +10,7 @@ import numpy as np
 import proteus_jax
 from proteus_jax.console import Console
 from proteus_jax.evaluation.agreement import NEIGHBOURS
-from proteus_jax.experiment import Experiment
+from proteus_jax.experiment import Experiment, found_devices
 from proteus_jax.metrics import read_metrics
 
 
@@ -18,10 +18,8 @@ def introduce(experiment: Experiment, workdir: Path, resumed: int | None, consol
     """Who teaches whom with which images, and how far it is."""
     config, card = experiment.config, experiment.teacher_card
     teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
-    devices = jax.devices()
-    console.line(
-        f"proteus_jax {proteus_jax.__version__} on {len(devices)} x {devices[0].device_kind}"
-    )
+    kind = jax.devices()[0].device_kind
+    console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
     console.line(
         f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, "
         f"{teacher_size / 1e6:.1f} M parameters"

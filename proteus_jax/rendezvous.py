@@ -23,9 +23,12 @@ from proteus_jax.hosts import Place
 ALIVE_EVERY = 5.0
 # A host that says nothing for so long is lost: a machine that vanishes closes no connection.
 SILENCE = 60.0
-# How long a process may take to end by itself once a peer is gone.
-GRACE = 5.0
+# How long a process may take to end by itself where a peer stopped, perhaps for the same reason.
+# Not longer: JAX aborts the process soon after its coordinator, host 0, is gone.
+GRACE = 1.0
 HELLO_TIMEOUT = 5.0
+# How long the others may take to hear that this host leaves.
+PARTING = 2.0
 LONGEST_LINE = 65536
 
 
@@ -57,6 +60,11 @@ class _Line:
             raise ValueError("no message")
         return message
 
+    def finish(self) -> None:
+        """No more will be said; the other end may still be heard."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
@@ -79,11 +87,13 @@ class Company:
         self._peers, self._own, self._say = peers, own, say
         self._leaving = threading.Event()
         self._news = threading.Event()
-        self._gone: set[int] = set()
         self._lock = threading.Lock()
-        for peer in peers:
-            threading.Thread(target=self._watch, args=(peer,), daemon=True).start()
-        threading.Thread(target=self._say_alive, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._watch, args=(peer,), daemon=True) for peer in peers
+        ]
+        self._threads.append(threading.Thread(target=self._say_alive, daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def leave(self, reason: str | None = None) -> None:
         """Says goodbye; with a reason, that this host failed."""
@@ -94,18 +104,25 @@ class Company:
                     peer.line.say(bye=True)
                 else:
                     peer.line.say(lost=f"{self._own} stopped: {reason}")
+            peer.line.finish()
+        for thread in self._threads:
+            thread.join(PARTING)
+        for peer in self._peers:
+            peer.line.close()
 
     def lost_one(self, wait: float) -> bool:
         """True where another host is lost, or is found to be within `wait` seconds."""
         return self._news.wait(wait)
 
     def _watch(self, peer: _Peer) -> None:
-        reason = f"{peer} is gone"
+        reason, grace = f"{peer} is gone", 0.0
         heard = time.monotonic()
-        while not self._leaving.is_set():
+        while True:
             try:
                 message = peer.line.hear(1.0)
             except TimeoutError:
+                if self._leaving.is_set():
+                    return
                 if time.monotonic() - heard > SILENCE:
                     reason = f"{peer} has said nothing for {SILENCE:.0f} s"
                     break
@@ -116,14 +133,16 @@ class Company:
             if message is None:
                 break
             if "bye" in message:
+                # Read to the end on both sides: a reset would take unread words with it.
+                peer.line.finish()
                 return
             if "lost" in message:
-                reason = str(message["lost"])
+                reason, grace = str(message["lost"]), GRACE
                 break
         if not self._leaving.is_set():
-            self._end(reason)
+            self._end(reason, grace)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, grace: float) -> None:
         """Tells everybody, and ends this process if it does not end by itself."""
         with self._lock:
             if self._news.is_set():
@@ -133,7 +152,7 @@ class Company:
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.line.say(lost=reason)
-        time.sleep(GRACE)
+        time.sleep(grace)
         # The main thread may wait in a collective that never ends.
         os._exit(Interrupted.EXIT_CODE)
 
@@ -264,11 +283,12 @@ def _join(place: Place, about: Mapping[str, str], timeout: float) -> _Peer:
             line.close()
             time.sleep(0.5)
             continue
+        if "go" in answer:
+            return _Peer(0, place.address, line)
+        line.close()
         if "wrong" in answer:
             raise InputError(str(answer["wrong"]))
-        if "missing" in answer:
-            raise Interrupted(str(answer["missing"]))
-        return _Peer(0, place.address, line)
+        raise Interrupted(str(answer.get("missing", answer)))
     raise Interrupted(
         f"after {timeout:.0f} s {where} is not here ({reason}); this is host {place.host} of "
         f"{place.hosts}"

@@ -50,7 +50,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def place_batch(images: np.ndarray, mesh: Mesh) -> jax.Array:
     """This host's share of a batch as part of the global array."""
-    return jax.make_array_from_process_local_data(over_batch(mesh), images)
+    # On several hosts JAX takes this for an implicit transfer.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(over_batch(mesh), images)
 
 
 def place_tree(tree: Any, mesh: Mesh) -> Any:

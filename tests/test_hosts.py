@@ -1,0 +1,300 @@
+"""Several hosts: who is where, who is missing, and that two processes train as one does."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_main import command, losses
+
+from proteus_jax import hosts
+from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.hosts import ALONE, Place, find_place, first_node
+from proteus_jax.metrics import read_metrics
+from proteus_jax.rendezvous import meet
+
+STEPS = 6
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "4",
+    "SLURM_STEP_NODELIST": "gpu[007-010],other1",
+}
+
+
+def free_port() -> int:
+    """A port whose neighbour is free as well."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def test_places() -> None:
+    assert find_place({}, {}) == ALONE
+    flags = {"--hosts": "2", "--host": "1", "--coordinator": "10.0.0.1:99"}
+    assert find_place(flags, SLURM) == Place(1, 2, "10.0.0.1", 99, "the flags")
+    found = find_place({}, SLURM)
+    assert (found.host, found.hosts, found.address) == (3, 4, "gpu007")
+    assert found.local_devices is None
+    assert find_place({}, SLURM | {"SLURM_PROCID": "0"}).port == found.port
+    assert find_place({}, SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ALONE
+    shared = {"SLURM_NNODES": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert find_place({}, SLURM | shared).local_devices == (1,)
+    pod = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3"}
+    assert find_place({}, pod) == Place(2, 4, "t0", hosts.PORT, "TPU_WORKER_HOSTNAMES")
+
+
+def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "TPU_DEVICES", (ROOT,))
+    answers = {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "unknown:unknown:10.1.0.2,unknown:unknown:10.1.0.3",
+    }
+    monkeypatch.setattr(hosts, "_metadata", lambda name: answers[name])
+    assert find_place({}, {}) == Place(1, 2, "10.1.0.2", hosts.PORT, "the TPU's metadata")
+    # A TPU device without a metadata server, as in a container.
+    monkeypatch.setattr(hosts, "_metadata", lambda _: "")
+    assert find_place({}, {}) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("node[007-012,020],x3", "node007"),
+        ("rack1-n[3,5-7]", "rack1-n3"),
+        ("n[1-2]-ib", "n1-ib"),
+    ],
+)
+def test_first_node(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        ({"--hosts": "2"}, {}, "--host, --coordinator: expected together with --hosts"),
+        (
+            {"--hosts": "two", "--host": "0", "--coordinator": "here"},
+            {},
+            "--hosts: expected a whole number, found 'two'\n"
+            "--coordinator: expected ADDRESS:PORT, found 'here'",
+        ),
+        (
+            {"--hosts": "2", "--host": "2", "--coordinator": "a:1"},
+            {},
+            "the flags: expected hosts numbered from 0 to 1, found host 2",
+        ),
+        ({}, SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID: expected a whole number, found 'x'"),
+        ({}, SLURM | {"SLURM_STEP_NODELIST": ""}, "expected the nodes of this step"),
+    ],
+)
+def test_wrong_places(flags: dict, environment: dict, words: str) -> None:
+    with pytest.raises(InputError) as error:
+        find_place(flags, environment)
+    assert words in str(error.value)
+
+
+def meet_all(count: int, abouts: list[dict], timeout: float = 5.0, total: int = 0) -> list[Any]:
+    """What each of `count` hosts finds: its company, or why there is none."""
+    port = free_port()
+    results: list[Any] = [None] * count
+
+    def one(host: int) -> None:
+        place = Place(host, total or count, "127.0.0.1", port, "a test")
+        try:
+            results[host] = meet(place, abouts[host], timeout=timeout, say=print)
+        except (InputError, Interrupted) as error:
+            results[host] = error
+
+    threads = [threading.Thread(target=one, args=(host,)) for host in range(count)]
+    for thread in threads:
+        thread.start()
+    # A stranger on the port is no host.
+    with socket.socket() as stranger:
+        stranger.settimeout(1)
+        if stranger.connect_ex(("127.0.0.1", port + 1)) == 0:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_all_meet_and_part() -> None:
+    companies = meet_all(3, [{"version": "1"}] * 3)
+    for company in companies:
+        assert not company.lost_one(0.1)
+    for company in companies:
+        company.leave()
+        assert not company.lost_one(0)
+
+
+def test_who_is_missing_has_a_number() -> None:
+    first, second = meet_all(2, [{}] * 2, timeout=1.0, total=4)
+    for found in (first, second):
+        assert isinstance(found, Interrupted)
+        assert "after 1 s 2 of 4 hosts are here: host 0, host 1 (" in str(found)
+        assert "missing: 2, 3" in str(found)
+
+
+def test_without_host_0_the_others_say_so() -> None:
+    place = Place(1, 2, "127.0.0.1", free_port(), "a test")
+    words = r"host 0 at 127.0.0.1:\d+ is not here .*this is host 1 of 2"
+    with pytest.raises(Interrupted, match=words):
+        meet(place, {}, timeout=1.0, say=print)
+
+
+def test_hosts_that_run_something_else_are_refused() -> None:
+    for found in meet_all(2, [{"version": "1"}, {"version": "2"}]):
+        assert isinstance(found, InputError)
+        assert "runs something else: its version is 2, that of host 0 is 1" in str(found)
+
+
+def processes(
+    count: int, devices: int, workdir: Path, photographs: Path, teacher: Path, *more: str
+) -> list[subprocess.Popen]:
+    """A run of several processes, each with its own fake devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    arguments = [
+        *command(workdir, photographs, teacher),
+        f"--config.steps={STEPS}",
+        "--config.batch=16",
+        "--config.checkpoint_every=3",
+        "--config.eval_every=6",
+        "--config.data.held_out.views=16",
+        *more,
+    ]
+    port = free_port()
+    return [
+        subprocess.Popen(
+            arguments
+            + (
+                [f"--hosts={count}", f"--host={host}", f"--coordinator=127.0.0.1:{port}"]
+                if count > 1
+                else []
+            ),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(count)
+    ]
+
+
+def ended(running: list[subprocess.Popen], timeout: float = 180.0) -> list[tuple[int, str, str]]:
+    found = []
+    for process in running:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        # What the CPU's stand-in for a network says of itself, at times into the middle of a line.
+        said = [re.sub(r"\[Gloo\][^:]*: ?\d*\n?", "", text) for text in (out, err)]
+        found.append((process.returncode, *said))
+    return found
+
+
+def test_two_processes_train_as_one_does(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """2 x 4 devices against 1 x 8; stopped half way as two, and gone on as one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    (alone,) = ended(processes(1, 8, one, photographs, tiny_teacher, "--config.fsdp=2"))
+    assert alone[0] == 0, alone
+    both = ended(
+        processes(2, 4, two, photographs, tiny_teacher, "--config.fsdp=2", "--config.hosts=2")
+    )
+    assert [code for code, _, _ in both] == [0, 0], both
+    assert "2 hosts x 4 devices" in both[0][1]
+    assert both[1][1].strip() == both[1][2] == both[0][2] == ""
+    expected, found = losses(one), losses(two)
+    assert [row["step"] for row in found] == list(range(STEPS + 1))
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        tolerance = 1e-5 if step <= 1 else 1e-4
+        for key in ("loss", "token_loss", "feature_loss", "patch_loss"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=tolerance), (step, key)
+
+
+def until(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_signal_to_one_stops_both_and_one_alone_goes_on(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    workdir, steps = (
+        tmp_path / "run",
+        ("--config.steps=400", "--config.checkpoint_every=400", "--config.data.held_out.share=0"),
+    )
+    running = processes(2, 4, workdir, photographs, tiny_teacher, *steps)
+    until(lambda: sum(1 for _ in read_metrics(workdir)) > 4)
+    running[1].send_signal(signal.SIGTERM)
+    both = ended(running)
+    assert [code for code, _, _ in both] == [75, 75], both
+    assert "interrupted at step" in both[0][1]
+    reached = list(read_metrics(workdir))[-1]["step"]
+    (alone,) = ended(
+        processes(1, 2, workdir, photographs, tiny_teacher, f"--config.steps={reached + 2}")
+    )
+    assert alone[0] == 0, alone
+    assert f"resuming at step {reached}" in alone[1]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_host_ends_the_others_with_a_name(
+    killed: int, tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    workdir = tmp_path / "run"
+    running = processes(
+        2,
+        1,
+        workdir,
+        photographs,
+        tiny_teacher,
+        "--config.steps=4000",
+        "--config.data.held_out.share=0",
+    )
+    until(lambda: sum(1 for _ in read_metrics(workdir)) > 3)
+    running[killed].kill()
+    started = time.monotonic()
+    both = ended(running)
+    assert time.monotonic() - started < 60
+    code, _, err = both[1 - killed]
+    assert code == 75, both
+    assert f"host {killed} (" in err
+    assert "is gone; this run ends" in err
+    assert "Traceback" not in err
+
+
+def test_another_shape_than_promised_is_refused(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    promised = ("--config.hosts=2", "--config.devices=8")
+    (alone,) = ended(processes(1, 4, tmp_path / "run", photographs, tiny_teacher, *promised))
+    assert alone[0] == 2
+    assert "found 1 host x 4 devices, expected 2 x 8" in alone[2]
+    assert not (tmp_path / "run").exists()
