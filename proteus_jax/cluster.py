@@ -1,7 +1,9 @@
 """From one process to many: meet, start JAX on all hosts, and end without hanging."""
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +12,7 @@ import jax
 
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.hosts import Place
-from proteus_jax.rendezvous import GRACE, meet
+from proteus_jax.rendezvous import GRACE, Company, meet
 
 # A failed collective is often the first sign of a lost host; its name follows.
 NEWS_TIMEOUT = 15.0
@@ -30,14 +32,15 @@ def joined(
         return
     company = meet(place, about, timeout=timeout, say=say)
     try:
-        jax.distributed.initialize(
-            f"{place.address}:{place.port}",
-            num_processes=place.hosts,
-            process_id=place.host,
-            local_device_ids=place.local_devices,
-        )
-        yield
-        jax.distributed.shutdown()
+        with _exit_in_place_of_abort(company):
+            jax.distributed.initialize(
+                f"{place.address}:{place.port}",
+                num_processes=place.hosts,
+                process_id=place.host,
+                local_device_ids=place.local_devices,
+            )
+            yield
+            jax.distributed.shutdown()
     except BaseException as error:
         known = isinstance(error, InputError | Diverged | Interrupted | KeyboardInterrupt)
         if not known and company.lost_one(NEWS_TIMEOUT):
@@ -46,6 +49,26 @@ def joined(
         company.leave(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise
     company.leave()
+
+
+@contextlib.contextmanager
+def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
+    """JAX's client aborts the process when its coordinator is gone, perhaps before we have said so.
+
+    abort() calls the handler of SIGABRT on the thread that it runs on, outside Python: there it can
+    wait for the news of a lost host and exit as that does. Without news the abort goes on.
+    """
+
+    def exit_with_news(_: int) -> None:
+        if company.lost_one(NEWS_TIMEOUT):
+            os._exit(Interrupted.EXIT_CODE)
+
+    library, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_with_news)
+    library.signal(signal.SIGABRT, handler)
+    try:
+        yield
+    finally:
+        library.signal(signal.SIGABRT, None)
 
 
 def end_at_once_if_several(code: int) -> None:

@@ -21,6 +21,7 @@ from proteus_jax.metrics import read_metrics
 from proteus_jax.rendezvous import meet
 
 STEPS = 6
+UNMEASURED = ("--config.data.held_out.share=0",)
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_PROCID": "3",
@@ -246,20 +247,16 @@ def until(condition, seconds: float = 120.0) -> None:
 def test_a_signal_to_one_stops_both_and_one_alone_goes_on(
     tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:
-    workdir, steps = (
-        tmp_path / "run",
-        ("--config.steps=400", "--config.checkpoint_every=400", "--config.data.held_out.share=0"),
-    )
-    running = processes(2, 4, workdir, photographs, tiny_teacher, *steps)
+    workdir, steps = tmp_path / "run", ("--config.steps=400", "--config.checkpoint_every=400")
+    running = processes(2, 4, workdir, photographs, tiny_teacher, *UNMEASURED, *steps)
     until(lambda: sum(1 for _ in read_metrics(workdir)) > 4)
     running[1].send_signal(signal.SIGTERM)
     both = ended(running)
     assert [code for code, _, _ in both] == [75, 75], both
     assert "interrupted at step" in both[0][1]
     reached = list(read_metrics(workdir))[-1]["step"]
-    (alone,) = ended(
-        processes(1, 2, workdir, photographs, tiny_teacher, f"--config.steps={reached + 2}")
-    )
+    steps = (f"--config.steps={reached + 2}",)
+    (alone,) = ended(processes(1, 2, workdir, photographs, tiny_teacher, *UNMEASURED, *steps))
     assert alone[0] == 0, alone
     assert f"resuming at step {reached}" in alone[1]
 
@@ -269,15 +266,8 @@ def test_a_killed_host_ends_the_others_with_a_name(
     killed: int, tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:
     workdir = tmp_path / "run"
-    running = processes(
-        2,
-        1,
-        workdir,
-        photographs,
-        tiny_teacher,
-        "--config.steps=4000",
-        "--config.data.held_out.share=0",
-    )
+    steps = ("--config.steps=4000",)
+    running = processes(2, 1, workdir, photographs, tiny_teacher, *UNMEASURED, *steps)
     until(lambda: sum(1 for _ in read_metrics(workdir)) > 3)
     running[killed].kill()
     started = time.monotonic()
