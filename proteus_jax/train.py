@@ -29,14 +29,17 @@ from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
-from proteus_jax.watch import Clock, UnreadableImages, WaitNotice
+from proteus_jax.watch import Clock, Profiling, UnreadableImages, WaitNotice
 
 DONE, INTERRUPTED = 0, 75
 PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
-def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
-    """Trains, or goes on training, to the end; returns the exit code.
+def run(
+    config: Any, inputs: Inputs, workdir: Path, console: Console, *, profile: bool = False
+) -> int:
+    """Trains, or goes on training, to the end; returns the exit code. `profile` writes a trace of a
+    few steps.
 
     InputError, before anything is changed, where the workdir holds a run of other images, seed,
     batch or models.
@@ -55,7 +58,9 @@ def run(config: Any, inputs: Inputs, workdir: Path, console: Console) -> int:
             write_atomically(workdir / "config.json", text)
         introduce(experiment, workdir, resumed, console)
         with _StopRequest() as stop:
-            return _Run(experiment, workdir, console, checkpoints, stop).to_the_end(resumed)
+            profiling = Profiling(workdir / "profile", on=profile and host == 0)
+            run = _Run(experiment, workdir, console, checkpoints, stop, profiling)
+            return run.to_the_end(resumed)
 
 
 def _refuse_other_run(found: dict[str, Any], expected: dict[str, Any], step: int) -> None:
@@ -103,6 +108,7 @@ class _Run:
         console: Console,
         checkpoints: Checkpoints,
         stop: _StopRequest,
+        profiling: Profiling,
     ):
         self.experiment, self.config = experiment, experiment.config
         self.workdir, self.console, self.checkpoints, self.stop = (
@@ -111,6 +117,7 @@ class _Run:
             checkpoints,
             stop,
         )
+        self.profiling = profiling
         self.leads = jax.process_index() == 0
         self.pending: _Pending | None = None
         self.failure: InputError | None = None
@@ -194,20 +201,32 @@ class _Run:
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
+                self.profiling.after(step - self.began_at, values)
                 stopping = agreement.any(self.stop.made)
                 evaluating = step % config.eval_every == 0 or step == total
                 if evaluating or step % config.log_every == 0:
                     # First the row before this one: its numbers are ready, and the device is
                     # already busy with this step.
                     self.write_pending()
-                    measured = clock.lap(step, config.batch)
+                    measured = self.rates(clock.lap(step, config.batch))
                     if evaluating:
                         with clock.standing():
                             measured |= self.evaluate(step, state)
                     self.pending = _Pending(step, values, measured)
                 if stopping or step == total or step % config.checkpoint_every == 0:
                     self.save(step, state)
+        self.profiling.close()
         return state, step
+
+    def rates(self, measured: dict[str, float]) -> dict[str, float]:
+        """With the images a second of each device and, where the devices' peak is known, the share
+        of it that the work needed.
+        """
+        rate = measured["images_per_second"]
+        measured["images_per_second_per_device"] = rate / jax.device_count()
+        if self.experiment.peak is not None:
+            measured["mfu"] = rate * self.experiment.work / self.experiment.peak
+        return measured
 
     def save(self, step: int, state: TrainState) -> None:
         """A checkpoint, once the rows before it are on the disk."""
@@ -277,13 +296,15 @@ class _Run:
     def show(self, step: int, values: dict[str, float]) -> None:
         """The live line."""
         total = self.experiment.total_steps
+        used = f"MFU {values['mfu']:.0%}  " if "mfu" in values else ""
         pace = (time.monotonic() - self.began) / max(step - self.began_at, 1)
         first = next(iter(self.experiment.students))
         own = {key.removeprefix(f"{first}/"): value for key, value in values.items()}
         self.console.progress(
             f"step {step}/{total}  loss {own['loss']:.3f}  token {own['token_loss']:.3f}  "
             f"feature {own['feature_loss']:.3f}  patch {own['patch_loss']:.3f}  "
-            f"{values['images_per_second']:.1f} images/s  data wait {values['data_wait']:.0%}  "
+            f"{values['images_per_second']:.1f} images/s  {used}"
+            f"data wait {values['data_wait']:.0%}  "
             f"{duration(pace * (total - step))} left",
             last=step == total,
         )

@@ -3,7 +3,10 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from proteus_jax.errors import InputError
@@ -49,6 +52,31 @@ class Clock:
         }
         self._start, self._waited, self._stood, self._step = now, 0.0, 0.0, step
         return result
+
+
+class Profiling:
+    """A trace of a few steps, once those that compile and fill the queues are past."""
+
+    FIRST, LAST = 5, 10
+
+    def __init__(self, directory: Path, *, on: bool):
+        self._directory, self._on, self._running = directory, on, False
+
+    def after(self, count: int, values: Any) -> None:
+        """Looks at the number of steps so far, the last one's results still on the device."""
+        if self._on and count == self.FIRST:
+            jax.block_until_ready(values)
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif self._running and count == self.LAST:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace where one is running."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
 
 
 class WaitNotice:

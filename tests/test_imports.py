@@ -17,15 +17,17 @@ LAYERS = [
     ("rendezvous",),
     ("cluster",),
     ("models",),
-    ("losses", "erasing", "optim", "sharding"),
+    ("losses", "erasing", "optim", "sharding", "flops"),
     ("step",),
+    ("assembly",),
     ("convert.onnx_file", "convert.huggingface", "convert.formats", "convert.dinov2"),
     ("pretrained",),
     ("convert.importer", "convert.verify"),
     ("data",),
     ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("evaluation", "loading"),
-    ("experiment", "checkup"),
+    ("topology",),
+    ("experiment", "checkup", "plan"),
     ("messages",),
     ("train",),
 ]
@@ -47,7 +49,7 @@ DOORS = {
     "ml_collections": ("config",),
 }
 # What runs on a bare accelerator image.
-CORE = ("models.", "losses", "erasing", "step", "optim", "sharding")
+CORE = ("models.", "losses", "erasing", "step", "optim", "sharding", "assembly", "flops")
 CORE_LIBRARIES = {"jax", "flax", "optax", "jaxtyping", "numpy", "proteus_jax"}
 
 PACKAGE = ROOT / "proteus_jax"

@@ -70,7 +70,7 @@ def finished(
 
 def losses(workdir: Path) -> list[dict]:
     """The rows without what depends on the clock."""
-    clock = ("images_per_second", "data_wait")
+    clock = ("images_per_second", "images_per_second_per_device", "data_wait")
     return [
         {key: value for key, value in row.items() if key not in clock}
         for row in read_metrics(workdir)

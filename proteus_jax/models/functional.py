@@ -40,7 +40,7 @@ class BackboneFunction(_Functional):
     """A ViT: (params, normalised images [B, H, W, 3]) -> Features. Matmuls run in `dtype`."""
 
     def __init__(self, spec: ViTSpec, dtype: DTypeLike = jnp.float32):
-        self.spec = spec
+        self.spec, self.dtype = spec, jnp.dtype(dtype)
         super().__init__(lambda rngs: VisionTransformer(spec, dtype=dtype, rngs=rngs))
 
     def __call__(
@@ -75,7 +75,7 @@ class StudentFunction(_Functional):
         drop_path: float = 0.0,
         remat: str = "off",
     ):
-        self.spec = spec
+        self.spec, self.dtype = spec, jnp.dtype(dtype)
         self.drop_path = drop_path
         self.remat = remat
         super().__init__(lambda rngs: Student(spec, teacher_width, dtype=dtype, rngs=rngs))

@@ -1,0 +1,266 @@
+"""Before a run: what it will need and cost, from sizes alone; no data, no weights, nothing trained.
+
+Memory is an estimate from what is stored and kept; with the TPU compiler at hand and a TPU topology
+named, the real step is compiled for it and the compiler's own figures come as well.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from proteus_jax import sharding
+from proteus_jax.assembly import Assembly, assemble, dtype_of, length
+from proteus_jax.data.augment import Recipe
+from proteus_jax.data.randaugment import RandAugment
+from proteus_jax.data.rate import views_per_second
+from proteus_jax.errors import InputError
+from proteus_jax.models.normalisation import IMAGENET
+from proteus_jax.models.specs import ViTSpec
+from proteus_jax.teachers import teacher_spec
+from proteus_jax.topology import Topology, local_topology, named_topology
+
+# Images of ImageNet-1K's training set, where a configuration does not say how many there are.
+IMAGENET_IMAGES = 1_281_167
+# What of a device's memory a program can have.
+USABLE = 0.92
+GB = 1e9
+
+
+class Settings(NamedTuple):
+    """What the command line adds to a configuration: `mfu` is the share of the devices' peak that
+    is assumed, `price` that of a device-hour.
+    """
+
+    topology: str = ""
+    mfu: float = 0.4
+    price: float | None = None
+
+
+class Memory(NamedTuple):
+    """Bytes a device, by what they hold."""
+
+    student: float
+    gradients: float
+    optimizer: float
+    average: float
+    teacher: float
+    activations: float
+    teacher_activations: float
+    images: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+
+def plan(config: Any, settings: Settings) -> Iterator[str]:
+    """Lines "name: value unit". InputError where batch and devices do not fit together."""
+    topology = named_topology(settings.topology) if settings.topology else local_topology()
+    _check(config, topology)
+    spec = teacher_spec(config.teacher)
+    steps = length(config, config.data.epoch or IMAGENET_IMAGES)
+    assembly = assemble(config, spec, IMAGENET, steps, topology.platform)
+    work = assembly.work(config)
+    yield f"devices: {topology.description}"
+    yield from _sizes(assembly)
+    yield f"GFLOP an image: {work.total / 1e9:.1f} GFLOP"
+    for name, value in work._asdict().items():
+        yield f"GFLOP an image, {name.replace('_', ' ')}: {value / 1e9:.2f} GFLOP"
+    yield from _memory_lines(config, assembly, topology)
+    yield from _time_lines(config, work.total, steps.total, topology, settings)
+    if topology.platform == "tpu" and settings.topology:
+        yield from _compiler_lines(config, assembly, topology)
+
+
+def _check(config: Any, topology: Topology) -> None:
+    if topology.devices % config.fsdp:
+        raise InputError(
+            f"--config.fsdp: expected a divisor of the {topology.devices} devices, found "
+            f"{config.fsdp}"
+        )
+    unit = (2 if config.loss.patch else 1) * topology.devices * config.accumulate
+    if config.batch % unit:
+        raise InputError(
+            f"--config.batch: expected a multiple of {unit} for {topology.devices} devices and "
+            f"{config.accumulate} parts, found {config.batch}"
+        )
+
+
+def _elements(tree: Any) -> float:
+    return float(sum(array.size for array in jax.tree.leaves(tree)))
+
+
+def _bytes(tree: Any, parts: int = 1) -> float:
+    """Bytes of a tree on one device, where large arrays are split into `parts`."""
+    return float(
+        sum(
+            array.size * array.dtype.itemsize / (parts if array.size >= sharding.SMALL else 1)
+            for array in jax.tree.leaves(tree)
+        )
+    )
+
+
+def _sizes(assembly: Assembly) -> Iterator[str]:
+    shapes = [student.shapes for student in assembly.students.values()]
+    yield f"trainable parameters: {sum(map(_elements, shapes)) / 1e6:.2f} M"
+    for name, student in assembly.students.items():
+        yield f"student parameters, {name}: {_elements(student.shapes['backbone']) / 1e6:.2f} M"
+    yield f"teacher parameters: {_elements(assembly.teacher.shapes) / 1e6:.2f} M"
+
+
+def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
+    """What a device must hold while it trains with a global batch on so many devices."""
+    state, parts = assembly.state_shapes(), config.fsdp
+    teacher, precision = assembly.teacher, assembly.teacher.dtype
+    images = batch / devices / config.accumulate
+    rows = images * (1.5 if config.loss.patch else 1.0)
+    side = config.data.crop
+    kept = [
+        _kept(student.spec, side, rows, student.dtype.itemsize, config.remat)
+        for student in assembly.students.values()
+    ]
+    tokens = _tokens(teacher.spec, side)
+    # Of one block of the teacher: scores and their exponentials, or the feed-forward layer.
+    scores = images * teacher.spec.heads * tokens**2 * (4 + precision.itemsize)
+    wide = images * tokens * teacher.spec.hidden * 2 * (4 + precision.itemsize)
+    params = _bytes(state.params, parts)
+    return Memory(
+        student=params,
+        gradients=params * (2 if config.accumulate > 1 else 1),
+        optimizer=_bytes(state.optimizer, parts),
+        average=_bytes(state.ema, parts),
+        teacher=_bytes(teacher.shapes, parts) / 4 * precision.itemsize,
+        activations=max(kept),
+        teacher_activations=max(scores, wide),
+        images=batch / devices * side**2 * 3 * (1 + 4),
+    )
+
+
+def _tokens(spec: ViTSpec, side: int) -> int:
+    return 1 + spec.registers + (side // spec.patch_size) ** 2
+
+
+def _kept(spec: ViTSpec, side: int, rows: float, itemsize: int, remat: str) -> float:
+    """Bytes that a student's blocks leave for the backward pass, and what one works with."""
+    tokens, width = _tokens(spec, side), spec.width
+    stream = rows * tokens * width * 4
+    block = stream + rows * tokens * (4 * width + spec.hidden) * itemsize
+    working = rows * spec.heads * tokens**2 * (2 * 4 + 2 * itemsize)
+    each = stream if remat == "blocks" else stream + block
+    return spec.depth * each + block + working
+
+
+def _memory_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterator[str]:
+    needed = memory(config, assembly, topology.devices, config.batch)
+    yield f"memory a device: {needed.total / GB:.2f} GB"
+    for name, value in needed._asdict().items():
+        yield f"memory a device, {name.replace('_', ' ')}: {value / GB:.3f} GB"
+    if topology.device is None:
+        return
+    limit = topology.device.memory * USABLE
+    yield f"memory of a device: {topology.device.memory / GB:.1f} GB"
+    yield f"fits: {'yes' if needed.total <= limit else 'no'} by this estimate"
+    unit = (2 if config.loss.patch else 1) * topology.devices * config.accumulate
+
+    def fits(units: int) -> bool:
+        return memory(config, assembly, topology.devices, units * unit).total <= limit
+
+    units = 0
+    for power in reversed(range(20)):
+        units += 2**power if fits(units + 2**power) else 0
+    yield f"largest batch that fits: {units * unit} images"
+
+
+def _time_lines(
+    config: Any, work: float, steps: int, topology: Topology, settings: Settings
+) -> Iterator[str]:
+    rate = views_per_second(
+        Recipe(config.data.crop, RandAugment(**config.data.randaugment)), config.data.repeats
+    )
+    if topology.device is None or dtype_of(config.precision, topology.platform) != jnp.bfloat16:
+        peak, share = _measured_peak(), settings.mfu
+        yield f"matmul rate measured: {peak / 1e9:.0f} GFLOP/s"
+    else:
+        peak, share = topology.device.peak * topology.devices, settings.mfu
+    images = peak * share / work
+    yield f"assumed MFU: {share:.0%}"
+    yield f"images a second: {images:.1f} images/s"
+    yield f"host images a second needed: {images / topology.hosts:.1f} images/s"
+    yield f"host images a second measured: {rate.images:.1f} images/s on {rate.cores} cores here"
+    seconds = steps * config.batch / images
+    yield f"steps: {steps} of {config.batch} images"
+    yield f"wall time: {seconds / 3600:.2f} h"
+    hours = seconds / 3600 * topology.devices
+    yield f"device-hours: {hours:.1f} h"
+    if settings.price is not None:
+        yield f"cost: {hours * settings.price:.2f} at {settings.price:g} a device-hour"
+
+
+def _measured_peak(size: int = 1024, rounds: int = 8) -> float:
+    """Operations a second of float32 matmuls on what is here."""
+    product = jax.jit(jnp.matmul)
+    matrix = jnp.ones((size, size))
+    jax.block_until_ready(product(matrix, matrix))
+    spent = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(product(matrix, matrix))
+        spent.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.median(spent))
+
+
+def _compiler_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterator[str]:
+    """What XLA's TPU compiler says of the real step, or why there is none."""
+    try:
+        found = compiled_memory(config, assembly, topology.name)
+    except Exception as error:  # The compiler's own words are all there is.
+        reason = str(error).strip().partition("\n")[0]
+        yield f"compiled for {topology.name}: not here ({reason[:200]}); pip install 'jax[tpu]'"
+        return
+    assert topology.device is not None
+    total = found.arguments + found.temporary
+    yield f"compiled, memory a device: {total / GB:.2f} GB"
+    yield f"compiled, memory a device, state, teacher and images: {found.arguments / GB:.2f} GB"
+    yield f"compiled, memory a device, temporary: {found.temporary / GB:.2f} GB"
+    yield f"compiled, fits: {'yes' if total <= topology.device.memory else 'no'}"
+
+
+class CompiledMemory(NamedTuple):
+    """Bytes a device; outputs lie where the donated arguments lay."""
+
+    arguments: float
+    temporary: float
+
+
+def compiled_memory(config: Any, assembly: Assembly, topology: str) -> CompiledMemory:
+    """Compiles the step ahead of time for a TPU topology; whatever the compiler raises."""
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    devices = np.asarray(described.devices).reshape(-1, config.fsdp)
+    mesh = Mesh(devices, sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+    def placed(tree: Any, dtype: Any = None) -> Any:
+        return jax.tree.map(
+            lambda array, place: jax.ShapeDtypeStruct(
+                array.shape, dtype or array.dtype, sharding=place
+            ),
+            tree,
+            sharding.shardings(tree, mesh),
+        )
+
+    side = config.data.crop
+    images = jax.ShapeDtypeStruct(
+        (config.batch, side, side, 3), jnp.uint8, sharding=sharding.over_batch(mesh)
+    )
+    _, step = assembly.compiled_on(mesh)
+    teacher = placed(assembly.teacher.shapes, assembly.teacher.dtype)
+    compiled = step.lower(placed(assembly.state_shapes()), teacher, images).compile()
+    found = compiled.memory_analysis()
+    return CompiledMemory(found.argument_size_in_bytes, found.temp_size_in_bytes)
