@@ -119,6 +119,9 @@ def _open_images(config: Any) -> Split:
 
 
 def _check_workdir(workdir: Path | None) -> list[str]:
+    if workdir is not None and "://" in str(workdir).replace(":/", "://"):
+        # A path has lost one of the two strokes.
+        return [f"--workdir: expected a folder of this machine or mounted on it, found {workdir}"]
     reason = None if workdir is None else why_unwritable(workdir)
     return [f"--workdir: {reason}"] if reason else []
 

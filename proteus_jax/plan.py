@@ -263,4 +263,5 @@ def compiled_memory(config: Any, assembly: Assembly, topology: str) -> CompiledM
     teacher = placed(assembly.teacher.shapes, assembly.teacher.dtype)
     compiled = step.lower(placed(assembly.state_shapes()), teacher, images).compile()
     found = compiled.memory_analysis()
+    assert found is not None
     return CompiledMemory(found.argument_size_in_bytes, found.temp_size_in_bytes)

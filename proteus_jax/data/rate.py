@@ -13,7 +13,7 @@ from proteus_jax.data.augment import Recipe
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92
 SECONDS = 1.0
-GRAIN = 8.0
+GRAIN = 4.0
 
 
 class Rate(NamedTuple):

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# One machine with NVIDIA GPUs (8 x A100 or H100), or none: every GPU that is here trains.
+#
+#   launch/node.sh --config=configs/vitb14.py --workdir=~/runs/vitb14 --config.data.root=~/imagenet/train
+#
+# DRY_RUN=1 prints the commands. A run that was interrupted (exit code 75) is started again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run() {
+  echo "+ $*"
+  [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+if [ -z "${PYTHON:-}" ] && [ ! -e .venv/run.stamp ]; then
+  run make .venv/run.stamp
+  # CUDA and cuDNN come as wheels: only the driver has to be on the machine.
+  run .venv/bin/python -m pip install --quiet "jax[cuda12]>=0.10.2,<0.13"
+fi
+
+# A signal to this script is one to the run, and the end: Ctrl-C reaches the run by itself.
+stopped=
+child=
+trap 'stopped=1' INT
+trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM
+
+while true; do
+  echo "+ ${PYTHON:-.venv/bin/python} main.py $*"
+  [ -z "${DRY_RUN:-}" ] || exit 0
+  "${PYTHON:-.venv/bin/python}" main.py "$@" &
+  child=$!
+  code=0
+  wait "$child" || code=$?
+  # A trap ends a wait before its time.
+  while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+  done
+  [ "$code" -eq 75 ] && [ -z "$stopped" ] || exit "$code"
+  sleep "${PAUSE:-10}"
+done

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Several nodes under SLURM: one task a node takes all of its GPUs; the tasks find each other by
+# SLURM's own variables.
+#
+#   sbatch --nodes=2 launch/slurm.sh --config=configs/vitl14.py --workdir=/shared/vitl14 ...
+#
+# The workdir and this folder must lie where all nodes see them. One minute before the time limit or
+# a preemption SLURM sends SIGTERM: the run saves, exits with 75, and is queued again.
+#SBATCH --job-name=proteus
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=proteus-%j.txt
+set -euo pipefail
+# sbatch runs a copy of this file: the folder is where it was given.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+
+code=0
+# --kill-on-bad-exit: a task that failed takes the others with it at once.
+srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py \
+  "--config.hosts=${SLURM_NNODES}" "$@" || code=$?
+if [ "$code" -eq 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

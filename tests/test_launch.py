@@ -1,0 +1,143 @@
+"""The files that start runs on machines: checked as far as can be without them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_hosts import UNMEASURED, until
+from test_main import command
+
+from proteus_jax.metrics import read_metrics
+
+LAUNCH = ROOT / "launch"
+PYTHON_MAIN = f"^{sys.executable} main.py"
+SRUN = """#!/bin/bash
+# srun as two tasks of this machine.
+while [[ "$1" == --* ]]; do shift; done
+code=0
+for task in 0 1; do
+  SLURM_PROCID=$task "$@" > "task.$task.txt" 2>&1 &
+  pids[$task]=$!
+done
+for task in 0 1; do wait "${pids[$task]}" || code=$?; done
+exit "$code"
+"""
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
+    result = subprocess.run(
+        ["bash", LAUNCH / script, *arguments],
+        env=os.environ | variables | {"DRY_RUN": "1", "PAUSE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_shellcheck() -> None:
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    if not shellcheck.is_file():
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run([shellcheck, *LAUNCH.glob("*.sh")], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_a_pod_is_made_trained_on_and_removed() -> None:
+    variables = {"NAME": "p", "ZONE": "z", "TYPE": "v5litepod-16", "SPOT": "1"}
+    variables |= {"SOURCE": "https://example.org/repository", "SHARED": "10.0.0.2:/share"}
+    lines = dry_run("tpu_pod.sh", "--config=c.py", "--workdir=/mnt/shared/my run", **variables)
+    made, *setup, trained, removed = lines
+    assert made.startswith("+ gcloud compute tpus tpu-vm create p ")
+    assert "--spot" in made
+    assert all("--worker=all" in line for line in [*setup, trained])
+    assert "main.py --config=c.py --workdir=/mnt/shared/my\\ run" in trained
+    assert removed == "+ gcloud compute tpus tpu-vm delete p --zone=z --quiet"
+
+
+def test_a_job_set_is_yaml_and_ends_in_the_command() -> None:
+    yaml = pytest.importorskip("yaml")
+    job_set = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    assert container["command"][:2] == ["python", "main.py"]
+    assert job["parallelism"] == job["completions"] == 4
+    assert "--config.hosts=4" in container["command"]
+
+
+def tiny_run(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list[str]:
+    """The arguments of main.py for a small run."""
+    return [*command(workdir, photographs, teacher)[2:], "--config.batch=8", *UNMEASURED, *more]
+
+
+def test_slurm_runs_both_tasks_and_queues_again(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" > queued.txt\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    for name in ("main.py", "configs", "proteus_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+        "SLURM_NNODES": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+    }
+    workdir = tmp_path / "run"
+    job = subprocess.Popen(
+        [
+            "bash",
+            LAUNCH / "slurm.sh",
+            *tiny_run(workdir, photographs, tiny_teacher, "--config.steps=4000"),
+        ],
+        env=environment,
+        start_new_session=True,
+    )
+    until(lambda: sum(1 for _ in read_metrics(workdir)) > 3)
+    # As SLURM does, to all processes of the step at once.
+    subprocess.run(["pkill", "-TERM", "-s", str(job.pid), "-f", PYTHON_MAIN], check=True)
+    assert job.wait(120) == 75, (tmp_path / "task.0.txt").read_text()
+    assert "2 hosts x 1 device" in (tmp_path / "task.0.txt").read_text()
+    assert (tmp_path / "queued.txt").read_text() == f"requeue {os.getpid()}\n"
+
+
+def test_a_node_goes_on_after_an_interruption_and_ends_when_told(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    workdir = tmp_path / "run"
+    script = subprocess.Popen(
+        [
+            "bash",
+            LAUNCH / "node.sh",
+            *tiny_run(workdir, photographs, tiny_teacher, "--config.steps=4000"),
+        ],
+        env=os.environ
+        | {"PYTHON": sys.executable, "PAUSE": "0", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: sum(1 for _ in read_metrics(workdir)) > 3)
+    subprocess.run(["pkill", "-TERM", "-s", str(script.pid), "-f", PYTHON_MAIN], check=True)
+    time.sleep(1)
+    until(lambda: (workdir / "log.txt").is_file() and script.poll() is None)
+    rows = sum(1 for _ in read_metrics(workdir))
+    until(lambda: sum(1 for _ in read_metrics(workdir)) > rows + 2)
+    script.send_signal(signal.SIGTERM)
+    out, _ = script.communicate(timeout=120)
+    assert script.returncode == 75
+    assert out.count("interrupted at step") == 2
+    assert "resuming at step" in out
