@@ -1,0 +1,176 @@
+"""What a run will need, before it: counted work, machines by name, memory, lines of --plan."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import ROOT
+
+from proteus_jax import config, flops, plan
+from proteus_jax.assembly import assemble, length
+from proteus_jax.errors import InputError
+from proteus_jax.models.normalisation import IMAGENET
+from proteus_jax.models.specs import SPECS
+from proteus_jax.teachers import KNOWN, teacher_spec
+from proteus_jax.topology import named_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "giga_multiplications"),
+    [
+        ("vit_tiny", 1.70),
+        ("dinov2_vits14", 6.12),
+        ("dinov2_vitb14", 23.16),
+        ("dinov2_vitl14", 81.0),
+        ("dinov2_vitg14", 299.4),
+    ],
+)
+def test_forward_work(name: str, giga_multiplications: float) -> None:
+    spec = KNOWN[name].spec if name in KNOWN else SPECS[name]
+    assert flops.forward(spec, 224) / 2e9 == pytest.approx(giga_multiplications, rel=5e-3)
+
+
+def test_training_work_is_the_teachers_once_and_the_students_by_half_more() -> None:
+    teacher, student = SPECS["vit_base"], SPECS["vit_small"]
+    work = flops.training(teacher, [student], 224, masked=True)
+    assert work.teacher == flops.forward(teacher, 224)
+    assert work.student == 3 * flops.forward(student, 224)
+    assert work.masked_half == work.student / 2
+    assert work.heads < 0.01 * work.total
+    unmasked = flops.training(teacher, [student], 224, masked=False)
+    assert unmasked.masked_half == 0
+    assert unmasked.heads < work.heads
+    both = flops.training(teacher, [student, student], 224, masked=True)
+    assert both.student == 2 * work.student
+    assert both.teacher == work.teacher
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "hosts", "kind"),
+    [
+        ("v5e:4x4", 16, 4, "TPU v5e"),
+        ("v5p:2x2x4", 16, 4, "TPU v5"),
+        ("H100:8", 8, 1, "NVIDIA H100"),
+        ("a100:4x8", 32, 4, "NVIDIA A100"),
+    ],
+)
+def test_machines_by_name(text: str, devices: int, hosts: int, kind: str) -> None:
+    found = named_topology(text)
+    assert (found.devices, found.hosts) == (devices, hosts)
+    assert found.device is not None
+    assert found.device.name == kind
+
+
+@pytest.mark.parametrize("text", ["v5e", "v9:4", "h100:", "h100:0", "v5e:4x", "v5e:4x4x4x4", "x"])
+def test_machines_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="--topology: expected a kind out of"):
+        named_topology(text)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v5", "TPU v6 lite"])
+def test_known_devices(kind: str) -> None:
+    found = flops.known_device(kind)
+    assert found is not None
+    expected = {"NVIDIA H100 80GB HBM3": 989, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918}
+    assert found.peak == expected[kind] * 1e12
+    assert flops.known_device("cpu") is None
+
+
+def assembled(*overrides: str) -> tuple:
+    """A configuration of the paper's and what it trains with, for 16 TPUs."""
+    changes = [config.Override(*text.split("=")) for text in overrides]
+    configuration: Any
+    configuration, problems = config.load(str(ROOT / "configs" / "vitb14.py"), changes)
+    assert not problems
+    spec = teacher_spec(configuration.teacher)
+    steps = length(configuration, plan.IMAGENET_IMAGES)
+    return configuration, assemble(configuration, spec, IMAGENET, steps, "tpu")
+
+
+def test_memory_follows_what_a_configuration_asks_for() -> None:
+    plain = plan.memory(*assembled(), devices=16, batch=1024)
+    split = plan.memory(*assembled("fsdp=4"), devices=16, batch=1024)
+    for name in ("student", "optimizer", "teacher"):
+        assert getattr(split, name) == pytest.approx(getattr(plain, name) / 4, rel=0.02)
+    again = plan.memory(*assembled("remat=blocks"), devices=16, batch=1024)
+    assert again.activations < 0.4 * plain.activations
+    halves = plan.memory(*assembled("accumulate=2"), devices=16, batch=1024)
+    assert halves.activations == pytest.approx(plain.activations / 2)
+    moments = plan.memory(*assembled("first_moment=bfloat16"), devices=16, batch=1024)
+    assert moments.optimizer == pytest.approx(plain.optimizer * 3 / 4, rel=0.01)
+    average = plan.memory(*assembled("ema_decay=0.99"), devices=16, batch=1024)
+    assert average.average == pytest.approx(plain.student, rel=0.03)
+
+
+def test_the_estimate_is_near_what_a_compiler_says() -> None:
+    """On a CPU, of the small pair in float32: what is stored exactly, the rest within a third."""
+    overrides = ("precision=float32", "teacher_precision=float32")
+    configuration, assembly = assembled(
+        *overrides, "batch=32", "teacher=dinov2_vits14", "student=vit_tiny", "data.crop=112"
+    )
+    estimate = plan.memory(configuration, assembly, 1, 32)
+    images = jax.ShapeDtypeStruct((32, 112, 112, 3), "uint8")
+    state = assembly.state_shapes()
+    step = jax.jit(assembly.train_step, donate_argnums=0)
+    found = step.lower(state, assembly.teacher.shapes, images).compile().memory_analysis()
+    assert found is not None
+    stored = estimate.student + estimate.optimizer + estimate.teacher + 32 * 112**2 * 3
+    assert found.argument_size_in_bytes == pytest.approx(stored, rel=0.01)
+    total = found.argument_size_in_bytes + found.temp_size_in_bytes
+    assert estimate.total == pytest.approx(total, rel=0.34)
+
+
+def printed(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [
+            sys.executable,
+            ROOT / "main.py",
+            f"--config={ROOT / 'configs' / 'vitti14.py'}",
+            *arguments,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_plan_prints_lines_and_leaves_nothing(tmp_path: Path) -> None:
+    result = printed(tmp_path, "--plan", "--topology=a100:2x8", "--mfu=0.5", "--price=2")
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert lines["devices"] == "16 x NVIDIA A100 on 2 hosts"
+    assert lines["trainable parameters"] == "5.73 M"
+    assert lines["GFLOP an image"] == "27.7 GFLOP"
+    assert lines["fits"] == "yes by this estimate"
+    images = 16 * 312e12 * 0.5 / 27.7e9
+    assert float(lines["images a second"].split()[0]) == pytest.approx(images, rel=0.01)
+    hours = 300 * 1281167 / images / 3600
+    assert float(lines["wall time"].split()[0]) == pytest.approx(hours, rel=0.01)
+    assert float(lines["device-hours"].split()[0]) == pytest.approx(16 * hours, rel=0.01)
+    assert float(lines["cost"].split()[0]) == pytest.approx(32 * hours, rel=0.01)
+    for line in result.stdout.splitlines():
+        assert re.fullmatch(r"[^:]+: \S.*", line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_refuses_in_words(tmp_path: Path) -> None:
+    result = printed(tmp_path, "--plan", "--mfu=2", "--price=much", "--config.batch=many")
+    assert result.returncode == 2
+    for words in (
+        "--mfu: expected a number above 0 and at most 1, found '2'",
+        "--price: expected a number 0 or more, found 'much'",
+        "--config.batch: expected a whole number, found 'many'",
+    ):
+        assert words in result.stderr
+    result = printed(tmp_path, "--plan", "--topology=v5e:4x4", "--config.batch=1000")
+    assert result.returncode == 2
+    assert "--config.batch: expected a multiple of 32 for 16 devices" in result.stderr
+    result = printed(tmp_path, "--workdir=gs://bucket/run", "--topology=v5e:4x4")
+    assert result.returncode == 2
+    assert "--topology: only --plan asks for it" in result.stderr
+    assert "--workdir: expected a folder of this machine or mounted on it" in result.stderr
+    assert not list(tmp_path.iterdir())
