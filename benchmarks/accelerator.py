@@ -194,8 +194,9 @@ def attentions(spec: ViTSpec, batch: int, image: int, dtype: Any, rounds: int) -
         def both(qkv: jax.Array, way: Callable = way) -> jax.Array:
             return jax.grad(lambda qkv: jnp.sum(way(qkv).astype(jnp.float32)))(qkv)
 
+        compiled = jax.jit(both)
         try:
-            spent = median_seconds(lambda both=jax.jit(both): both(qkv), rounds)
+            spent = median_seconds(lambda compiled=compiled: compiled(qkv), rounds)
             yield f"| {name} | {1e3 * spent:.2f} ms |"
         except Exception as error:  # Not every platform has each of them.
             yield f"| {name} | not here: {str(error).strip().partition(chr(10))[0][:80]} |"

@@ -18,6 +18,7 @@ import numpy as np
 import proteus_jax
 from proteus_jax import sharding
 from proteus_jax.checkpoint import Checkpoints, differences
+from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, duration
 from proteus_jax.data.pipeline import default_workers, held_out_views, training_batches
 from proteus_jax.data.sources import Source
@@ -44,6 +45,7 @@ def run(
     InputError, before anything is changed, where the workdir holds a run of other images, seed,
     batch or models.
     """
+    keep_compiled_programs()
     experiment = build(config, inputs)
     workdir.mkdir(parents=True, exist_ok=True)
     host = jax.process_index()

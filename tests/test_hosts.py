@@ -174,6 +174,7 @@ def processes(
         "XLA_FLAGS": f"--xla_backend_optimization_level=0 "
         f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
     }
     arguments = [
         *command(workdir, photographs, teacher),

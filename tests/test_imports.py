@@ -15,7 +15,7 @@ LAYERS = [
     ("storage",),
     ("downloads", "console", "hosts"),
     ("rendezvous",),
-    ("cluster",),
+    ("cluster", "compiled"),
     ("models",),
     ("losses", "erasing", "optim", "sharding", "flops"),
     ("step",),

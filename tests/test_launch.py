@@ -89,6 +89,7 @@ def test_slurm_runs_both_tasks_and_queues_again(
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
         "JAX_PLATFORMS": "cpu",
+        "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()),
@@ -125,7 +126,13 @@ def test_a_node_goes_on_after_an_interruption_and_ends_when_told(
             *tiny_run(workdir, photographs, tiny_teacher, "--config.steps=4000"),
         ],
         env=os.environ
-        | {"PYTHON": sys.executable, "PAUSE": "0", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        | {
+            "PYTHON": sys.executable,
+            "PAUSE": "0",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_PLATFORMS": "cpu",
+            "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
+        },
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

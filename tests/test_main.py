@@ -376,3 +376,10 @@ def test_exported_names_are_the_official_ones(
     assert arrays["blocks.11.attn.qkv.weight"].shape == (576, 192)
     assert arrays["patch_embed.proj.weight"].shape == (192, 3, 14, 14)
     assert dinov2.infer_spec(arrays).depth == 12
+
+
+def test_a_second_start_finds_its_programs_compiled(
+    finished: tuple[Path, subprocess.CompletedProcess],
+) -> None:
+    workdir, _ = finished
+    assert list((workdir.parent / "cache" / "compiled").glob("*/jit_train_step*"))

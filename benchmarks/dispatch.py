@@ -1,0 +1,80 @@
+"""What Python costs between two steps: a batch is placed and a compiled step is called, with the
+arrays of a 12-block teacher and a 12-block student.
+
+    python benchmarks/dispatch.py [--steps 200]
+
+The widths are tiny, so that the device has next to nothing to do; the number of arrays, which is
+what a call costs, is the real one. The last line is `dispatch: <milliseconds> ms`.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from proteus_jax import sharding
+from proteus_jax.losses import LossWeights
+from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.normalisation import IMAGENET
+from proteus_jax.models.specs import SPECS
+from proteus_jax.optim import adamw, warmup_cosine
+from proteus_jax.step import init_state, make_train_step
+
+TINY = {"width": 8, "heads": 1, "grid": 2}
+BATCH, SIDE = 2, 28
+
+
+def main() -> None:
+    """Times the calls of the loop and prints their medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    teacher = BackboneFunction(dataclasses.replace(SPECS["vit_small"], **TINY))
+    students = {"s": StudentFunction(dataclasses.replace(SPECS["vit_tiny"], **TINY), 8)}
+    schedule = warmup_cosine(1e-3, 5, 1000)
+    optimizer = adamw(schedule)
+    step = make_train_step(
+        teacher=teacher,
+        students=students,
+        optimizer=optimizer,
+        schedule=schedule,
+        normalisation=IMAGENET,
+        weights=LossWeights(),
+        mask_ratio=0.5,
+        ema_decay=0.0,
+        seed=0,
+    )
+    mesh = sharding.make_mesh()
+    state = sharding.place_tree(init_state(students, optimizer, ema=False, seed=0), mesh)
+    params = sharding.place_tree(teacher.init(jax.random.key(1)), mesh)
+    places = (sharding.shardings(state, mesh), sharding.replicated(mesh))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=places)
+    images = np.zeros((BATCH, SIDE, SIDE, 3), np.uint8)
+    placing, calling = [], []
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        batch = sharding.place_batch(images, mesh)
+        placed = time.perf_counter()
+        state, _ = compiled(state, params, batch)
+        called = time.perf_counter()
+        jax.block_until_ready(state)
+        placing.append(placed - start)
+        calling.append(called - placed)
+    arrays = len(jax.tree.leaves((state, params)))
+    print(f"{arrays} arrays go in; medians of {args.steps} steps")
+    print(f"placing a batch: {1e3 * statistics.median(placing):.2f} ms")
+    print(f"calling the step: {1e3 * statistics.median(calling):.2f} ms")
+    print(f"dispatch: {1e3 * (statistics.median(placing) + statistics.median(calling)):.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
