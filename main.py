@@ -99,12 +99,14 @@ def distil(arguments: list[str], console: Console) -> int:
     if not read.paths.get("--config"):
         raise InputError(read.problems)
     from proteus_jax import checkup, cluster, config, experiment, train
+    from proteus_jax.workdir import opened_workdir
 
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides)
-    workdir = Path(read.paths.get("--workdir") or ".").expanduser()
+    workdir = read.paths.get("--workdir") or "."
     if "--doctor" in read.flags:
-        output = Path(read.paths.get("--output") or workdir / checkup.MANIFEST).expanduser()
+        output = read.paths.get("--output") or f"{workdir}/{checkup.MANIFEST}"
+        output = Path(output).expanduser()
         checkup.checkup(configuration, output, [*read.problems, *problems], console)
         return 0
     known = [*read.problems, *problems]
@@ -117,7 +119,8 @@ def distil(arguments: list[str], console: Console) -> int:
     with cluster.joined(place, about, timeout=seconds, say=console.error):
         inputs = experiment.open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
-        return train.run(configuration, inputs, workdir, console, profile=profile)
+        with opened_workdir(workdir) as folder:
+            return train.run(configuration, inputs, folder, console, profile=profile)
 
 
 def _plan(configuration: Any, words: dict[str, str], known: list[str], console: Console) -> None:

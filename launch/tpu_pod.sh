@@ -2,17 +2,15 @@
 # A Cloud TPU slice: made, set up, trained on, and made again where it was a spot one and was taken
 # back; removed at the end.
 #
-#   NAME=proteus ZONE=us-west4-a TYPE=v5litepod-16 SPOT=1 SOURCE=https://... SHARED=10.0.0.2:/share \
-#     launch/tpu_pod.sh --config=configs/vitb14.py --workdir=/mnt/shared/vitb14 ...
+#   NAME=proteus ZONE=us-west4-a TYPE=v5litepod-16 SPOT=1 SOURCE=https://... \
+#     launch/tpu_pod.sh --config=configs/vitb14.py --workdir=gs://bucket/vitb14 ...
 #
-# SHARED is mounted as /mnt/shared on every host.
+# SHARED=HOST:/FOLDER mounts a Filestore as /mnt/shared on every host, for a workdir or images there.
 #
 # DRY_RUN=1 prints the commands. Needs gcloud, logged in, with a project set.
 set -euo pipefail
 : "${NAME:?name of the slice}" "${ZONE:?zone, as us-west4-a}" "${TYPE:?type, as v5litepod-16}"
 : "${SOURCE:?address to clone this repository from}"
-# NFS, as HOST:/FOLDER, for the workdir and the images: all hosts must see the same files.
-: "${SHARED:?HOST:/FOLDER of a Filestore}"
 VERSION="${VERSION:-v2-alpha-tpuv5-lite}"
 
 run() {
@@ -39,10 +37,10 @@ create() {
   local kind=()
   [ -z "${SPOT:-}" ] || kind=(--spot)
   tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" "${kind[@]}"
-  everywhere "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared \
+  [ -z "${SHARED:-}" ] || everywhere "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared \
 && sudo mount $SHARED /mnt/shared"
   everywhere "git clone --depth=1 $SOURCE proteus_jax && cd proteus_jax && make .venv/run.stamp \
-&& .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13'"
+&& .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13' -r requirements-gcs.txt"
 }
 
 while true; do

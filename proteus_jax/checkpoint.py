@@ -3,7 +3,6 @@ are.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ import orbax.checkpoint as ocp
 from proteus_jax.errors import InputError
 from proteus_jax.step import TrainState
 
-FOLDER = "checkpoints"
 # Parameters are an item of their own: who only wants the model need not know the optimizer.
 PARAMS, PROGRESS, FACTS = "params", "progress", "facts"
 
@@ -22,9 +20,9 @@ class Checkpoints:
     with.
     """
 
-    def __init__(self, workdir: Path, *, keep: int | None = None):
+    def __init__(self, directory: str, *, keep: int | None = None):
         self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).absolute(),
+            directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
             item_names=(PARAMS, PROGRESS, FACTS),
         )

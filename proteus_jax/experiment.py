@@ -31,8 +31,9 @@ from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
 from proteus_jax.step import Metrics, TrainState
-from proteus_jax.storage import sha256, why_unwritable
+from proteus_jax.storage import sha256
 from proteus_jax.teachers import find_teacher, obtain_teacher
+from proteus_jax.workdir import why_no_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Experiment:
     peak: float | None
 
 
-def open_inputs(config: Any, workdir: Path | None, known: Sequence[str] = ()) -> Inputs:
+def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> Inputs:
     """Finds the images and the teacher; what a package index or a server has is fetched into the
     cache.
 
@@ -118,11 +119,8 @@ def _open_images(config: Any) -> Split:
     )
 
 
-def _check_workdir(workdir: Path | None) -> list[str]:
-    if workdir is not None and "://" in str(workdir).replace(":/", "://"):
-        # A path has lost one of the two strokes.
-        return [f"--workdir: expected a folder of this machine or mounted on it, found {workdir}"]
-    reason = None if workdir is None else why_unwritable(workdir)
+def _check_workdir(workdir: str | None) -> list[str]:
+    reason = None if workdir is None else why_no_workdir(workdir)
     return [f"--workdir: {reason}"] if reason else []
 
 

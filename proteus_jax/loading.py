@@ -7,18 +7,22 @@ from pathlib import Path
 
 import jax
 
-from proteus_jax.checkpoint import FOLDER, Checkpoints
+from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.specs import SPECS
 from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_card, load_model
 from proteus_jax.teachers import KNOWN, find_teacher, obtain_teacher
+from proteus_jax.workdir import CHECKPOINTS, Workdir, fetched, is_remote
 
 
 def load_any(source: str | Path) -> Model:
     """See proteus_jax.load."""
     if str(source) in KNOWN:
         return Model(*load_model(obtain_teacher(str(source))))
+    if is_remote(str(source)):
+        with fetched(str(source), (CARD, WEIGHTS)) as folder:
+            return Model(*load_model(folder))
     directory = Path(source).expanduser()
     if not directory.is_dir():
         find_teacher(str(source))
@@ -33,7 +37,7 @@ def load_any(source: str | Path) -> Model:
             f"{source}: a run with several students: load one of {', '.join(map(str, names))} "
             "in student/"
         )
-    if (directory / FOLDER).is_dir() and (directory / CARD).is_file():
+    if (directory / CHECKPOINTS).is_dir() and (directory / CARD).is_file():
         return _from_checkpoint(directory)
     raise InputError(f"{source}: neither a model directory (no {CARD} and {WEIGHTS}) nor a run")
 
@@ -45,7 +49,7 @@ def _from_checkpoint(workdir: Path) -> Model:
         raise InputError(f"{workdir}: a run with several students that has not ended")
     (name,) = config["student"]
     spec = dataclasses.replace(SPECS[name], grid=config["data"]["crop"] // SPECS[name].patch_size)
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    with contextlib.closing(Checkpoints(Workdir(workdir).checkpoints)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise InputError(f"{workdir}: a run without a checkpoint")

@@ -14,7 +14,7 @@ from proteus_jax.experiment import Experiment, found_devices
 from proteus_jax.metrics import read_metrics
 
 
-def introduce(experiment: Experiment, workdir: Path, resumed: int | None, console: Console) -> None:
+def introduce(experiment: Experiment, workdir: str, resumed: int | None, console: Console) -> None:
     """Who teaches whom with which images, and how far it is."""
     config, card = experiment.config, experiment.teacher_card
     teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
@@ -47,7 +47,7 @@ def introduce(experiment: Experiment, workdir: Path, resumed: int | None, consol
 
 
 def conclude(
-    experiment: Experiment, workdir: Path, directories: Sequence[Path], console: Console
+    experiment: Experiment, workdir: Path, directories: Sequence[str], console: Console
 ) -> None:
     """What was learnt, where it lies, and how to load it."""
     rows = list(read_metrics(workdir))

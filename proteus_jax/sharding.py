@@ -58,9 +58,9 @@ def place_batch(images: np.ndarray, mesh: Mesh) -> jax.Array:
 def place_tree(tree: Any, mesh: Mesh) -> Any:
     """Host arrays, the same on every host, on the devices, each born as the rule says."""
 
-    def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    def place(array: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(place, tree, shardings(tree, mesh))
 

@@ -31,13 +31,14 @@ from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
 from proteus_jax.watch import Clock, Profiling, UnreadableImages, WaitNotice
+from proteus_jax.workdir import Workdir
 
 DONE, INTERRUPTED = 0, 75
 PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
 def run(
-    config: Any, inputs: Inputs, workdir: Path, console: Console, *, profile: bool = False
+    config: Any, inputs: Inputs, place: Workdir, console: Console, *, profile: bool = False
 ) -> int:
     """Trains, or goes on training, to the end; returns the exit code. `profile` writes a trace of a
     few steps.
@@ -46,11 +47,12 @@ def run(
     batch or models.
     """
     keep_compiled_programs()
-    experiment = build(config, inputs)
+    experiment, workdir = build(config, inputs), place.local
     workdir.mkdir(parents=True, exist_ok=True)
     host = jax.process_index()
     console.quiet = host > 0
-    with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
+    manager = Checkpoints(place.checkpoints, keep=config.keep_checkpoints)
+    with contextlib.closing(manager) as checkpoints:
         resumed = checkpoints.latest()
         if resumed is not None:
             _refuse_other_run(checkpoints.facts(resumed), experiment.facts, resumed)
@@ -58,10 +60,10 @@ def run(
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
             write_atomically(workdir / "config.json", text)
-        introduce(experiment, workdir, resumed, console)
+        introduce(experiment, place.named(workdir), resumed, console)
         with _StopRequest() as stop:
             profiling = Profiling(workdir / "profile", on=profile and host == 0)
-            run = _Run(experiment, workdir, console, checkpoints, stop, profiling)
+            run = _Run(experiment, place, console, checkpoints, stop, profiling)
             return run.to_the_end(resumed)
 
 
@@ -106,19 +108,15 @@ class _Run:
     def __init__(
         self,
         experiment: Experiment,
-        workdir: Path,
+        place: Workdir,
         console: Console,
         checkpoints: Checkpoints,
         stop: _StopRequest,
         profiling: Profiling,
     ):
         self.experiment, self.config = experiment, experiment.config
-        self.workdir, self.console, self.checkpoints, self.stop = (
-            workdir,
-            console,
-            checkpoints,
-            stop,
-        )
+        self.place, self.workdir = place, place.local
+        self.console, self.checkpoints, self.stop = console, checkpoints, stop
         self.profiling = profiling
         self.leads = jax.process_index() == 0
         self.pending: _Pending | None = None
@@ -176,7 +174,8 @@ class _Run:
         directories = _export(experiment, state, self.workdir)
         self.draw(state)
         if self.leads:
-            conclude(experiment, self.workdir, directories, self.console)
+            names = [self.place.named(directory) for directory in directories]
+            conclude(experiment, self.workdir, names, self.console)
         return DONE
 
     def train(self, state: TrainState, step: int) -> tuple[TrainState, int]:
@@ -234,6 +233,7 @@ class _Run:
         """A checkpoint, once the rows before it are on the disk."""
         self.write_pending()
         self.metrics.sync()
+        self.place.upload()
         if step > self.saved:
             self.saved = step
             self.checkpoints.save(step, state, self.experiment.facts)

@@ -1,0 +1,132 @@
+"""Where a run lies: a folder, or an address on gs:// with a folder that stands for it meanwhile.
+
+Checkpoints go to an address directly, through orbax. Small files are written locally and uploaded
+at every checkpoint; the address is the truth, and what a machine had of its own is not looked for.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from proteus_jax.errors import InputError
+from proteus_jax.storage import why_unwritable
+
+SCHEMES = ("gs",)
+CHECKPOINTS = "checkpoints"
+# What a resumed run goes on with; the rest is written anew.
+CONTINUED = ("metrics.jsonl", "log.txt", "agreement.png")
+EXTRA = "requirements-gcs.txt"
+
+
+@dataclasses.dataclass
+class Workdir:
+    """`local` is the folder to write to; `remote` the address that it is uploaded to, or empty."""
+
+    local: Path
+    remote: str = ""
+
+    def __post_init__(self) -> None:
+        self._uploaded: dict[Path, tuple[int, int]] = {}
+
+    @property
+    def checkpoints(self) -> str:
+        """Where orbax writes."""
+        if self.remote:
+            return f"{self.remote}/{CHECKPOINTS}"
+        return str((self.local / CHECKPOINTS).absolute())
+
+    def named(self, path: Path) -> str:
+        """A path under `local` as its user should know it."""
+        if not self.remote:
+            return str(path)
+        return f"{self.remote}/{path.relative_to(self.local).as_posix()}"
+
+    def upload(self) -> None:
+        """Brings the address up to date: every file that has changed since the last time."""
+        if not self.remote:
+            return
+        system, root = fsspec.url_to_fs(self.remote)
+        for path, state in self._files():
+            if self._uploaded.get(path) != state:
+                target = f"{root}/{path.relative_to(self.local).as_posix()}"
+                system.makedirs(target.rpartition("/")[0], exist_ok=True)
+                system.put_file(str(path), target)
+                self._uploaded[path] = state
+
+    def download(self) -> None:
+        """Fetches what a resumed run goes on with."""
+        system, root = fsspec.url_to_fs(self.remote)
+        for name in CONTINUED:
+            if system.exists(f"{root}/{name}"):
+                system.get_file(f"{root}/{name}", str(self.local / name))
+        self._uploaded = dict(self._files())
+
+    def _files(self) -> Iterator[tuple[Path, tuple[int, int]]]:
+        """Every file, with what changes when it does."""
+        for path in sorted(self.local.rglob("*")):
+            # A name that begins with a dot is one of a file that is still being written.
+            hidden = any(part.startswith(".") for part in path.relative_to(self.local).parts)
+            if path.is_file() and not hidden:
+                status = path.stat()
+                yield path, (status.st_mtime_ns, status.st_size)
+
+
+def is_remote(text: str) -> bool:
+    """True for an address with a scheme, whether it is one that can be used or not."""
+    return "://" in text
+
+
+def why_no_workdir(text: str) -> str | None:
+    """Why a run cannot lie there; None where it can. Nothing is made."""
+    if not is_remote(text):
+        return why_unwritable(Path(text).expanduser())
+    if text.partition("://")[0] not in SCHEMES:
+        return f"expected a folder or an address on {', '.join(SCHEMES)}://, found {text}"
+    try:
+        system, root = fsspec.url_to_fs(text.rstrip("/"))
+        system.exists(root)
+    except ImportError as error:
+        return f"{text} needs more packages: pip install -r {EXTRA} ({error})"
+    except Exception as error:  # Each file system has its own.
+        return f"{text} cannot be reached: {type(error).__name__}: {error}"
+    return None
+
+
+@contextlib.contextmanager
+def opened_workdir(text: str) -> Iterator[Workdir]:
+    """The folder of a run; that of an address holds what a resumed run goes on with.
+
+    It is uploaded for the last time at the end, however the block ends.
+    """
+    if not is_remote(text):
+        yield Workdir(Path(text).expanduser())
+        return
+    with tempfile.TemporaryDirectory(prefix="proteus-workdir-") as folder:
+        workdir = Workdir(Path(folder), text.rstrip("/"))
+        workdir.download()
+        try:
+            yield workdir
+        finally:
+            workdir.upload()
+
+
+@contextlib.contextmanager
+def fetched(address: str, names: tuple[str, ...]) -> Iterator[Path]:
+    """A folder with the files of these names that lie under an address; InputError where none
+    does.
+    """
+    reason = why_no_workdir(address)
+    if reason is not None:
+        raise InputError(reason)
+    with tempfile.TemporaryDirectory(prefix="proteus-fetched-") as folder:
+        system, root = fsspec.url_to_fs(address.rstrip("/"))
+        for name in names:
+            if system.exists(f"{root}/{name}"):
+                system.get_file(f"{root}/{name}", str(Path(folder) / name))
+        if not any(Path(folder).iterdir()):
+            raise InputError(f"{address}: expected {' and '.join(names)} there, found none of them")
+        yield Path(folder)

@@ -1,0 +1,140 @@
+"""Runs on an address: what is staged, uploaded and continued; a file system of memory or of files
+stands for a bucket.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_main import assert_same_run, command
+
+import proteus_jax
+from proteus_jax import workdir
+from proteus_jax.errors import InputError
+from proteus_jax.workdir import Workdir, opened_workdir, why_no_workdir
+
+# main.py with a bucket that is a folder: orbax has its own way to the real ones.
+STAND_IN = """
+import sys
+sys.path.insert(0, {root!r})
+from proteus_jax import workdir
+workdir.SCHEMES = ("file",)
+workdir.Workdir.checkpoints = property(
+    lambda self: self.remote.removeprefix("file://") + "/checkpoints"
+)
+import main
+sys.exit(main.main())
+"""
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    monkeypatch.setattr(workdir, "SCHEMES", ("memory",))
+    system = fsspec.filesystem("memory")
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    with opened_workdir(str(tmp_path / "run")) as place:
+        assert place == Workdir(tmp_path / "run")
+        assert place.checkpoints == str(tmp_path / "run" / "checkpoints")
+        assert place.named(tmp_path / "run" / "student") == str(tmp_path / "run" / "student")
+        place.upload()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_address_has_what_was_written_and_is_continued(
+    memory: fsspec.AbstractFileSystem,
+) -> None:
+    with opened_workdir("memory://bucket/my run/") as place:
+        assert place.checkpoints == "memory://bucket/my run/checkpoints"
+        (place.local / "metrics.jsonl").write_text("1\n")
+        (place.local / ".half").write_text("unfinished")
+        (place.local / "student").mkdir()
+        (place.local / "student" / "config.json").write_text("{}")
+        assert place.named(place.local / "student") == "memory://bucket/my run/student"
+        place.upload()
+        assert memory.cat("/bucket/my run/metrics.jsonl") == b"1\n"
+        assert memory.cat("/bucket/my run/student/config.json") == b"{}"
+        assert not memory.exists("/bucket/my run/.half")
+        # Only what has changed goes up again.
+        memory.pipe("/bucket/my run/student/config.json", b"theirs")
+        (place.local / "metrics.jsonl").write_text("1\n2\n")
+    assert memory.cat("/bucket/my run/metrics.jsonl") == b"1\n2\n"
+    assert memory.cat("/bucket/my run/student/config.json") == b"theirs"
+    with opened_workdir("memory://bucket/my run") as place:
+        assert (place.local / "metrics.jsonl").read_text() == "1\n2\n"
+
+
+def test_a_run_that_fails_leaves_its_log(memory: fsspec.AbstractFileSystem) -> None:
+    def fail() -> None:
+        with opened_workdir("memory://bucket/my run") as place:
+            (place.local / "log.txt").write_text("why")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert memory.cat("/bucket/my run/log.txt") == b"why"
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/run", "http://host/run", "hdfs://x"])
+def test_other_addresses_are_refused_in_words(text: str) -> None:
+    assert why_no_workdir(text) == f"expected a folder or an address on gs://, found {text}"
+    with pytest.raises(InputError, match="expected a folder or an address on gs://"):
+        proteus_jax.load(text)
+
+
+def test_what_gs_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    reason = why_no_workdir("gs://bucket/run")
+    assert reason is not None
+    assert "gs://bucket/run needs more packages: pip install -r requirements-gcs.txt" in reason
+
+
+def test_a_run_on_an_address_resumes_and_equals_one_in_a_folder(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, folder = tmp_path / "bucket" / "run", tmp_path / "folder"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
+    }
+
+    def run(place: str, *more: str) -> str:
+        arguments = command(Path("unused"), photographs, tiny_teacher, *more)[2:]
+        arguments = [text for text in arguments if not text.startswith("--workdir")]
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                STAND_IN.format(root=str(ROOT)),
+                f"--workdir={place}",
+                *arguments,
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run(f"file://{bucket}", "--config.steps=4")
+    assert json.loads((bucket / "config.json").read_text())["steps"] == 4
+    printed = run(f"file://{bucket}", "--config.steps=4")
+    assert "resuming at step 4" in printed
+    assert f'proteus_jax.load("file://{bucket}/student")' in printed
+    run(str(folder), "--config.steps=4")
+    assert_same_run(bucket, folder)
+    monkeypatch.setattr(workdir, "SCHEMES", ("file",))
+    images = np.zeros((1, 28, 28, 3), np.uint8)
+    there, here = (proteus_jax.load(str(at)) for at in (f"file://{bucket}/student", folder))
+    np.testing.assert_array_equal(there(images).cls, here(images).cls)
