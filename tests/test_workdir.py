@@ -27,7 +27,7 @@ sys.path.insert(0, {root!r})
 from proteus_jax import workdir
 workdir.SCHEMES = ("file",)
 workdir.Workdir.checkpoints = property(
-    lambda self: self.remote.removeprefix("file://") + "/checkpoints"
+    lambda self: (self.remote.removeprefix("file://") or str(self.local)) + "/checkpoints"
 )
 import main
 sys.exit(main.main())
