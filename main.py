@@ -99,13 +99,15 @@ def distil(arguments: list[str], console: Console) -> int:
     if not read.paths.get("--config"):
         raise InputError(read.problems)
     from proteus_jax import checkup, cluster, config, experiment, train
-    from proteus_jax.workdir import opened_workdir
+    from proteus_jax.workdir import is_remote, opened_workdir
 
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides)
     workdir = read.paths.get("--workdir") or "."
     if "--doctor" in read.flags:
         output = read.paths.get("--output") or f"{workdir}/{checkup.MANIFEST}"
+        if is_remote(output):
+            problems.append(f"--doctor writes to this machine: expected a path, found {output}")
         output = Path(output).expanduser()
         checkup.checkup(configuration, output, [*read.problems, *problems], console)
         return 0

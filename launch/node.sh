@@ -18,11 +18,10 @@ if [ -z "${PYTHON:-}" ] && [ ! -e .venv/run.stamp ]; then
   run .venv/bin/python -m pip install --quiet "jax[cuda12]>=0.10.2,<0.13"
 fi
 
-# A signal to this script is one to the run, and the end: Ctrl-C reaches the run by itself.
+# A signal to this script is one to the run, and the end.
 stopped=
 child=
-trap 'stopped=1' INT
-trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM
+trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' INT TERM
 
 while true; do
   echo "+ ${PYTHON:-.venv/bin/python} main.py $*"

@@ -22,8 +22,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
 code=0
-# --kill-on-bad-exit: a task that failed takes the others with it at once.
-srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py \
+# Since 22.05 srun does not take the job's --cpus-per-task by itself.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" main.py \
   "--config.hosts=${SLURM_NNODES}" "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -49,10 +49,10 @@ while true; do
   # Each worker finds the others by the metadata of its TPU.
   everywhere "cd proteus_jax && .venv/bin/python main.py $(printf '%q ' "$@")" || code=$?
   case "$code" in
-    0) break ;;
-    # The run's input is wrong, or it diverged: again would be the same.
-    2 | 3) exit "$code" ;;
+    # Done; or the run's input is wrong, or it diverged: again would be the same.
+    0 | 2 | 3) break ;;
   esac
   sleep "${PAUSE:-30}"
 done
 tpu delete "$NAME"
+exit "$code"

@@ -16,6 +16,15 @@ from proteus_jax.rendezvous import GRACE, Company, meet
 
 # A failed collective is often the first sign of a lost host; its name follows.
 NEWS_TIMEOUT = 15.0
+# What ends one host ends all of them, with the same code: a launcher must not start them again
+# where that would be the same.
+DEFECT = 1
+EXIT_CODES = {
+    InputError: 2,
+    Diverged: 3,
+    Interrupted: Interrupted.EXIT_CODE,
+    KeyboardInterrupt: Interrupted.EXIT_CODE,
+}
 
 
 @contextlib.contextmanager
@@ -38,15 +47,17 @@ def joined(
                 num_processes=place.hosts,
                 process_id=place.host,
                 local_device_ids=place.local_devices,
+                # JAX's own detection would take one device of each node under SLURM.
+                cluster_detection_method="deactivate",
             )
             yield
             jax.distributed.shutdown()
     except BaseException as error:
-        known = isinstance(error, InputError | Diverged | Interrupted | KeyboardInterrupt)
-        if not known and company.lost_one(NEWS_TIMEOUT):
+        code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), DEFECT)
+        if code == DEFECT and company.lost_one(NEWS_TIMEOUT):
             # The company says who, and ends this process.
             threading.Event().wait(2 * GRACE)
-        company.leave(str(error).strip().partition("\n")[0] or type(error).__name__)
+        company.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
         raise
     company.leave()
 
@@ -61,7 +72,7 @@ def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
 
     def exit_with_news(_: int) -> None:
         if company.lost_one(NEWS_TIMEOUT):
-            os._exit(Interrupted.EXIT_CODE)
+            os._exit(company.exit_code)
 
     library, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_with_news)
     library.signal(signal.SIGABRT, handler)

@@ -46,6 +46,7 @@ class Console:
     def line(self, text: str = "") -> None:
         """A line that stays."""
         if self.quiet:
+            self.log(text)
             return
         self._clear()
         print(text, flush=True)

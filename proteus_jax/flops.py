@@ -73,11 +73,19 @@ DEVICES = (
     Device("TPU v4", 275e12, 32 * GIB),
     Device("TPU v5 lite", 197e12, 16 * GIB),
     Device("TPU v5e", 197e12, 16 * GIB),
+    Device("TPU v5p", 459e12, 95 * GIB),
     Device("TPU v5", 459e12, 95 * GIB),
+    Device("TPU v6e", 918e12, 32 * GIB),
     Device("TPU v6", 918e12, 32 * GIB),
 )
 
 
 def known_device(kind: str) -> Device | None:
     """The row of a device kind as JAX names it; None where it is not known."""
-    return next((device for device in DEVICES if kind.startswith(device.name)), None)
+
+    def is_one(device: Device) -> bool:
+        # Whole words: an L40 is no L4.
+        rest = kind.removeprefix(device.name)
+        return kind.startswith(device.name) and not rest[:1].isalnum()
+
+    return next(filter(is_one, DEVICES), None)

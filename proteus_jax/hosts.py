@@ -46,7 +46,9 @@ def find_place(flags: Mapping[str, str], environment: Mapping[str, str] | None =
     environment = os.environ if environment is None else environment
     if flags:
         return _from_flags(flags)
-    if "SLURM_PROCID" in environment and _number(environment, "SLURM_NTASKS", 1) > 1:
+    # A batch script that starts without srun has the job's variables, but no step's.
+    step = environment.get("SLURM_STEP_NODELIST")
+    if step and _number(environment, "SLURM_NTASKS", 1) > 1:
         return _from_slurm(environment)
     return _from_tpu(environment) or ALONE
 
@@ -88,23 +90,21 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 def _from_slurm(environment: Mapping[str, str]) -> Place:
     """A task of an srun; the first node coordinates."""
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
-        raise InputError("SLURM_STEP_NODELIST: expected the nodes of this step, found nothing")
+    nodes = environment["SLURM_STEP_NODELIST"]
     # Jobs that share a node should not share a port.
     job = int(hashlib.sha256(environment.get("SLURM_JOB_ID", "").encode()).hexdigest()[:8], 16)
     place = _checked(
         _number(environment, "SLURM_PROCID"),
         _number(environment, "SLURM_NTASKS"),
         first_node(nodes),
-        20000 + job % 10000 * 2,
+        20000 + job % 6000 * 2,
         "SLURM",
     )
     if _number(environment, "SLURM_NTASKS") > _number(environment, "SLURM_NNODES", 1) > 0:
-        # Several tasks a node: each takes the device of its number, where SLURM has not hidden the
-        # others from it.
+        # Several tasks a node: each takes the device of its number, unless SLURM has hidden all but
+        # one from it.
         visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-        if visible.count(",") > 0:
+        if not visible or "," in visible:
             return place._replace(local_devices=(_number(environment, "SLURM_LOCALID"),))
     return place
 

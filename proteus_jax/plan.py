@@ -183,7 +183,11 @@ def _time_lines(
     rate = views_per_second(
         Recipe(config.data.crop, RandAugment(**config.data.randaugment)), config.data.repeats
     )
-    if topology.device is None or dtype_of(config.precision, topology.platform) != jnp.bfloat16:
+    bfloat16 = dtype_of(config.precision, topology.platform) == jnp.bfloat16
+    if settings.topology and not bfloat16:
+        yield f"images a second: not known for {config.precision} on {topology.name}"
+        return
+    if topology.device is None or not bfloat16:
         peak, share = _measured_peak(), settings.mfu
         yield f"matmul rate measured: {peak / 1e9:.0f} GFLOP/s"
     else:

@@ -60,6 +60,15 @@ class _Line:
             raise ValueError("no message")
         return message
 
+    def broken(self) -> bool:
+        """True where the other end is known to be gone."""
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def finish(self) -> None:
         """No more will be said; the other end may still be heard."""
         with contextlib.suppress(OSError):
@@ -85,6 +94,8 @@ class Company:
 
     def __init__(self, peers: list[_Peer], own: str, say: Callable[[str], None]):
         self._peers, self._own, self._say = peers, own, say
+        # With which this process ends where another is lost.
+        self.exit_code = Interrupted.EXIT_CODE
         self._leaving = threading.Event()
         self._news = threading.Event()
         self._lock = threading.Lock()
@@ -95,15 +106,15 @@ class Company:
         for thread in self._threads:
             thread.start()
 
-    def leave(self, reason: str | None = None) -> None:
-        """Says goodbye; with a reason, that this host failed."""
+    def leave(self, reason: str | None = None, code: int = Interrupted.EXIT_CODE) -> None:
+        """Says goodbye; with a reason, that this host failed, and with which exit code."""
         self._leaving.set()
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 if reason is None:
                     peer.line.say(bye=True)
                 else:
-                    peer.line.say(lost=f"{self._own} stopped: {reason}")
+                    peer.line.say(lost=f"{self._own} stopped: {reason}", code=code)
             peer.line.finish()
         for thread in self._threads:
             thread.join(PARTING)
@@ -115,7 +126,7 @@ class Company:
         return self._news.wait(wait)
 
     def _watch(self, peer: _Peer) -> None:
-        reason, grace = f"{peer} is gone", 0.0
+        reason, grace, code = f"{peer} is gone", 0.0, Interrupted.EXIT_CODE
         heard = time.monotonic()
         while True:
             try:
@@ -138,23 +149,29 @@ class Company:
                 return
             if "lost" in message:
                 reason, grace = str(message["lost"]), GRACE
+                code = int(message.get("code", code))
                 break
         if not self._leaving.is_set():
-            self._end(reason, grace)
+            self._end(reason, grace, code)
 
-    def _end(self, reason: str, grace: float) -> None:
+    def _end(self, reason: str, grace: float, code: int) -> None:
         """Tells everybody, and ends this process if it does not end by itself."""
         with self._lock:
             if self._news.is_set():
                 return
+            self.exit_code = code
             self._news.set()
-        self._say(f"{reason}; this run ends, the same command goes on from its last checkpoint")
+        later = ""
+        if code == Interrupted.EXIT_CODE:
+            later = ", the same command goes on from its last checkpoint"
+        self._say(f"{reason}; this run ends{later}")
         for peer in self._peers:
             with contextlib.suppress(OSError):
-                peer.line.say(lost=reason)
+                peer.line.say(lost=reason, code=code)
+            peer.line.finish()
         time.sleep(grace)
         # The main thread may wait in a collective that never ends.
-        os._exit(Interrupted.EXIT_CODE)
+        os._exit(code)
 
     def _say_alive(self) -> None:
         while not self._leaving.wait(ALIVE_EVERY):
@@ -180,12 +197,7 @@ def meet(
 def _receive(place: Place, about: Mapping[str, str], timeout: float) -> list[_Peer]:
     """Host 0: takes in the others."""
     deadline = time.monotonic() + timeout
-    try:
-        server = socket.create_server(("", place.port + 1), backlog=place.hosts)
-    except OSError as error:
-        raise InputError(
-            f"port {place.port + 1} of this host cannot be listened on: {error.strerror}"
-        ) from None
+    server = _listen(place, deadline)
     peers: dict[int, _Peer] = {}
     with server:
         while len(peers) < place.hosts - 1:
@@ -204,21 +216,38 @@ def _receive(place: Place, about: Mapping[str, str], timeout: float) -> list[_Pe
                 line.close()
                 continue
             problem = _disagreement(place, hello, about, peer)
-            if problem is None and peer.host in peers:
+            if problem is None and peer.host in peers and not peers[peer.host].line.broken():
                 problem = f"{peer} and {peers[peer.host]} have the same number"
             if problem is not None:
                 _refuse([*peers.values(), peer], wrong=problem)
                 raise InputError(problem)
             peers[peer.host] = peer
     for peer in peers.values():
-        peer.line.say(go=True)
+        # Who is gone by now is noticed by who watches it.
+        with contextlib.suppress(OSError):
+            peer.line.say(go=True)
     return [peers[host] for host in sorted(peers)]
+
+
+def _listen(place: Place, deadline: float) -> socket.socket:
+    """A port that the run before this one still holds is waited for."""
+    while True:
+        try:
+            return socket.create_server(("", place.port + 1), backlog=place.hosts)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Interrupted(
+                    f"port {place.port + 1} of this host cannot be listened on: {error.strerror}"
+                ) from None
+            time.sleep(0.5)
 
 
 def _greet(line: _Line) -> tuple[dict[str, Any], _Peer]:
     hello = line.hear(HELLO_TIMEOUT)
     if hello is None:
         raise ValueError("nothing said")
+    if not isinstance(hello["hosts"], int) or not isinstance(hello["about"], dict):
+        raise ValueError("no hello")
     return hello, _Peer(int(hello["host"]), str(hello["name"]), line)
 
 

@@ -1,10 +1,12 @@
 """Where arrays live: one mesh, one rule (docs/decisions/0003-one-sharding-rule.md)."""
 
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Below this many elements an array is whole on every device: splitting it costs more than it saves.
@@ -69,6 +71,13 @@ def gather(tree: Any, mesh: Mesh) -> Any:
     """A tree of device arrays as host arrays, whole on every host; all hosts must take part."""
     whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
     return jax.device_get(whole)
+
+
+def same_everywhere(text: str) -> bool:
+    """True where all hosts have the same text; all must ask."""
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    everybody = multihost_utils.process_allgather(digest)
+    return bool((everybody == digest).all())
 
 
 class Agreement:

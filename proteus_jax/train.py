@@ -6,6 +6,7 @@ rows are on the disk before it is.
 """
 
 import contextlib
+import hashlib
 import json
 import signal
 import time
@@ -144,6 +145,7 @@ class _Run:
     def to_the_end(self, resumed: int | None) -> int:
         """Restores or begins, trains, exports, and says what was learnt."""
         experiment, total = self.experiment, self.experiment.total_steps
+        self.refuse_hosts_that_differ(resumed)
         if resumed is None:
             state, step = experiment.init(), 0
             self.console.log(parameter_table(state.params))
@@ -158,15 +160,14 @@ class _Run:
                 self.metrics.write(0, self.evaluate(0, state))
             if step < total:
                 state, step = self.train(state, step)
+        self.checkpoints.wait()
+        if self.failure is not None:
+            raise self.failure
         if step < total:
-            self.checkpoints.wait()
-            if self.failure is not None:
-                raise self.failure
             self.console.line(
                 f"interrupted at step {step} of {total}; the same command goes on from here"
             )
             return INTERRUPTED
-        self.checkpoints.wait()
         if self.unreadable.met:
             self.console.line(
                 f"{len(self.unreadable.met)} images could not be read; others took their place"
@@ -177,6 +178,20 @@ class _Run:
             names = [self.place.named(directory) for directory in directories]
             conclude(experiment, self.workdir, names, self.console)
         return DONE
+
+    def refuse_hosts_that_differ(self, resumed: int | None) -> None:
+        """InputError on all hosts where one sees other images, another teacher or another workdir:
+        they would wait for each other for ever, or train on something else.
+        """
+        views = b"" if self.views is None else self.views.tobytes()
+        seen = {
+            "images or teacher": json.dumps([self.experiment.facts, self.experiment.total_steps]),
+            "checkpoint in the workdir": str(resumed),
+            "held-out images that can be read": hashlib.sha256(views).hexdigest(),
+        }
+        different = [what for what, text in seen.items() if not sharding.same_everywhere(text)]
+        if different:
+            raise InputError([f"the hosts do not see the same {what}" for what in different])
 
     def train(self, state: TrainState, step: int) -> tuple[TrainState, int]:
         """Steps until the end or a request to stop; the last one is saved."""

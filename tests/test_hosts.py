@@ -53,8 +53,12 @@ def test_places() -> None:
     assert found.local_devices is None
     assert find_place({}, SLURM | {"SLURM_PROCID": "0"}).port == found.port
     assert find_place({}, SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ALONE
+    # A batch script without srun.
+    assert find_place({}, SLURM | {"SLURM_STEP_NODELIST": ""}) == ALONE
     shared = {"SLURM_NNODES": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
     assert find_place({}, SLURM | shared).local_devices == (1,)
+    hidden = shared | {"CUDA_VISIBLE_DEVICES": "1"}
+    assert find_place({}, SLURM | hidden).local_devices is None
     pod = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3"}
     assert find_place({}, pod) == Place(2, 4, "t0", hosts.PORT, "TPU_WORKER_HOSTNAMES")
 
@@ -102,7 +106,6 @@ def test_first_node(nodes: str, first: str) -> None:
             "the flags: expected hosts numbered from 0 to 1, found host 2",
         ),
         ({}, SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID: expected a whole number, found 'x'"),
-        ({}, SLURM | {"SLURM_STEP_NODELIST": ""}, "expected the nodes of this step"),
     ],
 )
 def test_wrong_places(flags: dict, environment: dict, words: str) -> None:
@@ -167,14 +170,20 @@ def test_hosts_that_run_something_else_are_refused() -> None:
 
 
 def processes(
-    count: int, devices: int, workdir: Path, photographs: Path, teacher: Path, *more: str
+    count: int,
+    devices: int,
+    workdir: Path,
+    photographs: Path,
+    teacher: Path,
+    *more: str,
+    at: Path | None = None,
 ) -> list[subprocess.Popen]:
-    """A run of several processes, each with its own fake devices."""
+    """A run of several processes, each with its own fake devices, and under `at` its own folder."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_backend_optimization_level=0 "
         f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
+        "PROTEUS_JAX_CACHE": str(teacher.parent.parent / "cache"),
     }
     arguments = [
         *command(workdir, photographs, teacher),
@@ -195,6 +204,7 @@ def processes(
                 else []
             ),
             env=environment,
+            cwd=None if at is None else at / str(host),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -289,3 +299,22 @@ def test_another_shape_than_promised_is_refused(
     assert alone[0] == 2
     assert "found 1 host x 4 devices, expected 2 x 8" in alone[2]
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_on_one_host_ends_all_as_wrong(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """Each host sees a folder of its own name, of which the second one has an image less."""
+    for host in range(2):
+        folder = tmp_path / f"{host}" / "images"
+        folder.mkdir(parents=True)
+        for path in sorted(photographs.rglob("*.jpg"))[host:]:
+            (folder / path.name).symlink_to(path)
+    running = processes(
+        2, 1, tmp_path / "run", Path("images"), tiny_teacher, *UNMEASURED, at=tmp_path
+    )
+    both = ended(running)
+    assert [code for code, _, _ in both] == [2, 2], both
+    words = "the hosts do not see the same images or teacher"
+    assert words in both[0][2]
+    assert words in both[1][2]
