@@ -27,6 +27,10 @@ EXIT_CODES = {
 }
 
 
+# What C may call has to live as long as the process.
+_HANDLERS: list[object] = []
+
+
 @contextlib.contextmanager
 def joined(
     place: Place, about: Mapping[str, str], *, timeout: float, say: Callable[[str], None]
@@ -76,10 +80,11 @@ def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
 
     library, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_with_news)
     library.signal(signal.SIGABRT, handler)
-    try:
-        yield
-    finally:
-        library.signal(signal.SIGABRT, None)
+    _HANDLERS.append(handler)
+    # Not in a finally: on the way out of a failure this process may be aborted as well, and shall
+    # have the time to say what it failed of.
+    yield
+    library.signal(signal.SIGABRT, None)
 
 
 def end_at_once_if_several(code: int) -> None:
