@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 
 import proteus_jax
 from proteus_jax.console import Console
-from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code
 from proteus_jax.hosts import ALONE, Place, find_place
 
-DEFECT, WRONG_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, Interrupted.EXIT_CODE
 PATHS = ("--config", "--workdir", "--output")
 PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS = "--wait", "600"
@@ -178,18 +177,15 @@ def main() -> int:
         console.error(f"{count} problem{'' if count == 1 else 's'} with the input:")
         for problem in error.problems:
             console.error(f"  {problem}")
-        return WRONG_INPUT
-    except Diverged as error:
+        return exit_code(error)
+    except (Diverged, Interrupted) as error:
         console.error(str(error))
-        return DIVERGED
-    except Interrupted as error:
-        console.error(str(error))
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception:
+        return exit_code(error)
+    except KeyboardInterrupt as error:
+        return exit_code(error)
+    except Exception as error:
         console.error(traceback.format_exc())
-        return DEFECT
+        return exit_code(error)
 
 
 def end(code: int) -> None:

@@ -10,23 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.errors import DEFECT, exit_code
 from proteus_jax.hosts import Place
 from proteus_jax.rendezvous import GRACE, Company, meet
 
 # A failed collective is often the first sign of a lost host; its name follows.
 NEWS_TIMEOUT = 15.0
-# What ends one host ends all of them, with the same code: a launcher must not start them again
-# where that would be the same.
-DEFECT = 1
-EXIT_CODES = {
-    InputError: 2,
-    Diverged: 3,
-    Interrupted: Interrupted.EXIT_CODE,
-    KeyboardInterrupt: Interrupted.EXIT_CODE,
-}
-
-
 # What C may call has to live as long as the process.
 _HANDLERS: list[object] = []
 
@@ -37,7 +26,8 @@ def joined(
 ) -> Iterator[None]:
     """The block runs once all hosts have met and JAX knows them; alone it just runs.
 
-    `say` tells of a host that is lost meanwhile: this process then ends with the exit code 75.
+    `say` tells of a host that is lost meanwhile: this process then ends with the exit code
+    of the one that failed, or 75 where that is gone without a word.
     Interrupted where not all hosts came within `timeout` seconds.
     """
     if place.hosts == 1:
@@ -57,7 +47,9 @@ def joined(
             yield
             jax.distributed.shutdown()
     except BaseException as error:
-        code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), DEFECT)
+        # What ends one host ends all of them, with the same code: a launcher must not start them
+        # again where that would be the same.
+        code = exit_code(error)
         if code == DEFECT and company.lost_one(NEWS_TIMEOUT):
             # The company says who, and ends this process.
             threading.Event().wait(2 * GRACE)

@@ -23,7 +23,7 @@ from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, duration
 from proteus_jax.data.pipeline import default_workers, held_out_views, training_batches
 from proteus_jax.data.sources import Source
-from proteus_jax.errors import Diverged, InputError
+from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.evaluation import agreement, picture
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.messages import conclude, introduce
@@ -34,7 +34,7 @@ from proteus_jax.storage import write_atomically
 from proteus_jax.watch import Clock, Profiling, UnreadableImages, WaitNotice
 from proteus_jax.workdir import Workdir
 
-DONE, INTERRUPTED = 0, 75
+DONE = 0
 PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
@@ -167,7 +167,7 @@ class _Run:
             self.console.line(
                 f"interrupted at step {step} of {total}; the same command goes on from here"
             )
-            return INTERRUPTED
+            return Interrupted.EXIT_CODE
         if self.unreadable.met:
             self.console.line(
                 f"{len(self.unreadable.met)} images could not be read; others took their place"
