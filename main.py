@@ -23,6 +23,7 @@ Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training d
 """
 
 import math
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -35,7 +36,7 @@ from proteus_jax.hosts import ALONE, Place, find_place
 
 PATHS = ("--config", "--workdir", "--output")
 PLACE = ("--hosts", "--host", "--coordinator")
-WAIT, WAIT_SECONDS = "--wait", "600"
+WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
 FLAGS = ("--doctor", "--profile", "--plan")
 PLAN = ("--topology", "--mfu", "--price")
 
@@ -82,6 +83,12 @@ def parse(arguments: list[str]) -> Arguments:
         needed = {"--config"}
     elif "--output" in read.paths:
         read.problems.append("--output: only --doctor writes there")
+    if "--plan" not in read.flags:
+        read.problems.extend(f"{name}: only --plan asks for it" for name in read.planning)
+    others = read.flags - {"--profile"}
+    if len(others) > 1 or (others and "--profile" in read.flags):
+        names = " and ".join(name for name in FLAGS if name in read.flags)
+        read.problems.append(f"{names}: expected one of them")
     read.problems.extend(
         f"{name}: expected a path"
         for name in PATHS
@@ -114,10 +121,11 @@ def distil(arguments: list[str], console: Console) -> int:
     if "--plan" in read.flags:
         _plan(configuration, read.planning, known, console)
         return 0
-    known += [f"{name}: only --plan asks for it" for name in read.planning]
     place, seconds = _company(read.place, known)
     about = {"version": proteus_jax.__version__, "configuration": configuration.to_json()}
-    with cluster.joined(place, about, timeout=seconds, say=console.error):
+    with cluster.joined(
+        place, about, timeout=seconds, progress=console.progress, say=console.error
+    ):
         inputs = experiment.open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder:
@@ -157,11 +165,16 @@ def _company(flags: dict[str, str], known: list[str]) -> tuple[Place, float]:
         place = find_place(flags)
     except InputError as error:
         known += error.problems
-    if not seconds.isdecimal() or int(seconds) == 0:
-        known.append(f"{WAIT}: expected seconds, found {seconds!r}")
+    if not seconds.isdecimal() or not 0 < int(seconds) <= LONGEST_WAIT:
+        known.append(f"{WAIT}: expected seconds from 1 to {LONGEST_WAIT}, found {seconds!r}")
+        seconds = WAIT_SECONDS
     if known and place.hosts > 1:
         raise InputError(known)
-    return place, float(seconds) if seconds.isdecimal() else 0.0
+    return place, float(seconds)
+
+
+def _notes(error: Exception) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def main() -> int:
@@ -169,19 +182,22 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
+    # A scheduler's request to end is a person's; once it trains, both wait for the step.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
         return distil(sys.argv[1:], console)
     except InputError as error:
         count = len(error.problems)
         console.error(f"{count} problem{'' if count == 1 else 's'} with the input:")
-        for problem in error.problems:
+        for problem in [*error.problems, *_notes(error)]:
             console.error(f"  {problem}")
         return exit_code(error)
     except (Diverged, Interrupted) as error:
-        console.error(str(error))
+        console.error("\n".join([str(error), *_notes(error)]))
         return exit_code(error)
     except KeyboardInterrupt as error:
+        console.error("interrupted; the same command goes on")
         return exit_code(error)
     except Exception as error:
         console.error(traceback.format_exc())

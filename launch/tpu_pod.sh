@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice: made, set up, trained on, and made again where it was a spot one and was taken
-# back; removed at the end.
+# A Cloud TPU slice: made, set up, trained on, made again where it was a spot one and was taken back,
+# and removed at the end, however that comes.
 #
 #   NAME=proteus ZONE=us-west4-a TYPE=v5litepod-16 SPOT=1 SOURCE=https://... \
 #     launch/tpu_pod.sh --config=configs/vitb14.py --workdir=gs://bucket/vitb14 ...
 #
 # SHARED=HOST:/FOLDER mounts a Filestore as /mnt/shared on every host, for a workdir or images there.
-#
-# DRY_RUN=1 prints the commands. Needs gcloud, logged in, with a project set.
+# KEEP=1 does not remove the slice. DRY_RUN=1 prints the commands. Needs gcloud, logged in, with a
+# project set.
 set -euo pipefail
 : "${NAME:?name of the slice}" "${ZONE:?zone, as us-west4-a}" "${TYPE:?type, as v5litepod-16}"
 : "${SOURCE:?address to clone this repository from}"
 VERSION="${VERSION:-v2-alpha-tpuv5-lite}"
+PAUSE="${PAUSE:-30}"
+# A slice that is there and fails so often in a row will not do better.
+PATIENCE=3
+said="$(mktemp)"
 
 run() {
   echo "+ $*"
@@ -31,28 +35,51 @@ ready() {
   [ "$(gcloud compute tpus tpu-vm describe "$NAME" "--zone=$ZONE" '--format=value(state)' 2>/dev/null)" = READY ]
 }
 
+finish() {
+  code=$?
+  rm -f "$said"
+  [ -n "${KEEP:-}" ] || tpu delete "$NAME" || true
+  exit "$code"
+}
+trap finish EXIT
+trap 'exit 75' INT TERM
+
+# Waits for as long as there is no slice to have; any other refusal is final.
 create() {
-  # A spot slice that was taken back still has its name.
-  tpu delete "$NAME" >/dev/null 2>&1 || true
   local kind=()
   [ -z "${SPOT:-}" ] || kind=(--spot)
-  tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" "${kind[@]}"
-  [ -z "${SHARED:-}" ] || everywhere "sudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared \
-&& sudo mount $SHARED /mnt/shared"
-  everywhere "git clone --depth=1 $SOURCE proteus_jax && cd proteus_jax && make .venv/run.stamp \
-&& .venv/bin/python -m pip install --quiet 'jax[tpu]>=0.10.2,<0.13' -r requirements-gcs.txt"
+  # A spot slice that was taken back still has its name.
+  tpu delete "$NAME" >/dev/null 2>&1 || true
+  until tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" "${kind[@]}" 2>"$said"; do
+    cat "$said" >&2
+    grep -qiE 'capacity|exhausted|stockout|unavailable|internal error' "$said" || exit 1
+    sleep "$PAUSE"
+    tpu delete "$NAME" >/dev/null 2>&1 || true
+  done
 }
 
+# Does nothing on a host that is set up; a mount does not outlive a restart of the host.
+setup() {
+  [ -z "${SHARED:-}" ] || everywhere "mountpoint -q /mnt/shared || { sudo apt-get install -y -q \
+nfs-common && sudo mkdir -p /mnt/shared && sudo mount $SHARED /mnt/shared; }"
+  everywhere "test -e proteus_jax/.ready || { rm -rf proteus_jax && git clone --depth=1 $SOURCE \
+proteus_jax && cd proteus_jax && make .venv/run.stamp && .venv/bin/python -m pip install --quiet \
+'jax[tpu]>=0.10.2,<0.13' -r requirements-gcs.txt && touch .ready; }"
+}
+
+failures=0
 while true; do
   ready || create
   code=0
   # Each worker finds the others by the metadata of its TPU.
-  everywhere "cd proteus_jax && .venv/bin/python main.py $(printf '%q ' "$@")" || code=$?
+  { setup && everywhere "cd proteus_jax && .venv/bin/python main.py $(printf '%q ' "$@")"; } || code=$?
   case "$code" in
     # Done; or the run's input is wrong, or it diverged: again would be the same.
-    0 | 2 | 3) break ;;
+    0 | 2 | 3) exit "$code" ;;
+    75) failures=0 ;;
+    # A slice that was taken back is no failure of the run.
+    *) if ready; then failures=$((failures + 1)); else failures=0; fi ;;
   esac
-  sleep "${PAUSE:-30}"
+  [ "$failures" -lt "$PATIENCE" ] || exit "$code"
+  sleep "$PAUSE"
 done
-tpu delete "$NAME"
-exit "$code"

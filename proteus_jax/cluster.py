@@ -22,17 +22,24 @@ _HANDLERS: list[object] = []
 
 @contextlib.contextmanager
 def joined(
-    place: Place, about: Mapping[str, str], *, timeout: float, say: Callable[[str], None]
+    place: Place,
+    about: Mapping[str, str],
+    *,
+    timeout: float,
+    progress: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> Iterator[None]:
     """The block runs once all hosts have met and JAX knows them; alone it just runs.
 
-    `say` tells of a host that is lost meanwhile: this process then ends with the exit code
-    of the one that failed, or 75 where that is gone without a word.
+    `progress` tells what is waited for, `say` of a host that is lost meanwhile: this process then
+    ends with the exit code of the one that failed, or 75 where that is gone without a word.
     Interrupted where not all hosts came within `timeout` seconds.
     """
     if place.hosts == 1:
         yield
         return
+    if place.host == 0:
+        progress(f"waiting for {place.hosts} hosts to meet here, at port {place.port + 1}")
     company = meet(place, about, timeout=timeout, say=say)
     try:
         with _exit_in_place_of_abort(company):

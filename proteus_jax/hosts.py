@@ -74,6 +74,8 @@ def _from_flags(flags: Mapping[str, str]) -> Place:
 
 
 def _checked(host: int, hosts: int, address: str, port: int, source: str) -> Place:
+    if hosts < 1:
+        raise InputError(f"{source}: expected at least 1 host, found {hosts}")
     if not 0 <= host < hosts:
         raise InputError(
             f"{source}: expected hosts numbered from 0 to {hosts - 1}, found host {host}"
@@ -111,10 +113,10 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
 
 def first_node(nodes: str) -> str:
     """The first host of SLURM's short list: node[007-012,020],other3 begins with node007."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    found = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
     if found is None:
         raise InputError(f"SLURM_STEP_NODELIST: expected names of nodes, found {nodes!r}")
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found.group())
 
 
 def _from_tpu(environment: Mapping[str, str]) -> Place | None:

@@ -205,7 +205,11 @@ class _Run:
         first = step + 2 * max(config.log_every, 5)
         self.notice = WaitNotice(makers, first, self.console.line)
         stopping, agreement = False, sharding.Agreement(experiment.mesh)
-        with contextlib.closing(self.batches(step)) as batches, jax.transfer_guard("disallow"):
+        with (
+            contextlib.closing(self.profiling),
+            contextlib.closing(self.batches(step)) as batches,
+            jax.transfer_guard("disallow"),
+        ):
             while step < total and not stopping:
                 with clock.waiting():
                     batch = next(batches)
@@ -231,7 +235,10 @@ class _Run:
                     self.pending = _Pending(step, values, measured)
                 if stopping or step == total or step % config.checkpoint_every == 0:
                     self.save(step, state)
-        self.profiling.close()
+        if self.profiling.missed:
+            self.console.line(
+                f"--profile: no trace, as the run ended before step {Profiling.FIRST + 1} from here"
+            )
         return state, step
 
     def rates(self, measured: dict[str, float]) -> dict[str, float]:
@@ -248,7 +255,9 @@ class _Run:
         """A checkpoint, once the rows before it are on the disk."""
         self.write_pending()
         self.metrics.sync()
-        self.place.upload()
+        reason = self.place.upload()
+        if reason is not None:
+            self.console.line(f"not uploaded, tried again at the next checkpoint: {reason}")
         if step > self.saved:
             self.saved = step
             self.checkpoints.save(step, state, self.experiment.facts)

@@ -61,13 +61,14 @@ class Profiling:
 
     def __init__(self, directory: Path, *, on: bool):
         self._directory, self._on, self._running = directory, on, False
+        self.missed = on
 
     def after(self, count: int, values: Any) -> None:
         """Looks at the number of steps so far, the last one's results still on the device."""
         if self._on and count == self.FIRST:
             jax.block_until_ready(values)
             jax.profiler.start_trace(self._directory)
-            self._running = True
+            self._running, self.missed = True, False
         elif self._running and count == self.LAST:
             jax.block_until_ready(values)
             self.close()

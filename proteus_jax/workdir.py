@@ -6,19 +6,23 @@ at every checkpoint; the address is the truth, and what a machine had of its own
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.storage import why_unwritable
 
 SCHEMES = ("gs",)
 CHECKPOINTS = "checkpoints"
 # What a resumed run goes on with; the rest is written anew.
-CONTINUED = ("metrics.jsonl", "log.txt", "agreement.png")
+CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png")
+# An upload is tried again after so many seconds.
+PAUSES = (1.0, 4.0, 16.0)
 EXTRA = "requirements-gcs.txt"
 
 
@@ -45,10 +49,16 @@ class Workdir:
             return str(path)
         return f"{self.remote}/{path.relative_to(self.local).as_posix()}"
 
-    def upload(self) -> None:
-        """Brings the address up to date: every file that has changed since the last time."""
+    def upload(self) -> str | None:
+        """Brings the address up to date: every file that has changed since the last time.
+
+        Why it cannot be reached, where several tries failed; the next call goes on from there.
+        """
         if not self.remote:
-            return
+            return None
+        return _persistently(self._upload)
+
+    def _upload(self) -> None:
         system, root = fsspec.url_to_fs(self.remote)
         for path, state in self._files():
             if self._uploaded.get(path) != state:
@@ -58,11 +68,16 @@ class Workdir:
                 self._uploaded[path] = state
 
     def download(self) -> None:
-        """Fetches what a resumed run goes on with."""
+        """Fetches what a resumed run goes on with; Interrupted where that fails."""
+        reason = _persistently(self._download)
+        if reason is not None:
+            raise Interrupted(f"what the run goes on with cannot be fetched: {reason}")
+
+    def _download(self) -> None:
         system, root = fsspec.url_to_fs(self.remote)
         for name in CONTINUED:
-            if system.exists(f"{root}/{name}"):
-                system.get_file(f"{root}/{name}", str(self.local / name))
+            for path in system.glob(f"{root}/{name}"):
+                system.get_file(path, str(self.local / path.rpartition("/")[2]))
         self._uploaded = dict(self._files())
 
     def _files(self) -> Iterator[tuple[Path, tuple[int, int]]]:
@@ -73,6 +88,19 @@ class Workdir:
             if path.is_file() and not hidden:
                 status = path.stat()
                 yield path, (status.st_mtime_ns, status.st_size)
+
+
+def _persistently(act: Callable[[], None]) -> str | None:
+    """Does it, after a while once more where it fails; why it failed the last time."""
+    for pause in (*PAUSES, None):
+        try:
+            act()
+            break
+        except Exception as error:  # Each file system has its own.
+            if pause is None:
+                return f"{type(error).__name__}: {error}"
+            time.sleep(pause)
+    return None
 
 
 def is_remote(text: str) -> bool:
@@ -100,18 +128,38 @@ def why_no_workdir(text: str) -> str | None:
 def opened_workdir(text: str) -> Iterator[Workdir]:
     """The folder of a run; that of an address holds what a resumed run goes on with.
 
-    It is uploaded for the last time at the end, however the block ends.
+    It is uploaded for the last time at the end, however the block ends. Where that fails the folder
+    is kept, and named in Interrupted or in a note on what the block ended with.
     """
     if not is_remote(text):
         yield Workdir(Path(text).expanduser())
         return
-    with tempfile.TemporaryDirectory(prefix="proteus-workdir-") as folder:
-        workdir = Workdir(Path(folder), text.rstrip("/"))
+    folder = Path(tempfile.mkdtemp(prefix="proteus-workdir-"))
+    workdir = Workdir(folder, text.rstrip("/"))
+    try:
         workdir.download()
-        try:
-            yield workdir
-        finally:
-            workdir.upload()
+    except Interrupted:
+        shutil.rmtree(folder)
+        raise
+    try:
+        yield workdir
+    except BaseException as error:
+        left = _left(workdir)
+        if left is not None:
+            error.add_note(left)
+        raise
+    left = _left(workdir)
+    if left is not None:
+        raise Interrupted(left)
+
+
+def _left(workdir: Workdir) -> str | None:
+    """Uploads for the last time and removes the folder; in words, where it has to stay."""
+    reason = workdir.upload()
+    if reason is not None:
+        return f"the last files were not uploaded, and stay in {workdir.local}: {reason}"
+    shutil.rmtree(workdir.local)
+    return None
 
 
 @contextlib.contextmanager

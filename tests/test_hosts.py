@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,6 +85,7 @@ def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
         ("node[007-012,020],x3", "node007"),
         ("rack1-n[3,5-7]", "rack1-n3"),
         ("n[1-2]-ib", "n1-ib"),
+        ("rack[1-2]node[03-4,7],x", "rack1node03"),
     ],
 )
 def test_first_node(nodes: str, first: str) -> None:
@@ -104,6 +106,11 @@ def test_first_node(nodes: str, first: str) -> None:
             {"--hosts": "2", "--host": "2", "--coordinator": "a:1"},
             {},
             "the flags: expected hosts numbered from 0 to 1, found host 2",
+        ),
+        (
+            {"--hosts": "0", "--host": "0", "--coordinator": "a:1"},
+            {},
+            "the flags: expected at least 1 host, found 0",
         ),
         ({}, SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID: expected a whole number, found 'x'"),
     ],
@@ -229,7 +236,7 @@ def ended(running: list[subprocess.Popen], timeout: float = 180.0) -> list[tuple
 def test_two_processes_train_as_one_does(
     tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:
-    """2 x 4 devices against 1 x 8; stopped half way as two, and gone on as one."""
+    """2 x 4 devices against 1 x 8; and half of it as two, the other half as one."""
     one, two = tmp_path / "one", tmp_path / "two"
     (alone,) = ended(processes(1, 8, one, photographs, tiny_teacher, "--config.fsdp=2"))
     assert alone[0] == 0, alone
@@ -239,7 +246,16 @@ def test_two_processes_train_as_one_does(
     assert [code for code, _, _ in both] == [0, 0], both
     assert "2 hosts x 4 devices" in both[0][1]
     assert both[1][1].strip() == both[1][2] == both[0][2] == ""
-    expected, found = losses(one), losses(two)
+    assert_close_losses(losses(two), losses(one))
+    # Cut back to its half, and gone on with by 1 x 2 devices that share nothing.
+    shutil.rmtree(two / "checkpoints" / str(STEPS))
+    (resumed,) = ended(processes(1, 2, two, photographs, tiny_teacher))
+    assert resumed[0] == 0, resumed
+    assert f"resuming at step {STEPS // 2}" in resumed[1]
+    assert_close_losses(losses(two), losses(one))
+
+
+def assert_close_losses(found: list[dict], expected: list[dict]) -> None:
     assert [row["step"] for row in found] == list(range(STEPS + 1))
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         tolerance = 1e-5 if step <= 1 else 1e-4
@@ -270,6 +286,19 @@ def test_a_signal_to_one_stops_both_and_one_alone_goes_on(
     (alone,) = ended(processes(1, 2, workdir, photographs, tiny_teacher, *UNMEASURED, *steps))
     assert alone[0] == 0, alone
     assert f"resuming at step {reached}" in alone[1]
+
+
+def test_a_signal_while_hosts_wait_for_each_other(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    first, second = processes(2, 1, tmp_path / "run", photographs, tiny_teacher)
+    second.kill()
+    second.communicate()
+    assert first.stdout is not None
+    assert "waiting" in first.stdout.readline()
+    first.send_signal(signal.SIGTERM)
+    ((code, _, err),) = ended([first], timeout=30)
+    assert (code, err) == (75, "interrupted; the same command goes on\n")
 
 
 @pytest.mark.parametrize("killed", [0, 1])

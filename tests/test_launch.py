@@ -60,6 +60,72 @@ def test_a_pod_is_made_trained_on_and_removed() -> None:
     assert removed == "+ gcloud compute tpus tpu-vm delete p --zone=z --quiet"
 
 
+# gcloud whose answers are the lines of a file, one for each create and each training: an exit code,
+# whether the slice is there afterwards, and words for standard error.
+GCLOUD = """#!/bin/bash
+echo "$4" "${*: -1}" >> calls.txt
+answer() {
+  read -r code there words < answers.txt && sed -i 1d answers.txt
+  echo "$there" > there.txt
+  echo "$words" >&2
+  exit "$code"
+}
+case "$4" in
+  describe) cat there.txt 2>/dev/null ;;
+  create) answer ;;
+  ssh) case "$*" in *main.py*) answer ;; esac ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "created", "trained"),
+    [
+        # No capacity twice, taken back once, then done.
+        (
+            [
+                "1 GONE There is no more capacity in the zone",
+                "1 GONE RESOURCE_EXHAUSTED",
+                "0 READY",
+                "255 GONE lost",
+                "0 READY",
+                "75 READY",
+                "0 READY",
+            ],
+            0,
+            4,
+            3,
+        ),
+        (["1 GONE PERMISSION_DENIED"], 1, 1, 0),
+        (["0 READY", "2 READY"], 2, 1, 1),
+        # The slice is there, and the run fails again and again.
+        (["0 READY", "1 READY", "127 READY", "1 READY"], 1, 1, 3),
+    ],
+)
+def test_a_pod_goes_on_as_long_as_that_makes_sense(
+    answers: list[str], code: int, created: int, trained: int, tmp_path: Path
+) -> None:
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    (tmp_path / "answers.txt").write_text("".join(line + "\n" for line in answers))
+    variables = {"NAME": "p", "ZONE": "z", "TYPE": "v5litepod-16", "SOURCE": "https://x"}
+    variables |= {"PAUSE": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", LAUNCH / "tpu_pod.sh", "--config=c.py"],
+        env=os.environ | variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == code, result.stderr
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert sum(call.startswith("create") for call in calls) == created
+    assert result.stdout.count("main.py --config=c.py") == trained
+    assert calls[-1].startswith("delete")
+    assert (tmp_path / "answers.txt").read_text() == ""
+
+
 def test_a_job_set_is_yaml_and_ends_in_the_command() -> None:
     yaml = pytest.importorskip("yaml")
     job_set = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())

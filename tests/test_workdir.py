@@ -17,7 +17,7 @@ from test_main import assert_same_run, command
 
 import proteus_jax
 from proteus_jax import workdir
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.workdir import Workdir, opened_workdir, why_no_workdir
 
 # main.py with a bucket that is a folder: orbax has its own way to the real ones.
@@ -83,6 +83,57 @@ def test_a_run_that_fails_leaves_its_log(memory: fsspec.AbstractFileSystem) -> N
     with pytest.raises(RuntimeError):
         fail()
     assert memory.cat("/bucket/my run/log.txt") == b"why"
+
+
+def test_an_address_that_is_away_for_a_while_loses_nothing(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workdir, "PAUSES", (0.0, 0.0))
+    away, put = 0, memory.put_file
+
+    def unsteady(source: str, target: str) -> None:
+        nonlocal away
+        away -= 1
+        if away >= 0:
+            raise OSError("no route")
+        put(source, target)
+
+    monkeypatch.setattr(memory, "put_file", unsteady)
+    with opened_workdir("memory://bucket/run") as place:
+        (place.local / "log.1.txt").write_text("one")
+        away = 2
+        assert place.upload() is None
+        (place.local / "log.1.txt").write_text("two, two")
+        away = 3
+        assert place.upload() == "OSError: no route"
+    assert memory.cat("/bucket/run/log.1.txt") == b"two, two"
+    folder = Path()
+
+    def end(error: Exception | None) -> None:
+        nonlocal away, folder
+        away = 0
+        with opened_workdir("memory://bucket/run") as place:
+            folder = place.local
+            assert (place.local / "log.1.txt").read_text() == "two, two"
+            (place.local / "log.1.txt").write_text("three")
+            away = 100
+            if error is not None:
+                raise error
+
+    with pytest.raises(Interrupted, match=r"stay in .*: OSError: no route"):
+        end(None)
+    assert (folder / "log.1.txt").read_text() == "three"
+    with pytest.raises(InputError) as failed:
+        end(InputError("what was wrong"))
+    assert "stay in" in failed.value.__notes__[0]
+
+    def unreachable(*_: str) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(memory, "get_file", unreachable)
+    with pytest.raises(Interrupted, match="cannot be fetched: OSError: no route"):
+        end(None)
+    assert memory.cat("/bucket/run/log.1.txt") == b"two, two"
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/run", "http://host/run", "hdfs://x"])
