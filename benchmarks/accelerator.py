@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from workload import noise, recipe
 
 from proteus_jax import flops
 from proteus_jax.losses import LossWeights
@@ -30,8 +30,7 @@ from proteus_jax.models.attention import attention
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS, ViTSpec
-from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import init_state, make_train_step, random_masks, student_losses
+from proteus_jax.step import random_masks, student_losses
 
 GIANT = dataclasses.replace(SPECS["vit_giant2"], feed_forward="swiglu")
 # By the student's letter: names of teacher and student, and the teacher's sizes.
@@ -85,42 +84,17 @@ class Bench:
         self.student = StudentFunction(
             dataclasses.replace(student, grid=grid), teacher.width, dtype
         )
-        shapes = self.teacher.shapes
         self.params = jax.jit(
             lambda: jax.tree.map(
                 lambda array: array.astype(dtype), self.teacher.init(jax.random.key(1))
             )
         )()
-        assert jax.tree.structure(shapes) == jax.tree.structure(self.params)
-        self.students = {"student": self.student}
-        self.schedule = warmup_cosine(1e-3, 5, 1000)
-        self.optimizer = adamw(self.schedule)
-
-    def images(self, batch: int) -> jax.Array:
-        """Noise."""
-        rng = np.random.default_rng(0)
-        shape = (batch, self.image, self.image, 3)
-        return jax.device_put(rng.integers(0, 256, shape, dtype=np.uint8))
 
     def train(self, batch: int) -> Callable[[], Any]:
         """The step that main.py trains with."""
-        step = jax.jit(
-            make_train_step(
-                teacher=self.teacher,
-                students=self.students,
-                optimizer=self.optimizer,
-                schedule=self.schedule,
-                normalisation=IMAGENET,
-                weights=LossWeights(),
-                mask_ratio=0.5,
-                ema_decay=0.0,
-                seed=0,
-                erasing=0.25,
-            ),
-            donate_argnums=0,
-        )
-        images = self.images(batch)
-        state = jax.jit(lambda: init_state(self.students, self.optimizer, ema=False, seed=0))()
+        init, step = recipe(self.teacher, {"student": self.student}, erasing=0.25)
+        step = jax.jit(step, donate_argnums=0)
+        state, images = jax.jit(init)(), noise(batch, self.image)
 
         def call() -> Any:
             nonlocal state
@@ -132,14 +106,14 @@ class Bench:
     def teach(self, batch: int) -> Callable[[], Any]:
         """The teacher's forward pass alone."""
         forward = jax.jit(lambda params, images: self.teacher(params, IMAGENET(images)))
-        images = self.images(batch)
+        images = noise(batch, self.image)
         return lambda: forward(self.params, images)
 
     def gradients(self, batch: int, *, whole: bool) -> Callable[[], Any]:
         """The student's losses and gradients, the masked pass over half of the batch or, as the
         reference has it, over the whole.
         """
-        pixels = IMAGENET(self.images(batch))
+        pixels = IMAGENET(noise(batch, self.image))
         patches = (self.image // self.student.spec.patch_size) ** 2
         mask = random_masks(jax.random.key(0), batch // 2, patches, 0.5)
         rows = slice(None, None, 2)

@@ -20,14 +20,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from workload import recipe
 
 from proteus_jax import sharding
-from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS
-from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import init_state, make_train_step
 
 TINY = {"width": 8, "heads": 1, "grid": 2}
 BATCH, SIDE = 2, 28
@@ -40,21 +37,9 @@ def main() -> None:
     args = parser.parse_args()
     teacher = BackboneFunction(dataclasses.replace(SPECS["vit_small"], **TINY))
     students = {"s": StudentFunction(dataclasses.replace(SPECS["vit_tiny"], **TINY), 8)}
-    schedule = warmup_cosine(1e-3, 5, 1000)
-    optimizer = adamw(schedule)
-    step = make_train_step(
-        teacher=teacher,
-        students=students,
-        optimizer=optimizer,
-        schedule=schedule,
-        normalisation=IMAGENET,
-        weights=LossWeights(),
-        mask_ratio=0.5,
-        ema_decay=0.0,
-        seed=0,
-    )
+    init, step = recipe(teacher, students)
     mesh = sharding.make_mesh()
-    state = sharding.place_tree(init_state(students, optimizer, ema=False, seed=0), mesh)
+    state = sharding.place_tree(init(), mesh)
     params = sharding.place_tree(teacher.init(jax.random.key(1)), mesh)
     places = (sharding.shardings(state, mesh), sharding.replicated(mesh))
     compiled = jax.jit(step, donate_argnums=0, out_shardings=places)

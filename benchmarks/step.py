@@ -19,41 +19,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
 import torch_step
+from workload import noise, recipe
 
-from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS
-from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import init_state, make_train_step
 
 
 def our_step(teacher: str, student: str, batch: int, image: int) -> Callable[[], float]:
     """The step that main.py trains with."""
     taught = BackboneFunction(SPECS[teacher])
     students = {student: StudentFunction(SPECS[student], SPECS[teacher].width)}
-    schedule = warmup_cosine(1e-3, 5, 1000)
-    optimizer = adamw(schedule)
-    step = jax.jit(
-        make_train_step(
-            teacher=taught,
-            students=students,
-            optimizer=optimizer,
-            schedule=schedule,
-            normalisation=IMAGENET,
-            weights=LossWeights(),
-            mask_ratio=0.5,
-            ema_decay=0.0,
-            seed=0,
-        ),
-        donate_argnums=0,
-    )
+    init, step = recipe(taught, students)
+    step = jax.jit(step, donate_argnums=0)
     params = jax.jit(taught.init)(jax.random.key(1))
-    state = jax.jit(lambda: init_state(students, optimizer, ema=False, seed=0))()
-    rng = np.random.default_rng(0)
-    images = jax.device_put(rng.integers(0, 256, (batch, image, image, 3), dtype=np.uint8))
+    state, images = jax.jit(init)(), noise(batch, image)
 
     def train() -> float:
         nonlocal state
