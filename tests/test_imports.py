@@ -38,7 +38,7 @@ DOORS = {
     "orbax": ("checkpoint",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
-    "PIL": ("data.images", "data.doctor", "evaluation.picture"),
+    "PIL": ("data.images", "data.doctor", "data.views", "evaluation.picture"),
     "cv2": ("data.",),
     "simplejpeg": ("data.images",),
     "pyarrow": ("data.files", "data.shards"),

@@ -124,6 +124,10 @@ class TfdsSource:
         except Exception as error:
             raise images.Unreadable(str(error)) from None
 
+    def class_names(self) -> list[str]:
+        """By number; none where the builder does not know them."""
+        return list(getattr(self._builder.info.features[self._label], "names", None) or ())
+
     def labels(self) -> np.ndarray | None:
         """The feature `label`; read once from every example, and kept in the cache."""
         if self._label is None:

@@ -1,0 +1,124 @@
+"""Images with classes: one folder a class, or a split of tensorflow-datasets."""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from proteus_jax.data import files
+from proteus_jax.data.catalog import open_source
+from proteus_jax.data.folder import FileSource
+from proteus_jax.data.order import chosen
+from proteus_jax.data.records import PREFIX, TfdsSource
+from proteus_jax.data.sources import Part, Source
+from proteus_jax.errors import InputError
+
+TRAIN, TEST = "train", ("test", "val", "validation")
+# Of a folder that is not split, one image in so many is tested on.
+TESTED = 5
+
+
+class Labelled(NamedTuple):
+    """A source, the class of each image [N] as a number, and the classes' names."""
+
+    source: Source
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def part(self, indices: np.ndarray) -> "Labelled":
+        """Some of the images."""
+        return Labelled(Part(self.source, indices), self.labels[indices], self.classes)
+
+
+class Pair(NamedTuple):
+    """What is learnt from and what is tested on, with the same classes; `told` says how they were
+    told apart.
+    """
+
+    train: Labelled
+    test: Labelled
+    told: str
+
+
+def open_labelled(root: str) -> Labelled:
+    """A place of images whose classes are known; a folder's are the names right inside it.
+
+    InputError where there is none, or where there are not two classes.
+    """
+    source, _ = open_source(root)
+    if isinstance(source, FileSource):
+        parts = [PurePosixPath(source.name(index)).parts for index in range(len(source))]
+        loose = [part[0] for part in parts if len(part) == 1]
+        if loose:
+            raise InputError(
+                f"{root}: expected one folder a class, found images outside of them, as {loose[0]}"
+            )
+        names: Sequence[str] = [part[0] for part in parts]
+    else:
+        found = source.labels()
+        if found is None:
+            raise InputError(f"{root}: expected images with classes, found none")
+        known = source.class_names() if isinstance(source, TfdsSource) else ()
+        names = [known[label] if known else str(label) for label in found.tolist()]
+    classes, labels = np.unique(names, return_inverse=True)
+    if len(classes) < 2:
+        raise InputError(f"{root}: expected two classes or more, found only {classes[0]}")
+    return Labelled(source, labels.astype(np.int64), tuple(classes.tolist()))
+
+
+def open_pair(root: str) -> Pair:
+    """A folder with train/ and test/ (or val/), each with one folder a class; tfds:NAME with such
+    splits; or a folder of classes, of whose images every fifth is tested on.
+
+    InputError where that is not so, or where the classes of both differ.
+    """
+    if root.lower().startswith(PREFIX):
+        names = [f"{root}:{split}" for split in (TRAIN, *TEST)]
+        return _matched(open_labelled(names[0]), *_first(root, names[1:]))
+    if files.is_remote(root) or not (files.local(root) / TRAIN).is_dir():
+        return _parted(open_labelled(root))
+    tests = [name for name in TEST if (files.local(root) / name).is_dir()]
+    if not tests:
+        raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
+    return _matched(
+        open_labelled(f"{root}/{TRAIN}"), open_labelled(f"{root}/{tests[0]}"), f"{tests[0]}/"
+    )
+
+
+def _first(root: str, names: Sequence[str]) -> tuple[Labelled, str]:
+    reasons = []
+    for name in names:
+        try:
+            return open_labelled(name), name
+        except InputError as error:
+            reasons += error.problems
+    raise InputError([f"{root}: no split to test on", *reasons])
+
+
+def _matched(train: Labelled, test: Labelled, told: str) -> Pair:
+    """The test set's labels as numbers of the training set's classes."""
+    number = {name: label for label, name in enumerate(train.classes)}
+    strange = [name for name in test.classes if name not in number]
+    if strange:
+        raise InputError(
+            f"{len(strange)} classes to test on are none to learn from, as {strange[0]}; there are "
+            f"{len(train.classes)}, as {train.classes[0]}"
+        )
+    own = np.array([number[name] for name in test.classes])
+    return Pair(train, Labelled(test.source, own[test.labels], train.classes), told)
+
+
+def _parted(whole: Labelled) -> Pair:
+    """Every fifth image of each class, at least one, is tested on."""
+    out = np.zeros(len(whole.labels), bool)
+    for label, name in enumerate(whole.classes):
+        members = np.flatnonzero(whole.labels == label)
+        if len(members) < 2:
+            raise InputError(
+                f"{name}: expected two images or more of a class, one to learn from and one to "
+                f"test on, found {len(members)}"
+            )
+        out[members[chosen(0, len(members), max(len(members) // TESTED, 1), part=label)]] = True
+    train, test = (whole.part(np.flatnonzero(side)) for side in (~out, out))
+    return Pair(train, test, f"one image in {TESTED} of each class")

@@ -1,0 +1,91 @@
+"""Images as evaluation sees them: each once, in their order, cut the same way every time."""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from proteus_jax.data import images
+from proteus_jax.data.pipeline import in_parallel
+from proteus_jax.data.sources import Source
+
+# Slots of an incomplete batch, and images that cannot be read.
+NOTHING = -1
+
+
+class CentreCrop(NamedTuple):
+    """The shorter side resized to `resize` pixels (Pillow's antialiased bicubic), then the centre
+    square of `crop`.
+
+    Source: torchvision's Resize and CenterCrop, which DINOv2 and Proteus evaluate with.
+    """
+
+    resize: int
+    crop: int
+
+    def __call__(self, picture: images.Picture) -> np.ndarray:
+        """Uint8 [crop, crop, 3]; images.Unreadable where a file turns out to be broken."""
+        height, width = picture.height, picture.width
+        pixels = picture.pixels()[:height, :width]
+        shorter = min(height, width)
+        if shorter != self.resize:
+            # In whole numbers, as torchvision rounds down.
+            sides = [self.resize * side // shorter for side in (height, width)]
+            image = Image.fromarray(pixels)
+            pixels = np.asarray(image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC))
+        top, left = (round((side - self.crop) / 2) for side in pixels.shape[:2])
+        return pixels[top : top + self.crop, left : left + self.crop]
+
+
+class Batch(NamedTuple):
+    """Images uint8 [b, crop, crop, 3], and the number of each in its source, or NOTHING."""
+
+    images: np.ndarray
+    numbers: np.ndarray
+
+
+class _Shares(NamedTuple):
+    """Makes this host's share of one batch after the other."""
+
+    source: Source
+    view: CentreCrop
+    chosen: Sequence[int] | np.ndarray
+    batch: int
+    host: int
+    hosts: int
+
+    def __call__(self, number: int) -> Batch:
+        share = self.batch // self.hosts
+        first = number * self.batch + self.host * share
+        side = self.view.crop
+        made = Batch(np.zeros((share, side, side, 3), np.uint8), np.full(share, NOTHING, np.int32))
+        for slot, image in enumerate(self.chosen[first : first + share]):
+            try:
+                made.images[slot] = self.view(images.opened(self.source.read(int(image))))
+                made.numbers[slot] = image
+            except images.Unreadable:
+                continue
+        return made
+
+
+def evaluation_batches(
+    source: Source,
+    view: CentreCrop,
+    *,
+    batch: int,
+    chosen: Sequence[int] | np.ndarray | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+) -> Generator[Batch]:
+    """This host's share of each batch; every image, or every chosen one, is in one of them. All
+    batches are of one size: what is missing from the last one is zeros, its number NOTHING, as that
+    of an image that cannot be read. To be closed.
+    """
+    picked = range(len(source)) if chosen is None else np.asarray(chosen)
+    make: Callable[[int], Batch] = _Shares(source, view, picked, batch, host, hosts)
+    for made in in_parallel(make, -(-len(picked) // batch), workers, threads):
+        # Copied: pieces from workers lie in memory that is theirs.
+        yield Batch(*(part.copy() for part in made)) if workers else made

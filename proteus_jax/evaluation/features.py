@@ -1,0 +1,147 @@
+"""A frozen model over a set of images, once: on every device, each image exactly once."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from proteus_jax import sharding
+from proteus_jax.data.sources import Source
+from proteus_jax.data.views import CentreCrop, evaluation_batches
+from proteus_jax.errors import InputError
+from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.normalisation import Normalisation
+from proteus_jax.pretrained import Model
+
+# (backbone, parameters, normalised images [b, h, w, 3]) -> arrays whose first axis is the batch's.
+Function = Callable[[BackboneFunction, Params, jax.Array], Any]
+# What `compiled_pass` makes.
+Compiled = Callable[[Params, jax.Array, jax.Array], tuple[Any, jax.Array]]
+
+
+class Reading(NamedTuple):
+    """How images are read: how many at a time over all devices, by whom on this host."""
+
+    batch: int
+    workers: int = 0
+    threads: int = 2
+
+
+class Table(NamedTuple):
+    """What a pass found: arrays [n, ...] on the host, the number of each row's image, and how many
+    images had to be left out.
+    """
+
+    values: Any
+    numbers: np.ndarray
+    unreadable: int
+
+
+class Frozen:
+    """A model whose weights lie on the devices and do not change."""
+
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        dtype: DTypeLike = jnp.float32,
+        normalisation: Normalisation | None = None,
+    ):
+        self.spec, self.mesh = model.spec, mesh
+        self.backbone = BackboneFunction(model.spec, dtype)
+        self.normalisation = normalisation or model.card.normalisation
+        kept = jax.tree.map(lambda array: np.asarray(array).astype(dtype), model.params)
+        self.params = sharding.place_tree(kept, mesh)
+
+        self._compiled: dict[Function, Compiled] = {}
+
+    def table(
+        self,
+        function: Function,
+        source: Source,
+        view: CentreCrop,
+        reading: Reading,
+        *,
+        chosen: Sequence[int] | np.ndarray | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Table:
+        """`function` of all images of a source, or of the chosen ones, in their order; compiled
+        once. See feature_pass.
+        """
+        if function not in self._compiled:
+            self._compiled[function] = compiled_pass(
+                lambda params, images: function(self.backbone, params, self.normalisation(images)),
+                self.mesh,
+            )
+        compiled = self._compiled[function]
+        return feature_pass(
+            compiled, self.params, source, view, reading, self.mesh, chosen, progress
+        )
+
+
+def compiled_pass(function: Callable[[Params, jax.Array], Any], mesh: Mesh) -> Compiled:
+    """A function of (parameters, images uint8 [b, h, w, 3]) for `feature_pass`."""
+    return jax.jit(
+        lambda params, images, numbers: (function(params, images), numbers),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def feature_pass(
+    compiled: Compiled,
+    params: Params,
+    source: Source,
+    view: CentreCrop,
+    reading: Reading,
+    mesh: Mesh,
+    chosen: Sequence[int] | np.ndarray | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Table:
+    """What a `compiled_pass` says of every image of a source, or of the chosen ones, whole on every
+    host.
+
+    InputError where none of the images can be read.
+    """
+    total = len(source) if chosen is None else len(chosen)
+    # A batch has a share for every device.
+    batch = -(-min(reading.batch, total) // mesh.size) * mesh.size
+    batches = evaluation_batches(
+        source,
+        view,
+        batch=batch,
+        chosen=chosen,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=reading.workers,
+        threads=reading.threads,
+    )
+    parts, pending = [], None
+    with contextlib.closing(batches):
+        for number, made in enumerate(batches):
+            found = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
+            if pending is not None:
+                # Fetched while the device is busy with the next batch.
+                parts.append(_readable(*jax.device_get(pending)))
+            pending = found
+            progress(f"{min((number + 1) * batch, total)} of {total} images")
+    parts.append(_readable(*jax.device_get(pending)))
+    values = jax.tree.map(lambda *rows: np.concatenate(rows), *[part for part, _ in parts])
+    numbers = np.concatenate([part for _, part in parts])
+    if not len(numbers):
+        raise InputError(f"none of the {total} images can be read, as {source.name(0)}")
+    return Table(values, numbers, total - len(numbers))
+
+
+def _readable(values: Any, numbers: np.ndarray) -> tuple[Any, np.ndarray]:
+    kept = numbers >= 0
+    return jax.tree.map(lambda rows: rows[kept], values), numbers[kept]
+
+
+def class_token(backbone: BackboneFunction, params: Params, images: jax.Array) -> jax.Array:
+    """The class token after the final LayerNorm, float32 [b, d]."""
+    return backbone(params, images).cls.astype(jnp.float32)

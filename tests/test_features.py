@@ -1,0 +1,149 @@
+"""Evaluation's data and its one pass over them."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import photograph
+from PIL import Image
+
+from proteus_jax import sharding
+from proteus_jax.data.labelled import open_labelled, open_pair
+from proteus_jax.data.sources import MemorySource
+from proteus_jax.data.views import NOTHING, CentreCrop, evaluation_batches
+from proteus_jax.errors import InputError
+from proteus_jax.evaluation.features import Frozen, Reading, class_token
+from proteus_jax.pretrained import Model, load_model
+
+VIEW = CentreCrop(32, 28)
+CLASSES = ("apple", "pear", "été & <b>")
+
+
+def write_classes(
+    folder: Path, rng: np.random.Generator, each: int, classes: tuple[str, ...] = CLASSES
+) -> Path:
+    """Images of one colour a class, with noise."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        colour = np.eye(3)[label % 3] * 200
+        for number in range(each):
+            pixels = rng.normal(colour, 60, (30, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, fourteen images each to train on, five to test on."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(4)
+    write_classes(folder / "train", rng, 14)
+    write_classes(folder / "test", rng, 5)
+    return folder
+
+
+def test_the_view_is_torchvisions(rng: np.random.Generator) -> None:
+    """Resize(32), CenterCrop(28) written out."""
+    for height, width in ((60, 80), (81, 50), (32, 47), (20, 20)):
+        pixels = photograph(rng, height, width)
+        short = min(height, width)
+        size = (int(32 * width / short), int(32 * height / short))
+        resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        top = round((resized.shape[0] - 28) / 2.0)
+        left = round((resized.shape[1] - 28) / 2.0)
+        (made,) = evaluation_batches(MemorySource([pixels], ["x"]), VIEW, batch=1)
+        np.testing.assert_array_equal(made.images[0], resized[top : top + 28, left : left + 28])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_every_readable_image_once(
+    tmp_path: Path, rng: np.random.Generator, workers: int
+) -> None:
+    for number in range(5):
+        Image.fromarray(photograph(rng)).save(tmp_path / f"{number}.png")
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[:100])
+    from proteus_jax.data.catalog import open_source
+
+    source, _ = open_source(str(tmp_path))
+    found = [
+        batch.numbers.tolist()
+        for host in range(2)
+        for batch in evaluation_batches(source, VIEW, batch=4, host=host, hosts=2, workers=workers)
+    ]
+    assert found == [[0, 1], [4, NOTHING], [2, NOTHING], [NOTHING, NOTHING]]
+
+
+def test_a_pass_equals_the_model_image_by_image(
+    tiny_teacher: Path, rng: np.random.Generator
+) -> None:
+    model = Model(*load_model(tiny_teacher))
+    pictures = [photograph(rng, 32, 32) for _ in range(11)]
+    source = MemorySource(pictures, [str(number) for number in range(11)])
+    frozen = Frozen(model, sharding.make_mesh(2))
+    for batch in (8, 64):
+        table = frozen.table(class_token, source, VIEW, Reading(batch))
+        assert table.numbers.tolist() == list(range(11))
+        assert table.unreadable == 0
+        views = np.stack([picture[2:30, 2:30] for picture in pictures])
+        np.testing.assert_allclose(table.values, model(views).cls, atol=2e-5)
+    some = frozen.table(class_token, source, VIEW, Reading(8), chosen=[7, 2])
+    np.testing.assert_array_equal(some.values, table.values[[7, 2]])
+
+
+def test_a_bank_of_any_dtype_and_place(tiny_teacher: Path) -> None:
+    model = Model(*load_model(tiny_teacher))
+    frozen = Frozen(model, sharding.make_mesh(), jnp.bfloat16)
+    assert {array.dtype for array in jax.tree.leaves(frozen.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_pairs_of_folders(labelled_folder: Path) -> None:
+    pair = open_pair(str(labelled_folder))
+    assert pair.train.classes == pair.test.classes == CLASSES
+    assert np.bincount(pair.train.labels).tolist() == [14, 14, 14]
+    assert np.bincount(pair.test.labels).tolist() == [5, 5, 5]
+    assert pair.told == "test/"
+    whole = open_pair(str(labelled_folder / "train"))
+    assert np.bincount(whole.test.labels).tolist() == [2, 2, 2]
+    assert np.bincount(whole.train.labels).tolist() == [12, 12, 12]
+    names = {whole.train.source.name(n) for n in range(36)}
+    assert names.isdisjoint(whole.test.source.name(n) for n in range(6))
+
+
+def test_labels_follow_names_not_places(tmp_path: Path, rng: np.random.Generator) -> None:
+    """A test set that lacks a class must not shift the others."""
+    write_classes(tmp_path / "train", rng, 2, ("a", "b", "c"))
+    write_classes(tmp_path / "val", rng, 1, ("b", "c"))
+    pair = open_pair(str(tmp_path))
+    assert pair.test.labels.tolist() == [1, 2]
+
+
+def test_what_has_no_classes_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    write_classes(tmp_path / "one", rng, 2, ("a",))
+    write_classes(tmp_path / "two" / "train", rng, 2, ("a", "b"))
+    write_classes(tmp_path / "other" / "train", rng, 2, ("a", "b"))
+    write_classes(tmp_path / "other" / "test", rng, 2, ("a", "z"))
+    write_classes(tmp_path / "single", rng, 1, ("a", "b"))
+    write_classes(tmp_path / "loose", rng, 1, ("a", "b"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "loose" / "x.png")
+    for name, words in (
+        ("one", "expected two classes or more, found only a"),
+        ("two", "has train/, but neither of test, val, validation"),
+        ("other", "1 classes to test on are none to learn from, as z"),
+        ("single", "a: expected two images or more of a class"),
+        ("loose", "found images outside of them, as x.png"),
+        ("nowhere", "no such folder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            open_pair(str(tmp_path / name))
+    with pytest.raises(InputError, match="expected images with classes"):
+        open_labelled(write_tar(tmp_path))
+
+
+def write_tar(folder: Path) -> str:
+    import tarfile
+
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        tar.add(folder / "one" / "a" / "0.png", "0.png")
+    return str(folder / "x.tar")

@@ -1,0 +1,103 @@
+"""Neighbours, ridge and similarity against scikit-learn and numpy."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import NearestNeighbors
+
+from proteus_jax import sharding
+from proteus_jax.evaluation import knn, ridge
+from proteus_jax.evaluation.similarity import effective_rank, linear_cka, spectrum
+
+
+def clusters(
+    rng: np.random.Generator, count: int, width: int = 12, classes: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
+    labels = rng.integers(0, classes, count)
+    labels[:classes] = np.arange(classes)
+    centres = np.random.default_rng(9).normal(size=(classes, width))
+    return (centres[labels] + rng.normal(size=(count, width))).astype(np.float32), labels
+
+
+def voted(train, labels, test, k: int, temperature: float) -> np.ndarray:
+    """DINOv2's vote by scikit-learn's search."""
+    search = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(train)
+    distance, index = search.kneighbors(test)
+    weights = np.exp((1 - distance) / temperature)
+    votes = np.stack([(weights * (labels[index] == c)).sum(axis=1) for c in range(4)], axis=1)
+    return votes.argmax(axis=1)
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_neighbours_are_scikit_learns(
+    rng: np.random.Generator, fsdp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces: several chunks on each of eight devices, several rounds of queries."""
+    monkeypatch.setattr(knn, "BANK_ROWS", 7)
+    monkeypatch.setattr(knn, "QUERIES", 16)
+    train, labels = clusters(rng, 205)
+    test, _ = clusters(rng, 41)
+    found = knn.predictions(
+        train,
+        labels,
+        test,
+        neighbours=(10, 1, 20, 205, 206),
+        temperature=0.07,
+        mesh=sharding.make_mesh(fsdp),
+    )
+    assert sorted(found) == [1, 10, 20, 205]
+    for k, predicted in found.items():
+        np.testing.assert_array_equal(predicted, voted(train, labels, test, k, 0.07))
+
+
+def test_more_neighbours_than_images(rng: np.random.Generator) -> None:
+    train, labels = clusters(rng, 5)
+    mesh = sharding.make_mesh()
+    assert knn.predictions(train, labels, train, neighbours=(6,), temperature=1, mesh=mesh) == {}
+    found = knn.top1(train, labels, train, labels, neighbours=(1, 6), temperature=0.07, mesh=mesh)
+    assert found == {1: 100.0}
+
+
+def test_ridge_is_scikit_learns_and_leaves_each_image_out_once(rng: np.random.Generator) -> None:
+    features, labels = clusters(rng, 60)
+    probe = ridge.fit(features, labels)
+    standard = (features.astype(np.float64) - probe.mean) / probe.deviation
+    target = np.eye(4)[labels]
+    scale = np.linalg.eigvalsh(standard.T @ standard).mean()
+    right = {}
+    for regulariser in ridge.REGULARISERS:
+        alpha = regulariser * scale
+        count = 0
+        for out in range(60):
+            kept = np.arange(60) != out
+            # The mean of all images is the bias, as it is for the whole.
+            model = Ridge(alpha=alpha, fit_intercept=False)
+            shifted = np.concatenate([standard, np.full((60, 1), 1.0)], axis=1)
+            # An unpenalised bias: a column so large that its penalty is nothing.
+            shifted[:, -1] *= 1e6
+            model.fit(shifted[kept], target[kept])
+            count += int(model.predict(shifted[out : out + 1]).argmax() == labels[out])
+        right[regulariser] = count
+    best = max(ridge.REGULARISERS[::-1], key=lambda regulariser: right[regulariser])
+    assert probe.regulariser == pytest.approx(best)
+    whole = Ridge(alpha=best * scale).fit(standard, target)
+    np.testing.assert_allclose(probe.weights, whole.coef_.T, atol=1e-8)
+    test, _ = clusters(rng, 50)
+    expected = whole.predict((test - probe.mean) / probe.deviation).argmax(axis=1)
+    np.testing.assert_array_equal(probe(test), expected)
+
+
+def test_alignment_and_rank(rng: np.random.Generator) -> None:
+    x, y = rng.normal(size=(300, 6)), rng.normal(size=(300, 9))
+    rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1.0)
+    assert linear_cka(x, y) < 0.1
+    assert linear_cka(np.ones((5, 2)), x[:5]) == 0.0
+    # By the definition on Gram matrices.
+    centring = np.eye(300) - 1 / 300
+    k, n = (centring @ (each @ each.T) @ centring for each in (x, y))
+    hsic = np.sum(k * n) / np.sqrt(np.sum(k * k) * np.sum(n * n))
+    assert linear_cka(x, y) == pytest.approx(hsic)
+    assert effective_rank(np.outer(np.arange(9.0), np.ones(4))) == pytest.approx(1.0)
+    assert effective_rank(np.concatenate([np.eye(5), -np.eye(5)])) == pytest.approx(5.0)
+    assert spectrum(x).sum() == pytest.approx(1.0)
