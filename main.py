@@ -1,4 +1,4 @@
-"""Distil a teacher into a student.
+"""Distil a teacher into a student, or say what a model is worth.
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE]
     python main.py --config=configs/quickstart.py --workdir=runs/mine --doctor [--config....]
@@ -11,6 +11,11 @@ The third says what a run will need and cost: parameters, FLOPs, memory a device
 run, and no data, weights or workdir are needed. --topology names machines that are not here (TPUs
 v4, v5e, v5p, v6e; GPUs a100, h100, h200, l4, as h100:8 or 4x8 for 4 hosts), --mfu the share of
 their peak that is assumed, --price that of a device-hour.
+
+    python main.py --config=configs/eval/knn.py --config.model=MODEL --config.data.root=DIR \
+        --workdir=runs/knn
+
+evaluates a model (docs/evaluation.md) and writes WORKDIR/results.json.
 
 --profile writes a trace of a few steps to WORKDIR/profile, for TensorBoard or Perfetto.
 
@@ -105,12 +110,13 @@ def distil(arguments: list[str], console: Console) -> int:
     if not read.paths.get("--config"):
         raise InputError(read.problems)
     from proteus_jax import checkup, cluster, config, experiment, train
+    from proteus_jax.evaluation import run as evaluation
     from proteus_jax.workdir import is_remote, opened_workdir
 
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides)
     workdir = read.paths.get("--workdir") or "."
-    if "--doctor" in read.flags:
+    if "--doctor" in read.flags and "protocol" not in configuration:
         output = read.paths.get("--output") or f"{workdir}/{checkup.MANIFEST}"
         if is_remote(output):
             problems.append(f"--doctor writes to this machine: expected a path, found {output}")
@@ -118,6 +124,9 @@ def distil(arguments: list[str], console: Console) -> int:
         checkup.checkup(configuration, output, [*read.problems, *problems], console)
         return 0
     known = [*read.problems, *problems]
+    evaluates = "protocol" in configuration
+    if evaluates and read.flags:
+        raise InputError([*known, f"{sorted(read.flags)[0]}: only for a run that trains"])
     if "--plan" in read.flags:
         _plan(configuration, read.planning, known, console)
         return 0
@@ -126,6 +135,10 @@ def distil(arguments: list[str], console: Console) -> int:
     with cluster.joined(
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ):
+        if evaluates:
+            found = evaluation.open_inputs(configuration, workdir, known)
+            with opened_workdir(workdir) as folder:
+                return evaluation.run(configuration, found, folder, console)
         inputs = experiment.open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder:

@@ -25,6 +25,7 @@ from proteus_jax.pretrained import ModelCard, save_model
 
 ROOT = Path(__file__).parent.parent
 TINY = ViTSpec(width=32, depth=2, heads=2, grid=4)
+CLASSES = ("apple", "pear", "été & <b>")
 
 
 def photograph(rng: np.random.Generator, height: int = 60, width: int = 80) -> np.ndarray:
@@ -59,3 +60,25 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = BackboneFunction(TINY).init(jax.random.key(1))
     save_model(directory, params, ModelCard(spec=TINY, licence="none"))
     return directory
+
+
+def write_classes(
+    folder: Path, rng: np.random.Generator, each: int, classes: tuple[str, ...] = CLASSES
+) -> Path:
+    """Images of one colour a class, with noise."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        colour = np.eye(3)[label % 3] * 200
+        for number in range(each):
+            pixels = rng.normal(colour, 60, (30, 40, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, fourteen images each to train on, five to test on."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(4)
+    write_classes(folder / "train", rng, 14)
+    write_classes(folder / "test", rng, 5)
+    return folder

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import photograph
+from conftest import CLASSES, photograph, write_classes
 from PIL import Image
 
 from proteus_jax import sharding
@@ -18,29 +18,6 @@ from proteus_jax.evaluation.features import Frozen, Reading, class_token
 from proteus_jax.pretrained import Model, load_model
 
 VIEW = CentreCrop(32, 28)
-CLASSES = ("apple", "pear", "été & <b>")
-
-
-def write_classes(
-    folder: Path, rng: np.random.Generator, each: int, classes: tuple[str, ...] = CLASSES
-) -> Path:
-    """Images of one colour a class, with noise."""
-    for label, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        colour = np.eye(3)[label % 3] * 200
-        for number in range(each):
-            pixels = rng.normal(colour, 60, (30, 40, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, fourteen images each to train on, five to test on."""
-    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(4)
-    write_classes(folder / "train", rng, 14)
-    write_classes(folder / "test", rng, 5)
-    return folder
 
 
 def test_the_view_is_torchvisions(rng: np.random.Generator) -> None:

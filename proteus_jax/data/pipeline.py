@@ -37,12 +37,13 @@ CHUNK = 64
 
 
 class Batch(NamedTuple):
-    """Images uint8 [b, size, size, 3], and the source's index of an image that could not be read,
-    or -1, for each.
+    """Images uint8 [b, size, size, 3], for each the source's index of an image that could not be
+    read, or -1, and the index of the image that is there.
     """
 
     images: np.ndarray
     unreadable: np.ndarray
+    numbers: np.ndarray
 
 
 class _Chunks(NamedTuple):
@@ -64,28 +65,31 @@ class _Chunks(NamedTuple):
         step, piece = divmod(position, len(self.edges) - 1)
         low, high = self.edges[piece : piece + 2]
         size = self.recipe.size
-        made = Batch(np.empty((high - low, size, size, 3), np.uint8), np.full(high - low, -1))
+        count = high - low
+        made = Batch(
+            np.empty((count, size, size, 3), np.uint8), np.full(count, -1), np.full(count, -1)
+        )
         # The same image several times in a row is read and decoded once.
         opened = functools.lru_cache(maxsize=1)(
             lambda index: images.opened(self.source.read(index), reused=self.order.repeats > 1)
         )
         randomness = ViewRandomness(self.order.seed)
         base = (self.start + step) * self.batch + self.first + low
-        for place in range(high - low):
+        for place in range(count):
             draw = base + place
-            made.images[place], made.unreadable[place] = self._view(
+            made.images[place], made.unreadable[place], made.numbers[place] = self._view(
                 self.order(draw).image, randomness.at(draw), opened
             )
         return made
 
     def _view(
         self, index: int, rng: np.random.Generator, opened: Callable[[int], images.Picture]
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[np.ndarray, int, int]:
         """One slot; an unreadable image is replaced by another that the same slot chooses."""
         unreadable = -1
         for _ in range(MAXIMUM_REPLACEMENTS):
             try:
-                return self.recipe(opened(index), rng), unreadable
+                return self.recipe(opened(index), rng), unreadable, index
             except images.Unreadable:
                 unreadable = index
                 index = int(rng.integers(len(self.source)))

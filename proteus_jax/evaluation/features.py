@@ -21,7 +21,7 @@ from proteus_jax.pretrained import Model
 # (backbone, parameters, normalised images [b, h, w, 3]) -> arrays whose first axis is the batch's.
 Function = Callable[[BackboneFunction, Params, jax.Array], Any]
 # What `compiled_pass` makes.
-Compiled = Callable[[Params, jax.Array, jax.Array], tuple[Any, jax.Array]]
+Compiled = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
 class Reading(NamedTuple):
@@ -84,7 +84,7 @@ class Frozen:
         )
 
 
-def compiled_pass(function: Callable[[Params, jax.Array], Any], mesh: Mesh) -> Compiled:
+def compiled_pass(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Compiled:
     """A function of (parameters, images uint8 [b, h, w, 3]) for `feature_pass`."""
     return jax.jit(
         lambda params, images, numbers: (function(params, images), numbers),
@@ -94,7 +94,7 @@ def compiled_pass(function: Callable[[Params, jax.Array], Any], mesh: Mesh) -> C
 
 def feature_pass(
     compiled: Compiled,
-    params: Params,
+    params: Any,
     source: Source,
     view: CentreCrop,
     reading: Reading,

@@ -1,0 +1,92 @@
+"""What 52 linear heads cost: an epoch of the probe against a plain feature pass over its images.
+
+    python benchmarks/probe.py [--model vit_small] [--images 256] [--batch 64] [--classes 1000]
+                               [--rounds 5]
+
+In turn within one run, with random weights on drawn pictures. The last line is `ratio: <number>`:
+the time of the probe's epoch over that of the pass.
+"""
+
+import argparse
+import functools
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from configs.eval import linear as configuration
+from proteus_jax import sharding
+from proteus_jax.data.labelled import Labelled
+from proteus_jax.data.sources import MemorySource
+from proteus_jax.data.views import CentreCrop
+from proteus_jax.evaluation import linear
+from proteus_jax.evaluation.context import Context
+from proteus_jax.evaluation.features import Frozen, Reading, class_token
+from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.specs import SPECS
+from proteus_jax.pretrained import Model, ModelCard
+
+
+def main() -> None:
+    """Runs the rounds and prints the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit_small", choices=SPECS)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--crop", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    size = args.crop * 8 // 7
+    pictures = list(rng.integers(0, 256, (args.images, size, size, 3), dtype=np.uint8))
+    source = MemorySource(pictures, [str(number) for number in range(args.images)])
+    labels = rng.integers(0, args.classes, args.images)
+    learnt = Labelled(source, labels, tuple(map(str, range(args.classes))))
+    config = configuration.get_config()
+    config.batch, config.data.crop = args.batch, args.crop
+    mesh, spec = sharding.make_mesh(), SPECS[args.model]
+    model = Model(jax.jit(BackboneFunction(spec).init)(jax.random.key(0)), ModelCard(spec=spec))
+    frozen = Frozen(model, mesh)
+
+    def quiet(_: str) -> None:
+        """Nothing."""
+
+    view, reading = CentreCrop(size, args.crop), Reading(args.batch)
+    context = Context(config, model, frozen, mesh, Path(), view, reading, quiet, quiet)
+    probe = linear.Probe(
+        kinds=tuple(linear.Kind(n, pooled) for n in (1, 4) for pooled in (False, True)),
+        rates=tuple(config.linear.learning_rates),
+        classes=args.classes,
+        steps=-(-args.images // args.batch),
+        batch=args.batch,
+    )
+    tokens = functools.partial(linear.last_tokens, blocks=4)
+    trainer = linear.CropTrainer(context, probe, tokens)
+    state = jax.jit(functools.partial(probe.init, spec.width, 0))()
+    state = jax.device_put(state, sharding.replicated(mesh))
+    times: dict[str, list[float]] = {"pass": [], "probe": []}
+    for number in range(args.rounds + 1):
+        start = time.perf_counter()
+        frozen.table(class_token, source, view, reading)
+        between = time.perf_counter()
+        state = jax.block_until_ready(trainer(learnt, state))
+        end = time.perf_counter()
+        if number:  # the first one compiles
+            times["pass"].append(between - start)
+            times["probe"].append(end - between)
+            print(f"round {number}: pass {between - start:.2f} s, probe {end - between:.2f} s")
+    medians = {name: statistics.median(spent) for name, spent in times.items()}
+    print(f"{len(probe.names)} heads, {args.images} images: {medians}")
+    print(f"ratio: {medians['probe'] / medians['pass']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Every field of an evaluation, its default, and what it means. The other files here say only which
+protocol it is.
+
+    python main.py --config=configs/eval/knn.py --config.model=runs/quickstart/student \
+        --config.data.root=~/flowers --workdir=runs/quickstart-knn
+"""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The constants of the paper and of DINOv2's evaluation."""
+    config: Any = ml_collections.ConfigDict()
+
+    # knn, linear, finegrained, robustness or analysis.
+    config.protocol = "knn"
+    # What is evaluated: whatever proteus_jax.load takes.
+    config.model = ""
+    # The start of every random number.
+    config.seed = 0
+    # Images at a time over all devices; in linear, images of a step.
+    config.batch = 512
+    # Precision of the model's matmuls: float32, bfloat16, or auto (bfloat16 on accelerators).
+    config.precision = "auto"
+
+    config.data = ml_collections.ConfigDict()
+    # A folder with train/ and test/ (or val/), one folder a class in each; tfds:NAME; or one folder
+    # a class, of which every fifth image is tested on.
+    config.data.root = ""
+    # The shorter side that an image is resized to, and the centre square that is cut out of it.
+    config.data.resize = 256
+    config.data.crop = 224
+    # Processes that decode; where none is given, the host's cores less two. Threads where there are
+    # none.
+    config.data.workers = config_dict.placeholder(int)
+    config.data.threads = 4
+
+    config.knn = ml_collections.ConfigDict()
+    # Numbers of neighbours; those above the number of training images are left out.
+    config.knn.neighbours = (10, 20, 100, 200)
+    # A neighbour's vote is exp(cosine / temperature).
+    config.knn.temperature = 0.07
+
+    config.linear = ml_collections.ConfigDict()
+    # Passes over the training images.
+    config.linear.epochs = 10.0
+    # Rates for a batch of 256; each is a head for each number of blocks, with and without the mean
+    # of the patch tokens.
+    config.linear.learning_rates = (
+        *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
+        *(1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+    )
+    # Last blocks whose class tokens a head sees.
+    config.linear.blocks = (1, 4)
+    # Share of the training images, of each class, that no head learns from and that one is chosen
+    # by; 0 leaves only the paper's choice, by the test set.
+    config.linear.held_out = 0.05
+    # Features of centre crops, computed once and kept in the workdir, in place of random crops:
+    # much faster, and not the paper's protocol.
+    config.linear.cache = False
+    # A misspelt field in a file that starts from this one is an error from here on.
+    return config.lock()

@@ -1,0 +1,14 @@
+"""Weighted k nearest neighbours of class tokens: no training, DINOv2's constants."""
+
+from typing import Any
+
+import ml_collections
+
+from configs.eval import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The protocol alone."""
+    config: Any = base.get_config()
+    config.protocol = "knn"
+    return config

@@ -1,0 +1,56 @@
+"""results.json: what was measured, of what, with which constants."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import proteus_jax
+from proteus_jax.errors import InputError
+from proteus_jax.pretrained import Model
+from proteus_jax.storage import write_atomically
+
+FILE = "results.json"
+
+
+def describe(name: str, model: Model) -> dict[str, Any]:
+    """A model, with a digest of its weights that does not depend on where they lie."""
+    digest = hashlib.sha256()
+    for path, array in sorted(
+        (jax.tree_util.keystr(path), array)
+        for path, array in jax.tree_util.tree_leaves_with_path(model.params)
+    ):
+        digest.update(path.encode() + np.ascontiguousarray(np.asarray(array)).tobytes())
+    return {
+        "name": name,
+        "weights_sha256": digest.hexdigest(),
+        "spec": dataclasses.asdict(model.spec),
+        "source": model.card.source,
+    }
+
+
+def write_results(workdir: Path, results: Mapping[str, Any]) -> None:
+    """Writes results.json, whole or not at all."""
+    text = json.dumps(
+        {"proteus_jax": proteus_jax.__version__, **results}, indent=2, allow_nan=False
+    )
+    write_atomically(workdir / FILE, text + "\n")
+
+
+def read_results(workdir: Path) -> dict[str, Any]:
+    """The results in a workdir; InputError where there are none."""
+    path = workdir / FILE
+    if not path.is_file():
+        raise InputError(f"{workdir}: no {FILE} in it")
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found["protocol"], str):
+            raise TypeError("protocol")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the results of an evaluation: {error!r}") from None
+    return found

@@ -1,0 +1,120 @@
+"""One evaluation: everything is checked, then the protocol runs, then its results are written."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import proteus_jax
+from proteus_jax import sharding
+from proteus_jax.assembly import dtype_of
+from proteus_jax.compiled import keep_compiled_programs
+from proteus_jax.console import Console
+from proteus_jax.data.pipeline import default_workers
+from proteus_jax.data.views import CentreCrop
+from proteus_jax.errors import InputError
+from proteus_jax.evaluation import linear, neighbours
+from proteus_jax.evaluation.context import Context
+from proteus_jax.evaluation.features import Frozen, Reading
+from proteus_jax.evaluation.results import FILE, describe, write_results
+from proteus_jax.loading import load_any
+from proteus_jax.pretrained import Model
+from proteus_jax.storage import write_atomically
+from proteus_jax.workdir import Workdir, why_no_workdir
+
+
+class Protocol(NamedTuple):
+    """`open` finds what is measured on, InputError where something is wrong; `check` says what of a
+    model does not fit; `measure` gives what results.json holds beside the model, and prints it.
+    """
+
+    open: Callable[[Any], Any]
+    check: Callable[[Any, Model], list[str]]
+    measure: Callable[[Context, Any], dict[str, Any]]
+
+
+PROTOCOLS = {
+    "knn": Protocol(neighbours.open_data, neighbours.check, neighbours.measure),
+    "linear": Protocol(linear.open_data, linear.check, linear.measure),
+}
+
+
+class Inputs(NamedTuple):
+    """A model, and the data of the protocol."""
+
+    model: Model
+    data: Any
+
+
+def open_inputs(config: Any, workdir: str, known: Sequence[str] = ()) -> Inputs:
+    """InputError lists all that is wrong, with the problems that are known already first."""
+    problems, protocol = list(known), PROTOCOLS[config.protocol]
+    reason = why_no_workdir(workdir)
+    if reason:
+        problems.append(f"--workdir: {reason}")
+    data = model = None
+    try:
+        data = protocol.open(config)
+    except InputError as error:
+        problems += error.problems
+    try:
+        model = load_any(config.model)
+        problems += _check_model(config, model) + protocol.check(config, model)
+    except InputError as error:
+        problems += [f"--config.model: {problem}" for problem in error.problems]
+    if problems or model is None:
+        raise InputError(problems)
+    return Inputs(model, data)
+
+
+def _check_model(config: Any, model: Model) -> list[str]:
+    patch = model.spec.patch_size
+    if config.data.crop % patch:
+        return [
+            f"--config.data.crop: expected a multiple of the model's patch size {patch}, found "
+            f"{config.data.crop}"
+        ]
+    return []
+
+
+def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
+    """Measures, and writes results.json; returns the exit code."""
+    keep_compiled_programs()
+    workdir, leads = place.local, jax.process_index() == 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    console.quiet = not leads
+    console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
+    mesh = sharding.make_mesh()
+    dtype = dtype_of(config.precision, jax.default_backend())
+    workers = default_workers() if config.data.workers is None else config.data.workers
+    context = Context(
+        config=config,
+        model=inputs.model,
+        frozen=Frozen(inputs.model, mesh, dtype),
+        mesh=mesh,
+        workdir=workdir,
+        view=CentreCrop(config.data.resize, config.data.crop),
+        reading=Reading(config.batch, workers, config.data.threads),
+        say=console.line,
+        progress=console.progress,
+    )
+    console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
+    found = PROTOCOLS[config.protocol].measure(context, inputs.data)
+    results = {"protocol": config.protocol} | found
+    results["constants"] = _constants(config) | results.get("constants", {})
+    results["model"] = describe(config.model, inputs.model)
+    if leads:
+        text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+        write_atomically(workdir / "config.json", text)
+        write_results(workdir, results)
+    console.line(f"written to {place.named(Path(workdir / FILE))}")
+    return 0
+
+
+def _constants(config: Any) -> dict[str, Any]:
+    """All that shapes the numbers, beside the model and the images."""
+    own = config.get(config.protocol, {})
+    shared = {name: config.data[name] for name in ("resize", "crop")}
+    return json.loads(json.dumps(shared | {"precision": config.precision} | dict(own)))

@@ -1,0 +1,80 @@
+"""Evaluations as a person starts them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_main import finish
+
+import proteus_jax
+
+
+def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: str) -> list[str]:
+    import sys
+
+    return [
+        sys.executable,
+        str(ROOT / "main.py"),
+        f"--config={ROOT / 'configs' / 'eval' / f'{protocol}.py'}",
+        f"--config.model={model}",
+        f"--config.data.root={root}",
+        f"--workdir={workdir}",
+        "--config.data.resize=32",
+        "--config.data.crop=28",
+        "--config.batch=16",
+        *more,
+    ]
+
+
+def test_neighbours_from_the_command_line(
+    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "knn"
+    result = finish(evaluate("knn", tiny_teacher, labelled_folder, workdir), tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((workdir / "results.json").read_text())
+    assert found["protocol"] == "knn"
+    assert sorted(found["top1"]) == ["10", "20"]
+    assert found["left_out"] == [100, 200]
+    assert "left out: there are 42 training images" in result.stdout
+    assert all(0 <= percent <= 100 for percent in found["top1"].values())
+    assert found["constants"]["temperature"] == 0.07
+    assert found["data"]["train_images"] == 42
+    assert len(found["model"]["weights_sha256"]) == 64
+
+
+def test_what_is_wrong_is_said_at_once(labelled_folder: Path, tmp_path: Path) -> None:
+    arguments = evaluate("linear", tmp_path / "none", tmp_path / "no photos", tmp_path / "run")
+    result = finish([*arguments, "--config.knn.neighbours=0", "--config.linear.epochs=x"], tmp_path)
+    assert result.returncode == 2
+    for words in (
+        "4 problems",
+        "--config.model: ",
+        f"--config.data.root: {tmp_path / 'no photos'}: no such folder",
+        "--config.knn.neighbours: expected different whole numbers of at least 1, found (0.0,)",
+        "--config.linear.epochs: expected a number, found 'x'",
+    ):
+        assert words in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--config.data.crop=29", "at most data.resize"),
+        ("--config.protocol=magic", "--config.protocol: expected one of knn, linear"),
+        ("--config.model=", "--config.model: expected a model"),
+        ("--plan", "--plan: only for a run that trains"),
+    ],
+)
+def test_refusals(
+    change: str, words: str, tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    changes = [change, "--config.data.resize=28"] if "crop" in change else [change]
+    result = finish(
+        [*evaluate("knn", tiny_teacher, labelled_folder, tmp_path / "run"), *changes], tmp_path
+    )
+    assert result.returncode == 2, result.stdout
+    assert words in result.stderr
+    assert proteus_jax.__version__ not in result.stdout

@@ -1,0 +1,164 @@
+"""The probe of many heads against the same arithmetic written out in numpy."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from proteus_jax import sharding
+from proteus_jax.data.labelled import open_pair
+from proteus_jax.data.views import CentreCrop
+from proteus_jax.errors import InputError
+from proteus_jax.evaluation import linear
+from proteus_jax.evaluation.context import Context
+from proteus_jax.evaluation.features import Frozen, Reading
+from proteus_jax.evaluation.linear import Kind, Probe, Tokens
+from proteus_jax.pretrained import Model, load_model
+
+RATES = (1e-3, 0.1, 3.0)
+KINDS = tuple(Kind(n, pooled) for n in (1, 2) for pooled in (False, True))
+
+
+def seen(tokens: Tokens, kind: Kind) -> np.ndarray:
+    parts = [np.asarray(tokens.cls)[:, i] for i in range(2)][-kind.blocks :]
+    return np.concatenate([*parts, np.asarray(tokens.mean)] if kind.pooled else parts, axis=1)
+
+
+def sgd(weight, bias, inputs, targets, rate: float, steps: int, batch: int):
+    """One head alone: PyTorch's SGD with momentum and cosine annealing."""
+    velocity: list[Any] = [np.zeros_like(weight), np.zeros_like(bias)]
+    for step in range(steps):
+        x, y = inputs[step], targets[step]
+        scores = x @ weight + bias
+        share = np.exp(scores - scores.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        error = (share - np.eye(len(bias))[y]) / len(x)
+        gradients = [x.T @ error, error.sum(axis=0)]
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        now = rate * batch / 256 * 0.5 * (1 + np.cos(np.pi * step / steps))
+        weight, bias = weight - now * velocity[0], bias - now * velocity[1]
+    return weight, bias
+
+
+def test_every_head_is_trained_as_if_alone(rng: np.random.Generator) -> None:
+    steps, batch, width, classes = 4, 6, 5, 3
+    probe = Probe(KINDS, RATES, classes, steps, batch)
+    state = probe.init(width, 0)
+    first = jax.device_get(state["heads"])
+    batches = [
+        Tokens(
+            jnp.asarray(rng.normal(size=(batch, 2, width)), jnp.float32),
+            jnp.asarray(rng.normal(size=(batch, width)), jnp.float32),
+        )
+        for _ in range(steps)
+    ]
+    labels = rng.integers(0, classes, (steps, batch))
+    update = jax.jit(probe.update)
+    for step, tokens in enumerate(batches):
+        state, loss = update(state, tokens, jnp.asarray(labels[step]), np.float32(step))
+        if step == 0:
+            assert float(loss) == pytest.approx(np.log(3), abs=0.1)
+    logits = probe.logits(state["heads"], batches[0])
+    assert logits.shape == (batch, len(probe.names), classes)
+    names = iter(enumerate(probe.names))
+    for number, kind in enumerate(KINDS):
+        inputs = [seen(tokens, kind) for tokens in batches]
+        for place, rate in enumerate(RATES):
+            column, name = next(names)
+            assert name == f"blocks_{kind.blocks}_avgpool_{str(kind.pooled).lower()}_lr_{rate:g}"
+            begun = first[number]
+            weight, bias = sgd(
+                begun["weight"][:, place].astype(np.float64),
+                begun["bias"][place].astype(np.float64),
+                inputs,
+                labels,
+                rate,
+                steps,
+                batch,
+            )
+            np.testing.assert_allclose(
+                logits[:, column], inputs[0] @ weight + bias, rtol=2e-4, atol=2e-5
+            )
+
+
+def context_for(
+    folder: Path, model: Model, workdir: Path, **changes: Any
+) -> tuple[Context, list[str]]:
+    settings = {
+        "epochs": 6.0,
+        "learning_rates": RATES,
+        "blocks": (1, 2),
+        "held_out": 0.2,
+        "cache": False,
+    }
+    config = SimpleNamespace(
+        batch=16,
+        seed=0,
+        model="m",
+        data=SimpleNamespace(root=str(folder), crop=28, resize=32),
+        linear=SimpleNamespace(**(settings | changes)),
+    )
+    mesh, said = sharding.make_mesh(), []
+    context = Context(
+        config=config,
+        model=model,
+        frozen=Frozen(model, mesh),
+        mesh=mesh,
+        workdir=workdir,
+        view=CentreCrop(32, 28),
+        reading=Reading(16),
+        say=said.append,
+        progress=lambda _: None,
+    )
+    return context, said
+
+
+def test_a_probe_learns_and_names_both_choices(
+    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    model = Model(*load_model(tiny_teacher))
+    context, said = context_for(labelled_folder, model, tmp_path)
+    pair = open_pair(str(labelled_folder))
+    found = linear.measure(context, pair)
+    assert found["protocol"] == "linear"
+    assert len(found["top1"]) == len(found["held_out_top1"]) == 12
+    assert found["data"]["held_out_images"] == 9
+    best = max(found["top1"].values())
+    assert best > 80
+    assert found["best"]["test"]["top1"] == best
+    chosen = found["best"]["held_out"]["head"]
+    assert found["held_out_top1"][chosen] == max(found["held_out_top1"].values())
+    assert "the paper's way" in said[0]
+    # The head that is kept says what was measured.
+    head = np.load(tmp_path / linear.HEAD)
+    table = context.frozen.table(
+        lambda *of: linear.last_tokens(*of, blocks=2),
+        pair.test.source,
+        context.view,
+        context.reading,
+    )
+    kind = Kind(int(head["blocks"]), bool(head["pooled"]))
+    right = (seen(table.values, kind) @ head["weight"] + head["bias"]).argmax(axis=1)
+    share = 100 * np.mean(right == pair.test.labels[table.numbers])
+    assert share == pytest.approx(found["best"]["held_out"]["top1"])
+
+
+def test_kept_features_are_another_protocol_and_are_made_once(
+    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(*load_model(tiny_teacher))
+    pair = open_pair(str(labelled_folder))
+    context, _ = context_for(labelled_folder, model, tmp_path, cache=True, held_out=0.0)
+    first = linear.measure(context, pair)
+    assert first["protocol"] == "linear, frozen crops"
+    assert list(first["best"]) == ["test"]
+    stamp = (tmp_path / "features-cls.npy").stat().st_mtime_ns
+    assert linear.measure(context, pair)["top1"] == first["top1"]
+    assert (tmp_path / "features-cls.npy").stat().st_mtime_ns == stamp
+    monkeypatch.setattr(linear.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match="do not fit into"):
+        linear.measure(context, pair)
