@@ -113,6 +113,11 @@ def get_config() -> ml_collections.ConfigDict:
     # At least so many fixed views of what is held out are compared with the teacher.
     config.data.held_out.views = 128
 
+    # Images with classes, to say in percent what student and teacher are worth: a folder with
+    # train/ and test/ (or val/), one folder a class in each; one folder a class; or tfds:NAME.
+    config.eval = ml_collections.ConfigDict()
+    config.eval.root = ""
+
     # Steps between two rows of metrics.jsonl, two measurements on held-out views, two checkpoints.
     config.log_every = 50
     config.eval_every = 5000

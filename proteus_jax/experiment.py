@@ -20,6 +20,7 @@ from proteus_jax.assembly import assemble, dtype_of, length
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
+from proteus_jax.data.labelled import Pair, open_pair
 from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.splits import HeldOut, Split, Subset
@@ -42,6 +43,7 @@ class Inputs:
 
     split: Split
     teacher: Path
+    labelled: Pair | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class Experiment:
     config: Any
     mesh: Mesh
     split: Split
+    labelled: Pair | None
     order: Order
     recipe: Recipe
     total_steps: int
@@ -58,12 +61,16 @@ class Experiment:
     teacher_card: ModelCard
     teacher_params: Params
     students: dict[str, StudentFunction]
+    # "teacher" and each student's name: the ViT alone.
+    backbones: dict[str, BackboneFunction]
     state_shapes: TrainState
     state_shardings: TrainState
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Params, jax.Array], tuple[TrainState, Metrics]]
     teacher_features: Callable[[np.ndarray], Features]
     predictions: Callable[[str, Params, np.ndarray], Predictions]
+    # As `predictions`, with the patches under a mask [b, n] hidden: what the patch head says there.
+    hidden_patches: Callable[[str, Params, np.ndarray, np.ndarray], np.ndarray]
     # Floating-point operations for an image, and what all devices could do in a second; None where
     # that is not known.
     work: float
@@ -79,7 +86,10 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     misspelt path.
     """
     problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
-    split, teacher = None, None
+    split, teacher, labelled = None, None, None
+    if config.eval.root:
+        with _collecting(problems, "--config.eval.root"):
+            labelled = open_pair(config.eval.root)
     # These come from a package index.
     fetched = pictures.NAME in config.data.root
     if not fetched:
@@ -97,7 +107,7 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
             problems += _check_teacher(config, teacher)
     if problems or split is None or teacher is None:
         raise InputError(problems)
-    return Inputs(split=split, teacher=teacher)
+    return Inputs(split=split, teacher=teacher, labelled=labelled)
 
 
 @contextlib.contextmanager
@@ -180,11 +190,14 @@ def build(config: Any, inputs: Inputs) -> Experiment:
     teacher, students = assembly.teacher, assembly.students
     init, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
-    features, predictions = _evaluation_functions(teacher, teacher_params, students, card, mesh)
+    features, predictions, hidden = _evaluation_functions(
+        teacher, teacher_params, students, card, mesh
+    )
     return Experiment(
         config=config,
         mesh=mesh,
         split=inputs.split,
+        labelled=inputs.labelled,
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(config.data.crop, RandAugment(**config.data.randaugment)),
         total_steps=steps.total,
@@ -192,12 +205,17 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         teacher_card=card,
         teacher_params=teacher_params,
         students=students,
+        backbones={
+            "teacher": teacher,
+            **{name: BackboneFunction(s.spec, s.dtype) for name, s in students.items()},
+        },
         state_shapes=shapes,
         state_shardings=sharding.shardings(shapes, mesh),
         init=init,
         train_step=train_step,
         teacher_features=features,
         predictions=predictions,
+        hidden_patches=hidden,
         work=assembly.work(config).total,
         peak=_peak(config),
     )
@@ -247,7 +265,7 @@ def _evaluation_functions(
     students: dict[str, StudentFunction],
     card: ModelCard,
     mesh: Mesh,
-) -> tuple[Callable[[np.ndarray], Features], Callable[[str, Params, np.ndarray], Predictions]]:
+) -> tuple[Callable, Callable, Callable]:
     """Teacher and students as functions from a host batch to host arrays."""
     whole = sharding.replicated(mesh)
 
@@ -259,13 +277,22 @@ def _evaluation_functions(
     def learnt(name: str, params: Params, images: jax.Array) -> Predictions:
         return students[name](params, card.normalisation(images))
 
+    @jax.jit(static_argnums=0, out_shardings=whole)
+    def guessed(name: str, params: Params, images: jax.Array, mask: jax.Array) -> jax.Array | None:
+        pixels = card.normalisation(images)
+        return students[name](params, pixels, pixels, mask).patch
+
     def features(images: np.ndarray) -> Features:
         return jax.device_get(taught(teacher_params, _share(images, mesh)))
 
     def predictions(name: str, params: Params, images: np.ndarray) -> Predictions:
         return jax.device_get(learnt(name, params, _share(images, mesh)))
 
-    return features, predictions
+    def hidden(name: str, params: Params, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        shares = (_share(part, mesh) for part in (images, mask))
+        return jax.device_get(guessed(name, params, *shares))
+
+    return features, predictions, hidden
 
 
 def _share(images: np.ndarray, mesh: Mesh) -> jax.Array:

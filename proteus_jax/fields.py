@@ -111,6 +111,7 @@ _TRAINING: dict[str, Rule] = {
     "data.held_out.minimum": _at_least(1),
     "data.held_out.maximum": _at_least(1),
     "data.held_out.views": _at_least(1),
+    "eval.root": Rule(lambda value: isinstance(value, str), "a place of images, or nothing"),
     "log_every": _at_least(1),
     "eval_every": _at_least(1),
     "checkpoint_every": _at_least(1),

@@ -82,6 +82,19 @@ def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             "agreement_class": "centred cosine, class token",
             "agreement_patch": "centred cosine, patch tokens",
             "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
+            "cka": "linear CKA, class token",
         }
         for key, label in labels.items():
             yield f"{label:38}{measured[0][prefix + key]:12.3f}{measured[-1][prefix + key]:10.3f}"
+    yield from _scored(rows, prefix)
+
+
+def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+    """Percent right on labelled images, student and teacher side by side."""
+    measured = [row for row in rows if prefix + "knn_top1" in row]
+    for key, label in (("knn_top1", "nearest neighbours"), ("ridge_top1", "ridge probe")):
+        if measured:
+            before, after = measured[0][prefix + key], measured[-1][prefix + key]
+            taught = measured[-1][f"teacher_{key}"]
+            share = f": {after / taught:.0%}" if taught else ""
+            yield f"{label}: student {after:.1f}, teacher {taught:.1f}{share} (before {before:.1f})"

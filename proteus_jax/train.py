@@ -21,10 +21,9 @@ from proteus_jax import sharding
 from proteus_jax.checkpoint import Checkpoints, differences
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, duration
-from proteus_jax.data.pipeline import default_workers, held_out_views, training_batches
-from proteus_jax.data.sources import Source
+from proteus_jax.data.pipeline import default_workers, training_batches
 from proteus_jax.errors import Diverged, InputError, Interrupted
-from proteus_jax.evaluation import agreement, picture
+from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.messages import conclude, introduce
 from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
@@ -35,7 +34,6 @@ from proteus_jax.watch import Clock, Profiling, UnreadableImages, WaitNotice
 from proteus_jax.workdir import Workdir
 
 DONE = 0
-PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
 def run(
@@ -101,6 +99,7 @@ class _Pending(NamedTuple):
     step: int
     metrics: dict[str, jax.Array]
     measured: dict[str, float]
+    evaluated: bool
 
 
 class _Run:
@@ -130,17 +129,7 @@ class _Run:
             say=console.line,
         )
         self.workers = default_workers() if data.workers is None else data.workers
-        self.views, self.target = None, None
-        if experiment.split.held_out is not None:
-            self.views = self.held_out_views(experiment.split.held_out)
-
-    def held_out_views(self, source: Source) -> np.ndarray:
-        """The fixed views that agreement is measured on; what of it cannot be read is named."""
-        data = self.config.data
-        views, unreadable = held_out_views(source, count=data.held_out.views, size=data.crop)
-        for index in unreadable:
-            self.console.line(f"{source.name(index)} cannot be read; it is not measured on")
-        return views
+        self.examination = Examination(experiment, self.workdir, console)
 
     def to_the_end(self, resumed: int | None) -> int:
         """Restores or begins, trains, exports, and says what was learnt."""
@@ -157,7 +146,8 @@ class _Run:
         self.metrics = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
         with contextlib.closing(self.metrics):
             if resumed is None:
-                self.metrics.write(0, self.evaluate(0, state))
+                self.metrics.write(0, self.renamed(self.examination.measure(0, state)))
+                self.examination.report()
             if step < total:
                 state, step = self.train(state, step)
         self.checkpoints.wait()
@@ -173,7 +163,7 @@ class _Run:
                 f"{len(self.unreadable.met)} images could not be read; others took their place"
             )
         directories = _export(experiment, state, self.workdir)
-        self.draw(state)
+        self.examination.draw(state)
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
             conclude(experiment, self.workdir, names, self.console)
@@ -183,7 +173,7 @@ class _Run:
         """InputError on all hosts where one sees other images, another teacher or another workdir:
         they would wait for each other for ever, or train on something else.
         """
-        views = b"" if self.views is None else self.views.tobytes()
+        views = b"" if self.examination.views is None else self.examination.views.tobytes()
         seen = {
             "images or teacher": json.dumps([self.experiment.facts, self.experiment.total_steps]),
             "checkpoint in the workdir": str(resumed),
@@ -230,9 +220,10 @@ class _Run:
                     self.write_pending()
                     measured = self.rates(clock.lap(step, config.batch))
                     if evaluating:
-                        with clock.standing():
-                            measured |= self.evaluate(step, state)
-                    self.pending = _Pending(step, values, measured)
+                        with clock.standing(), jax.transfer_guard("allow"):
+                            found = self.examination.measure(step, state)
+                            measured |= self.renamed(found)
+                    self.pending = _Pending(step, values, measured, evaluating)
                 if stopping or step == total or step % config.checkpoint_every == 0:
                     self.save(step, state)
         if self.profiling.missed:
@@ -281,7 +272,7 @@ class _Run:
         """Fetches and writes the row that waits; Diverged where its loss is no number."""
         if self.pending is None:
             return
-        step, metrics, measured = self.pending
+        step, metrics, measured, evaluated = self.pending
         self.pending = None
         values = (
             self.renamed({key: float(value) for key, value in jax.device_get(metrics).items()})
@@ -291,27 +282,10 @@ class _Run:
         if lost:
             raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
         self.metrics.write(step, values)
+        if evaluated:
+            self.examination.report()
         self.show(step, values)
         self.notice.lap(step, values["data_wait"], values["images_per_second"])
-
-    def draw(self, state: TrainState) -> None:
-        """Patch tokens of some held-out views as colours: the teacher's and each student's."""
-        path = self.workdir / PICTURE
-        if self.views is None or path.is_file():
-            return
-        # The students before are no part of a checkpoint: the seed makes them again.
-        moments = (("before", self.experiment.init()), ("after", state))
-        batch = self.views[np.arange(self.config.batch) % len(self.views)]
-        rows = min(PICTURE_ROWS, len(batch))
-        taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
-        said = [
-            (f"{name} {moment}", self.experiment.predictions(name, at.params[name], batch).feature)
-            for name in self.experiment.students
-            for moment, at in moments
-        ]
-        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
-        if self.leads:
-            picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
 
     def renamed(self, values: dict[str, float]) -> dict[str, float]:
         """With one student its name is left out of the keys."""
@@ -334,31 +308,6 @@ class _Run:
             f"{duration(pace * (total - step))} left",
             last=step == total,
         )
-
-    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """The agreement of every student with the teacher on what is held out; empty where nothing
-        is.
-        """
-        if self.views is None:
-            return {}
-        self.console.progress(
-            f"step {step}: measuring agreement on {len(self.views)} held-out views"
-        )
-        batch = self.config.batch
-        if self.target is None:
-            self.target = agreement.teacher_tokens(
-                self.experiment.teacher_features, self.views, batch
-            )
-        values = {}
-        for name in self.experiment.students:
-
-            def predict(images: np.ndarray, name: str = name) -> Any:
-                return self.experiment.predictions(name, state.params[name], images)
-
-            found = agreement.measure(predict, self.target, self.views, batch)
-            values |= {f"{name}/agreement_class": found.cls, f"{name}/agreement_patch": found.patch}
-            values[f"{name}/neighbour_overlap"] = found.neighbours
-        return self.renamed(values)
 
 
 def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:

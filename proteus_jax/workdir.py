@@ -20,7 +20,7 @@ from proteus_jax.storage import why_unwritable
 SCHEMES = ("gs",)
 CHECKPOINTS = "checkpoints"
 # What a resumed run goes on with; the rest is written anew.
-CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png")
+CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png", "report/*.png", "report/*/*.png")
 # An upload is tried again after so many seconds.
 PAUSES = (1.0, 4.0, 16.0)
 EXTRA = "requirements-gcs.txt"
@@ -77,7 +77,9 @@ class Workdir:
         system, root = fsspec.url_to_fs(self.remote)
         for name in CONTINUED:
             for path in system.glob(f"{root}/{name}"):
-                system.get_file(path, str(self.local / path.rpartition("/")[2]))
+                target = self.local / path.removeprefix(root.rstrip("/")).lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(path, str(target))
         self._uploaded = dict(self._files())
 
     def _files(self) -> Iterator[tuple[Path, tuple[int, int]]]:

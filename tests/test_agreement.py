@@ -8,6 +8,7 @@ from proteus_jax.evaluation.agreement import (
     centred_cosine,
     measure,
     neighbour_overlap,
+    student_tokens,
     teacher_tokens,
 )
 from proteus_jax.evaluation.picture import CELL, GAP, HEADING, agreement_picture
@@ -73,10 +74,11 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
         target = teacher_tokens(teacher, views, batch)
         assert isinstance(target, TeacherTokens)
         assert target.patches.shape == (10, 16, 6)
-        found.append(measure(student, target, views, batch))
+        found.append(measure(student_tokens(student, views, batch), target))
     assert found[0] == pytest.approx(found[1])
     assert sizes == {4, 10}
     assert 0.5 < found[0].cls < 1
+    assert 0.5 < found[0].cka < 1
 
 
 def test_the_picture_has_the_teachers_colours(rng: np.random.Generator) -> None:

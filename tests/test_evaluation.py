@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_main import finish
+from test_main import command, finish
 
 import proteus_jax
+from proteus_jax.metrics import read_metrics
 
 
 def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: str) -> list[str]:
@@ -78,3 +79,36 @@ def test_refusals(
     assert result.returncode == 2, result.stdout
     assert words in result.stderr
     assert proteus_jax.__version__ not in result.stdout
+
+
+def test_a_run_says_what_student_and_teacher_are_worth(
+    tiny_teacher: Path, photographs: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    arguments = command(tmp_path / "run", photographs, tiny_teacher)
+    more = (f"--config.eval.root={labelled_folder}", "--config.steps=3", "--config.eval_every=2")
+    result = finish([*arguments, *more, "--config.student=vit_tiny,vit_small"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(read_metrics(tmp_path / "run"))
+    measured = [row for row in rows if "teacher_knn_top1" in row]
+    assert [row["step"] for row in measured] == [0, 2, 3]
+    for name in ("vit_tiny", "vit_small"):
+        assert 0 <= measured[-1][f"{name}/ridge_top1"] <= 100
+        assert 0 <= measured[-1][f"{name}/cka"] <= 1
+        assert len(list((tmp_path / "run" / "report" / name).glob("errors-*.png"))) == 3
+    assert "nearest neighbours: student " in result.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "step 3 of 3" in page
+    # The teacher does not change, and what it is worth is what the protocol says as well.
+    assert len({row["teacher_knn_top1"] for row in measured}) == 1
+    finish(
+        [
+            *evaluate("knn", tiny_teacher, labelled_folder, tmp_path / "knn"),
+            "--config.knn.neighbours=20",
+        ],
+        tmp_path,
+    )
+    found = json.loads((tmp_path / "knn" / "results.json").read_text())
+    assert found["top1"]["20"] == measured[0]["teacher_knn_top1"]
+    wrong = finish([*arguments, "--config.eval.root=/nowhere"], tmp_path)
+    assert wrong.returncode == 2
+    assert "--config.eval.root: /nowhere: no such folder" in wrong.stderr

@@ -22,6 +22,10 @@ from proteus_jax.metrics import read_metrics
 from proteus_jax.rendezvous import meet
 
 STEPS = 6
+GLOO = re.compile(
+    r"\[Gloo\] Rank ?|\d* ?is connected to \d* ?peer ranks\. ?"
+    r"|Expected number of connected peer ranks is ?: ?\d*"
+)
 UNMEASURED = ("--config.data.held_out.share=0",)
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -228,7 +232,7 @@ def ended(running: list[subprocess.Popen], timeout: float = 180.0) -> list[tuple
         finally:
             process.kill()
         # What the CPU's stand-in for a network says of itself, at times into the middle of a line.
-        said = [re.sub(r"\[Gloo\][^:]*: ?\d*\n?", "", text) for text in (out, err)]
+        said = [re.sub(r"(?m)^[\d\s]+$", "", GLOO.sub("", text)) for text in (out, err)]
         found.append((process.returncode, *said))
     return found
 

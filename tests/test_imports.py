@@ -31,6 +31,7 @@ LAYERS = [
     ("evaluation",),
     ("topology",),
     ("experiment", "checkup", "plan"),
+    ("examination",),
     ("messages",),
     ("train",),
 ]
@@ -40,7 +41,13 @@ DOORS = {
     "orbax": ("checkpoint",),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
-    "PIL": ("data.images", "data.doctor", "data.views", "evaluation.picture"),
+    "PIL": (
+        "data.images",
+        "data.doctor",
+        "data.views",
+        "evaluation.picture",
+        "evaluation.snapshots",
+    ),
     "cv2": ("data.",),
     "simplejpeg": ("data.images",),
     "pyarrow": ("data.files", "data.shards"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from proteus_jax.evaluation.similarity import linear_cka
 from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features
 
@@ -18,13 +19,14 @@ NEIGHBOURS = 5
 
 
 class Agreement(NamedTuple):
-    """Centred cosine of class and of patch tokens, -1 to 1, and the share of nearest neighbours in
-    common, 0 to 1.
+    """Centred cosine of class and of patch tokens, -1 to 1; the share of nearest neighbours in
+    common and the linear CKA of class tokens, 0 to 1.
     """
 
     cls: float
     patch: float
     neighbours: float
+    cka: float
 
 
 class TeacherTokens(NamedTuple):
@@ -34,6 +36,16 @@ class TeacherTokens(NamedTuple):
 
     cls: np.ndarray
     patches: np.ndarray
+
+
+class StudentTokens(NamedTuple):
+    """What a student says of the views in the teacher's space, [M, T] and [M, N, T], and its own
+    class tokens [M, D]; float32 on the host.
+    """
+
+    token: np.ndarray
+    feature: np.ndarray
+    own: np.ndarray
 
 
 def teacher_tokens(
@@ -47,26 +59,28 @@ def teacher_tokens(
     )
 
 
-def measure(
-    student: Callable[[np.ndarray], Predictions],
-    target: TeacherTokens,
-    views: np.ndarray,
-    batch: int,
-) -> Agreement:
-    """The agreement of a student: through its heads for the cosines, with its own class tokens for
-    neighbours.
-    """
+def student_tokens(
+    student: Callable[[np.ndarray], Predictions], views: np.ndarray, batch: int
+) -> StudentTokens:
+    """Views through a student and its heads, `batch` at a time."""
     parts = [student(images) for images in _batches(views, batch)]
-    count = len(views)
-    token = _joined([part.token for part in parts], count)
-    feature = _joined([part.feature for part in parts], count)
-    own = _joined([part.features.cls for part in parts], count)
+    return StudentTokens(
+        _joined([part.token for part in parts], len(views)),
+        _joined([part.feature for part in parts], len(views)),
+        _joined([part.features.cls for part in parts], len(views)),
+    )
+
+
+def measure(student: StudentTokens, target: TeacherTokens) -> Agreement:
+    """The agreement of a student: through its heads for the cosines, with its own class tokens for
+    neighbours and CKA.
+    """
+    width = student.feature.shape[-1]
     return Agreement(
-        cls=centred_cosine(token, target.cls),
-        patch=centred_cosine(
-            feature.reshape(-1, feature.shape[-1]), target.patches.reshape(-1, feature.shape[-1])
-        ),
-        neighbours=neighbour_overlap(own, target.cls, NEIGHBOURS),
+        cls=centred_cosine(student.token, target.cls),
+        patch=centred_cosine(student.feature.reshape(-1, width), target.patches.reshape(-1, width)),
+        neighbours=neighbour_overlap(student.own, target.cls, NEIGHBOURS),
+        cka=linear_cka(student.own, target.cls),
     )
 
 
@@ -86,12 +100,13 @@ def neighbour_overlap(student: np.ndarray, teacher: np.ndarray, neighbours: int)
     neighbours = min(neighbours, len(student) - 1)
     if neighbours < 1:
         return 1.0
-    ours, theirs = _nearest(student, neighbours), _nearest(teacher, neighbours)
+    ours, theirs = nearest(student, neighbours), nearest(teacher, neighbours)
     shared = [len(np.intersect1d(a, b)) for a, b in zip(ours, theirs, strict=True)]
     return float(np.mean(shared) / neighbours)
 
 
-def _nearest(tokens: np.ndarray, neighbours: int) -> np.ndarray:
+def nearest(tokens: np.ndarray, neighbours: int) -> np.ndarray:
+    """Indices [M, neighbours] of each row's nearest others by cosine, the nearest first."""
     unit = tokens / np.maximum(
         np.linalg.norm(tokens, axis=1, keepdims=True), np.finfo(np.float32).tiny
     )

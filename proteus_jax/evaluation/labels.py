@@ -1,0 +1,45 @@
+"""What class tokens are worth while a student trains: neighbours and a ridge probe on images with
+classes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from proteus_jax.data.labelled import Labelled, Pair
+from proteus_jax.evaluation import knn, ridge
+from proteus_jax.evaluation.features import Table
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+
+
+class Scores(NamedTuple):
+    """Percent right on the test images."""
+
+    knn: float
+    ridge: float
+
+
+def scores(pair: Pair, tokens: Callable[[Labelled], Table], mesh: Mesh) -> Scores:
+    """Of class tokens, by one pass over each part: of NEIGHBOURS, or of as many as there are images
+    to learn from, and of the ridge probe.
+    """
+    rows, labels = [], []
+    for part in (pair.train, pair.test):
+        found = tokens(part)
+        rows.append(found.values)
+        labels.append(part.labels[found.numbers])
+    neighbours = min(NEIGHBOURS, len(rows[0]))
+    voted = knn.top1(
+        rows[0],
+        labels[0],
+        rows[1],
+        labels[1],
+        neighbours=(neighbours,),
+        temperature=TEMPERATURE,
+        mesh=mesh,
+    )
+    right = ridge.fit(rows[0], labels[0])(rows[1]) == labels[1]
+    return Scores(voted[neighbours], 100 * float(np.mean(right)))

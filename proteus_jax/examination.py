@@ -1,0 +1,165 @@
+"""What a run learns of its students while it trains: agreement with the teacher, scores on images
+with classes, pictures, and the report that shows them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proteus_jax.console import Console
+from proteus_jax.data.labelled import Labelled, Pair
+from proteus_jax.data.pipeline import default_workers, held_out_views
+from proteus_jax.data.sources import Source
+from proteus_jax.data.views import CentreCrop
+from proteus_jax.evaluation import agreement, picture, snapshots
+from proteus_jax.evaluation.features import Compiled, Reading, Table, compiled_pass, feature_pass
+from proteus_jax.evaluation.labels import Scores, scores
+from proteus_jax.evaluation.report import write_report
+from proteus_jax.experiment import Experiment
+from proteus_jax.models.functional import Params
+from proteus_jax.step import TrainState
+
+PICTURE, PICTURE_ROWS = "agreement.png", 8
+# The shorter side of a test image over its centre crop, as in 256 to 224.
+MARGIN = 8 / 7
+
+
+class Examination:
+    """The held-out views, the labelled images, and what the teacher says of them."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, console: Console):
+        self.experiment, self.config = experiment, experiment.config
+        self.workdir, self.console = workdir, console
+        self.leads = jax.process_index() == 0
+        self.views: np.ndarray | None = None
+        self._target: agreement.TeacherTokens | None = None
+        self._scene: snapshots.Scene | None = None
+        self._taught: Scores | None = None
+        self._passes: dict[str, Compiled] = {}
+        if experiment.split.held_out is not None:
+            self.views = self._held_out_views(experiment.split.held_out)
+
+    def _held_out_views(self, source: Source) -> np.ndarray:
+        """The fixed views that agreement is measured on; what of it cannot be read is named."""
+        data = self.config.data
+        views, unreadable = held_out_views(source, count=data.held_out.views, size=data.crop)
+        for index in unreadable:
+            self.console.line(f"{source.name(index)} cannot be read; it is not measured on")
+        return views
+
+    def measure(self, step: int, state: TrainState) -> dict[str, float]:
+        """All there is to measure, by key, the student's name first; pictures are drawn meanwhile.
+        Empty where nothing is held out and no labelled images are given.
+        """
+        values = {}
+        if self.views is not None:
+            values |= self._agreement(step, state, self.views)
+        if self.experiment.labelled is not None:
+            values |= self._scores(step, state, self.experiment.labelled)
+        return values
+
+    def _agreement(self, step: int, state: TrainState, views: np.ndarray) -> dict[str, float]:
+        self.console.progress(f"step {step}: measuring agreement on {len(views)} held-out views")
+        batch, values = self.config.batch, {}
+        if self._target is None:
+            self._target = agreement.teacher_tokens(self.experiment.teacher_features, views, batch)
+            self._scene = snapshots.scene(views, self._target, self.config.mask_ratio, batch)
+            if self.leads:
+                snapshots.draw_teacher(self._scene, self.workdir)
+        assert self._scene is not None
+        for name, params in state.params.items():
+
+            def predict(images: np.ndarray, name: str = name, params: Params = params) -> Any:
+                return self.experiment.predictions(name, params, images)
+
+            tokens = agreement.student_tokens(predict, views, batch)
+            found = agreement.measure(tokens, self._target)
+            values |= {f"{name}/agreement_class": found.cls, f"{name}/agreement_patch": found.patch}
+            values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
+            guessed = self._guessed(name, params, self._scene)
+            if self.leads:
+                snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
+        return values
+
+    def _guessed(self, name: str, params: Params, scene: snapshots.Scene) -> np.ndarray | None:
+        """What the patch head says where the scene hides patches; None where it is not trained."""
+        if not self.config.loss.patch or not scene.hidden.any():
+            return None
+        shown = len(scene.hidden)
+        # As many as in a step, so that any number of devices has its share.
+        rows = np.arange(self.config.batch) % shown
+        found = self.experiment.hidden_patches(name, params, scene.views[rows], scene.hidden[rows])
+        return np.asarray(found, np.float32)[:shown]
+
+    def _scores(self, step: int, state: TrainState, pair: Pair) -> dict[str, float]:
+        if self._taught is None:
+            self._taught = self._scored("teacher", self.experiment.teacher_params, pair, step)
+        values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
+        for name, params in state.params.items():
+            found = self._scored(name, params["backbone"], pair, step)
+            values |= {f"{name}/{key}_top1": value for key, value in found._asdict().items()}
+        return values
+
+    def _scored(self, name: str, params: Params, pair: Pair, step: int) -> Scores:
+        """Of the teacher, or of a student's backbone."""
+        experiment, data = self.experiment, self.config.data
+        compiled = self._pass(name)
+        view = CentreCrop(round(data.crop * MARGIN), data.crop)
+        workers = default_workers() if data.workers is None else data.workers
+        reading = Reading(self.config.batch, workers, max(data.threads, 1))
+
+        def tokens(part: Labelled) -> Table:
+            return feature_pass(
+                compiled,
+                params,
+                part.source,
+                view,
+                reading,
+                experiment.mesh,
+                progress=lambda text: self.console.progress(
+                    f"step {step}: {name} on labelled images, {text}"
+                ),
+            )
+
+        return scores(pair, tokens, experiment.mesh)
+
+    def _pass(self, name: str) -> Compiled:
+        """Class tokens of the teacher, or of a student; compiled once."""
+        if name not in self._passes:
+            experiment = self.experiment
+            backbone = experiment.backbones[name]
+
+            def tokens(params: Params, images: jax.Array) -> jax.Array:
+                pixels = experiment.teacher_card.normalisation(images)
+                return backbone(params, pixels).cls.astype(jnp.float32)
+
+            self._passes[name] = compiled_pass(tokens, experiment.mesh)
+        return self._passes[name]
+
+    def report(self) -> None:
+        """Renews the report, on the first host; where nothing is measured there is one as well."""
+        if self.leads:
+            experiment = self.experiment
+            write_report(self.workdir, list(experiment.students), experiment.total_steps)
+
+    def draw(self, state: TrainState) -> None:
+        """Patch tokens of some held-out views as colours: the teacher's and each student's."""
+        path = self.workdir / PICTURE
+        if self.views is None or path.is_file():
+            return
+        # The students before are no part of a checkpoint: the seed makes them again.
+        moments = (("before", self.experiment.init()), ("after", state))
+        batch = self.views[np.arange(self.config.batch) % len(self.views)]
+        rows = min(PICTURE_ROWS, len(batch))
+        taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
+        said = [
+            (f"{name} {moment}", self.experiment.predictions(name, at.params[name], batch).feature)
+            for name in self.experiment.students
+            for moment, at in moments
+        ]
+        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
+        if self.leads:
+            picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
