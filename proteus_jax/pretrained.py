@@ -151,6 +151,10 @@ class Model:
         Images are uint8 [B, H, W, 3]; H and W are multiples of the patch size. Compiled once a
         shape.
         """
+        self._refuse(images)
+        return self._features(self.params, images)
+
+    def _refuse(self, images: np.ndarray | jax.Array) -> None:
         shape = getattr(images, "shape", None)
         if shape is None or len(shape) != 4 or shape[-1] != 3 or images.dtype != np.uint8:
             found = f"{getattr(images, 'dtype', type(images).__name__)} {shape or ''}"
@@ -160,7 +164,19 @@ class Model:
             raise InputError(
                 f"image sides should be multiples of {patch}, found {shape[1]} x {shape[2]}"
             )
-        return self._features(self.params, images)
+
+    def attention(self, images: np.ndarray | jax.Array) -> jax.Array:
+        """What the class token attends to in the last block, [B, heads, N]; images as in a call."""
+        self._refuse(images)
+        return self._attention(self.params, images)
+
+    @functools.cached_property
+    def _attention(self):
+        return jax.jit(
+            lambda params, images: self._backbone.class_attention(
+                params, self.card.normalisation(images)
+            )
+        )
 
     @functools.cached_property
     def _features(self):

@@ -32,7 +32,7 @@ LAYERS = [
     ("topology",),
     ("experiment", "checkup", "plan"),
     ("examination",),
-    ("messages",),
+    ("messages", "visualize"),
     ("train",),
 ]
 # Where an outside library may be named.

@@ -98,6 +98,78 @@ def neighbour_sheet(views: np.ndarray, queries: Sequence[int], found: np.ndarray
     return sheet
 
 
+def foreground_colours(
+    tokens: Sequence[np.ndarray], borders: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Colours uint8 [N, 3] of the patch tokens [N, D] of several images, as the DINOv2 papers show
+    them: the first principal component tells foreground from background, which is black; three
+    components of the foreground alone are its colours. `borders` bool [N] are the patches at the
+    images' edges: of the two sides the one with fewer of them is the foreground.
+    """
+    flat = np.concatenate(tokens).astype(np.float64)
+    edge = np.concatenate(borders)
+    centred = flat - flat.mean(axis=0)
+    first = centred @ np.linalg.svd(centred, full_matrices=False)[2][0]
+    front = first > 0
+    if front[edge].mean() > (~front)[edge].mean():
+        front = ~front
+    colours = np.zeros((len(flat), 3), np.uint8)
+    if front.sum() > 3:
+        colours[front] = principal_colours(flat[front][None])(flat[front])
+    return np.split(colours, np.cumsum([len(each) for each in tokens])[:-1])
+
+
+def heat_tile(view: np.ndarray, weights: np.ndarray, grid: Sequence[int]) -> Image.Image:
+    """A view uint8 [H, W, 3] in grey, and warmer where the weights [N] of a grid are large."""
+    share = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
+    colours = np.stack(
+        [np.interp(share * 3, np.arange(4), _HEAT[:, channel]) for channel in range(3)], axis=-1
+    )
+    size = (view.shape[1], view.shape[0])
+    heat = grid_tile(colours.astype(np.uint8), grid).resize(size, Image.Resampling.BICUBIC)
+    grey = Image.fromarray(view).convert("L").convert("RGB")
+    return Image.blend(grey, heat, 0.6)
+
+
+def fitted(pixels: np.ndarray, side: int, multiple: int) -> np.ndarray:
+    """Uint8 [H, W, 3] with a shorter side of about `side` pixels and sides that are multiples of
+    `multiple`, the shape kept as near as that allows.
+    """
+    scale = side / min(pixels.shape[:2])
+    height, width = (
+        max(round(length * scale / multiple), 1) * multiple for length in pixels.shape[:2]
+    )
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def fitted_image(pixels: np.ndarray, side: int) -> Image.Image:
+    """An image with a shorter side of `side` pixels."""
+    return Image.fromarray(fitted(pixels, side, 1))
+
+
+def table_of(columns: Sequence[tuple[str, Sequence[Image.Image]]], height: int) -> Image.Image:
+    """Columns of tiles of one height and of any width under their titles."""
+    font, count = ImageFont.load_default(14), len(columns[0][1])
+    rows = [
+        [each.resize((round(each.width * height / each.height), height)) for each in tiles]
+        for _, tiles in columns
+    ]
+    widths = [
+        max(*(each.width for each in tiles), int(font.getlength(title)) + 8)
+        for (title, _), tiles in zip(columns, rows, strict=True)
+    ]
+    size = (sum(widths) + GAP * (len(widths) - 1), HEADING + count * (height + GAP) - GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for (title, _), tiles, width in zip(columns, rows, widths, strict=True):
+        draw.text((left + 2, 3), title, fill="black", font=font)
+        for row, each in enumerate(tiles):
+            sheet.paste(each, (left, HEADING + row * (height + GAP)))
+        left += width + GAP
+    return sheet
+
+
 def save_picture(sheet: Image.Image, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,4 +196,9 @@ def principal_colours(tokens: np.ndarray) -> Colours:
 def tile(colours: np.ndarray, sides: Sequence[int]) -> Image.Image:
     """The patches uint8 [N, 3] of one view in their places; the grid has the view's shape."""
     rows = round((len(colours) * sides[0] / sides[1]) ** 0.5)
-    return Image.fromarray(colours.reshape(rows, -1, colours.shape[-1]))
+    return grid_tile(colours, (rows, len(colours) // rows))
+
+
+def grid_tile(colours: np.ndarray, grid: Sequence[int]) -> Image.Image:
+    """The patches uint8 [N, 3] of a grid (rows, columns) in their places."""
+    return Image.fromarray(colours.reshape(*grid, colours.shape[-1]))

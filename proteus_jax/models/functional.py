@@ -61,6 +61,10 @@ class BackboneFunction(_Functional):
         """See VisionTransformer.intermediates."""
         return self._module(params).intermediates(images, blocks, mask, normalise=normalise)
 
+    def class_attention(self, params: Params, images: jax.Array) -> jax.Array:
+        """See VisionTransformer.class_attention."""
+        return self._module(params).class_attention(images)
+
 
 class StudentFunction(_Functional):
     """A student with its heads; params have "backbone", "token_head", "feature_head" and

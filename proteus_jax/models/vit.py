@@ -140,6 +140,22 @@ class VisionTransformer(nnx.Module):
         _, outputs = self._run_blocks(self._embed(images, mask), tuple(blocks), None, "off")
         return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
 
+    def class_attention(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b heads n"]:
+        """How much each head of the class token attends to each patch in the last block, float32.
+
+        What goes to the class token itself and to registers is missing from the sum of 1.
+        """
+        spec, tokens = self.spec, self._embed(images, None)
+        if spec.depth > 1:
+            _, (tokens,) = self._run_blocks(tokens, (spec.depth - 2,), None, "off")
+        graph, stacked = nnx.split(self.blocks)
+        last = nnx.merge(graph, jax.tree.map(lambda layers: layers[-1], stacked))
+        qkv = last.attn.qkv(last.norm1(tokens)).astype(jnp.float32)
+        qkv = qkv.reshape(*tokens.shape[:2], 3, spec.heads, spec.width // spec.heads)
+        scores = jnp.einsum("bhd,bthd->bht", qkv[:, 0, 0], qkv[:, :, 1])
+        weights = jax.nn.softmax(scores * (spec.width // spec.heads) ** -0.5)
+        return weights[..., 1 + spec.registers :]
+
     def _embed(self, images: jax.Array, mask: jax.Array | None) -> Float[Array, "b t d"]:
         spec = self.spec
         batch, height, width, _ = images.shape
