@@ -8,6 +8,10 @@ from proteus_jax.models.specs import SPECS
 from proteus_jax.models.vit import REMAT
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+FINEGRAINED = (
+    *("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food", "pets"),
+    *("sun397", "voc2007", "cub"),
+)
 PROTOCOLS = ("knn", "linear", "finegrained", "robustness", "analysis")
 # Fields that may be left without a value: another one decides then.
 OPTIONAL = (
@@ -137,6 +141,10 @@ _EVALUATION: dict[str, Rule] = {
     "linear.blocks": _numbers(1, whole=True),
     "linear.held_out": _share(below_one=True),
     "linear.cache": Rule(lambda value: isinstance(value, bool), "true or false"),
+    "finegrained.datasets": Rule(
+        lambda names: set(names) <= set(FINEGRAINED) and len(set(names)) == len(names),
+        f"different names out of {', '.join(FINEGRAINED)}",
+    ),
 }
 
 

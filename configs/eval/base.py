@@ -61,5 +61,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Features of centre crops, computed once and kept in the workdir, in place of random crops:
     # much faster, and not the paper's protocol.
     config.linear.cache = False
+
+    config.finegrained = ml_collections.ConfigDict()
+    # Names of data sets; where none are given, all twelve.
+    config.finegrained.datasets = ()
     # A misspelt field in a file that starts from this one is an error from here on.
     return config.lock()

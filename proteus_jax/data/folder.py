@@ -131,6 +131,11 @@ def open_list(path: str) -> FileSource:
     return source
 
 
+def open_names(folder: Path, names: Sequence[str]) -> FileSource:
+    """Files below a folder, in the order given; one may be named more than once."""
+    return _source(str(folder.resolve()), [(name, 0) for name in names])
+
+
 def open_single(path: str) -> FileSource:
     """One image file. InputError where it is none."""
     file = files.local(path)

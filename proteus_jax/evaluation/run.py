@@ -15,7 +15,7 @@ from proteus_jax.console import Console
 from proteus_jax.data.pipeline import default_workers
 from proteus_jax.data.views import CentreCrop
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation import linear, neighbours
+from proteus_jax.evaluation import finegrained, linear, neighbours
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Reading
 from proteus_jax.evaluation.results import FILE, describe, write_results
@@ -37,6 +37,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "knn": Protocol(neighbours.open_data, neighbours.check, neighbours.measure),
+    "finegrained": Protocol(finegrained.open_data, finegrained.check, finegrained.measure),
     "linear": Protocol(linear.open_data, linear.check, linear.measure),
 }
 

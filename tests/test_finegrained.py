@@ -1,0 +1,352 @@
+"""The twelve data sets in miniature, each in its authors' layout, and the protocol on them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, balanced_accuracy_score
+from test_evaluation import evaluate as command_line
+from test_main import finish
+from test_probes import clusters
+
+from proteus_jax.data.finegrained import DATASETS, VOC_CLASSES, find_datasets
+from proteus_jax.errors import InputError
+from proteus_jax.evaluation import finegrained
+from proteus_jax.evaluation.finegrained import Features, average_precision, evaluate
+from proteus_jax.fields import FINEGRAINED
+
+
+def image(path: Path, label: int, number: int) -> None:
+    """One whose colour tells its class."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(number)
+    pixels = rng.normal(np.eye(3)[label % 3] * 200, 50, (20, 24, 3)).clip(0, 255)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def lines(path: Path, *rows: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows) + "\n")
+
+
+def aircraft(at: Path) -> None:
+    kinds = ("707-320", "A300B4", "Boeing 717")
+    for split, first in (("train", 0), ("val", 10), ("test", 20)):
+        rows = []
+        for number in range(first, first + 6):
+            image(at / f"data/images/{number:07}.jpg", number % 3, number)
+            rows.append(f"{number:07} {kinds[number % 3]}")
+        lines(at / f"data/images_variant_{split}.txt", *rows)
+
+
+def caltech101(at: Path) -> None:
+    for label, kind in enumerate(("BACKGROUND_Google", "ant", "zebra")):
+        for number in range(40):
+            image(at / f"101_ObjectCategories/{kind}/image_{number:04}.jpg", label, number)
+
+
+def cars(at: Path) -> None:
+    for part, file in (
+        ("train", "devkit/cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ):
+        rows = []
+        for number in range(9):
+            image(at / f"cars_{part}/{number:05}.jpg", number % 3, number)
+            rows.append((f"{number:05}.jpg", number % 3 + 1))
+        kind = [("fname", object), ("class", object)]
+        (at / file).parent.mkdir(parents=True, exist_ok=True)
+        scipy.io.savemat(at / file, {"annotations": np.array(rows, dtype=kind)})
+
+
+def cifar(at: Path, names: tuple[str, ...], labels: int) -> None:
+    at.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        rng = np.random.default_rng(number)
+        content = b""
+        for row in range(6):
+            planes = np.repeat(np.eye(3)[row % 3] * 200, 1024)
+            pixels = (planes + rng.normal(0, 20, 3072)).clip(0, 255).astype(np.uint8)
+            content += bytes([9] * (labels - 1) + [row % 3]) + pixels.tobytes()
+        (at / name).write_bytes(content)
+
+
+def cifar10(at: Path) -> None:
+    cifar(at, (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"), 1)
+
+
+def cifar100(at: Path) -> None:
+    cifar(at, ("train.bin", "test.bin"), 2)
+
+
+def dtd(at: Path) -> None:
+    for part, first in (("train", 0), ("val", 10), ("test", 20)):
+        rows = []
+        for number in range(first, first + 6):
+            name = f"{('banded', 'dotted', 'woven')[number % 3]}/{number}.jpg"
+            image(at / "images" / name, number % 3, number)
+            rows.append(name)
+        lines(at / f"labels/{part}1.txt", *rows)
+
+
+def flowers(at: Path) -> None:
+    for number in range(1, 19):
+        image(at / f"jpg/image_{number:05}.jpg", number % 3, number)
+    scipy.io.savemat(at / "imagelabels.mat", {"labels": np.arange(1, 19)[None] % 3 + 1})
+    ids = np.arange(1, 19).reshape(3, 1, 6)
+    scipy.io.savemat(at / "setid.mat", dict(zip(("trnid", "valid", "tstid"), ids, strict=True)))
+
+
+def food(at: Path) -> None:
+    for part, first in (("train", 0), ("test", 20)):
+        rows = []
+        for number in range(first, first + 9):
+            name = f"{('apple_pie', 'pho', 'waffles')[number % 3]}/{number}"
+            image(at / f"images/{name}.jpg", number % 3, number)
+            rows.append(name)
+        lines(at / f"meta/{part}.txt", *rows)
+
+
+def pets(at: Path) -> None:
+    for part, first in (("trainval", 0), ("test", 20)):
+        rows = ["#Image CLASS-ID SPECIES BREED ID"] if part == "test" else []
+        for number in range(first, first + 9):
+            name = f"{('Abyssinian', 'beagle', 'pug')[number % 3]}_{number}"
+            image(at / f"images/{name}.jpg", number % 3, number)
+            rows.append(f"{name} {number % 3 + 1} 1 1")
+        lines(at / f"annotations/{part}.txt", *rows)
+
+
+def sun397(at: Path) -> None:
+    for part, first in (("Training", 0), ("Testing", 20)):
+        rows = []
+        for number in range(first, first + 9):
+            name = f"/{('a/abbey', 'a/alley/indoor', 'z/zoo')[number % 3]}/sun_{number}.jpg"
+            image(at / name[1:], number % 3, number)
+            rows.append(name)
+        lines(at / f"{part}_01.txt", *rows)
+
+
+def voc2007(at: Path, *, lists: bool = True) -> None:
+    main = at / "ImageSets/Main"
+    for part, first in (("train", 0), ("val", 10), ("test", 20)):
+        names = [f"{number:06}" for number in range(first, first + 9)]
+        lines(main / f"{part}.txt", *names)
+        columns: dict[str, list[str]] = {kind: [] for kind in VOC_CLASSES}
+        for number, name in enumerate(names, first):
+            image(at / f"JPEGImages/{name}.jpg", number % 3, number)
+            objects = ""
+            for place, kind in enumerate(VOC_CLASSES):
+                # In turn shown, not shown, and only difficult to see.
+                shown = 1 if place % 3 == number % 3 else -1
+                shown = 0 if shown < 0 and (place + number) % 5 == 0 else shown
+                columns[kind].append(f"{name} {shown:2}")
+                if shown >= 0:
+                    objects += (
+                        f"<object><name>{kind}</name><difficult>{1 - shown}</difficult></object>"
+                    )
+            lines(at / f"Annotations/{name}.xml", f"<annotation>{objects}</annotation>")
+        for kind, rows in columns.items() if lists else ():
+            lines(main / f"{kind}_{part}.txt", *rows)
+
+
+def cub(at: Path) -> None:
+    rows = []
+    for number in range(1, 19):
+        name = f"00{number % 3 + 1}.Bird/b_{number}.jpg"
+        image(at / "images" / name, number % 3, number)
+        rows.append((f"{number} {name}", f"{number} {number % 3 + 1}", f"{number} {number % 2}"))
+    for file, column in zip(
+        ("images.txt", "image_class_labels.txt", "train_test_split.txt"),
+        zip(*rows, strict=True),
+        strict=True,
+    ):
+        lines(at / file, *column)
+
+
+MAKERS = {
+    "aircraft": (aircraft, "fgvc-aircraft-2013b"),
+    "caltech101": (caltech101, ""),
+    "cars": (cars, ""),
+    "cifar10": (cifar10, "cifar-10-batches-bin"),
+    "cifar100": (cifar100, "cifar-100-binary"),
+    "dtd": (dtd, "dtd"),
+    "flowers": (flowers, ""),
+    "food": (food, "food-101"),
+    "pets": (pets, ""),
+    "sun397": (sun397, "SUN397"),
+    "voc2007": (voc2007, "VOC2007"),
+    "cub": (cub, "CUB_200_2011"),
+}
+# How many images of each part.
+COUNTS = {
+    "aircraft": (6, 6, 6),
+    "caltech101": (90, 0, None),
+    "cars": (9, 0, 9),
+    "cifar10": (30, 0, 6),
+    "cifar100": (6, 0, 6),
+    "dtd": (6, 6, 6),
+    "flowers": (6, 6, 6),
+    "food": (9, 0, 9),
+    "pets": (9, 0, 9),
+    "sun397": (9, 0, 9),
+    "voc2007": (9, 9, 9),
+    "cub": (9, 0, 9),
+}
+
+
+@pytest.fixture(scope="module")
+def all_twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("datasets")
+    for name, (make, top) in MAKERS.items():
+        make(root / name / top)
+    return root
+
+
+def test_names() -> None:
+    assert tuple(DATASETS) == FINEGRAINED == tuple(MAKERS)
+
+
+@pytest.mark.parametrize("name", FINEGRAINED)
+def test_each_layout(name: str, all_twelve: Path) -> None:
+    """The parts have their sizes, and each image the class that its colour tells."""
+    found, absent = find_datasets(str(all_twelve), [name])
+    assert absent == {}
+    for part, count in zip(found[name], COUNTS[name], strict=True):
+        if part is None:
+            assert count == 0
+            continue
+        assert count is None or len(part.source) == count
+        assert len(part.labels) == len(part.source)
+        if name == "voc2007":
+            assert part.labels.shape == (9, 20)
+            continue
+        assert set(part.labels.tolist()) == {0, 1, 2}
+        colours = {}
+        for number, label in enumerate(part.labels.tolist()):
+            content = part.source.read(number)
+            if isinstance(content, bytes):
+                import io
+
+                content = np.asarray(Image.open(io.BytesIO(content)))
+            colours.setdefault(label, set()).add(int(content.mean(axis=(0, 1)).argmax()))
+        assert all(len(seen) == 1 for seen in colours.values()), colours
+        assert len(set.union(*colours.values())) == 3
+
+
+def test_caltechs_draws(all_twelve: Path) -> None:
+    """As the original code draws them: a new image at each draw, or one that was drawn before."""
+    found, _ = find_datasets(str(all_twelve), ["caltech101"])
+    train, _, test = found["caltech101"]
+    np.random.seed(0)  # noqa: NPY002
+    drawn = np.random.choice(40, 30)  # noqa: NPY002
+    names = [train.source.name(number) for number in range(30)]
+    assert names == [f"BACKGROUND_Google/image_{at:04}.jpg" for at in drawn]
+    first = {test.source.name(n) for n in range(len(test.source)) if test.labels[n] == 0}
+    assert first == {f"BACKGROUND_Google/image_{n:04}.jpg" for n in range(40)} - set(names)
+
+
+def test_vocs_lists_and_annotations_agree(tmp_path: Path, all_twelve: Path) -> None:
+    voc2007(tmp_path / "voc2007", lists=False)
+    listed, _ = find_datasets(str(all_twelve), ["voc2007"])
+    annotated, _ = find_datasets(str(tmp_path), ["voc2007"])
+    for one, other in zip(listed["voc2007"], annotated["voc2007"], strict=True):
+        assert one is not None
+        assert other is not None
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert set(one.labels.ravel().tolist()) == {-1, 0, 1}
+    file = next((tmp_path / "voc2007/Annotations").glob("*.xml"))
+    file.write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
+    with pytest.raises(InputError, match="declares entities"):
+        find_datasets(str(tmp_path), ["voc2007"])
+
+
+def test_what_is_missing_and_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of aircraft, dtd in it"):
+        find_datasets(str(tmp_path), ["aircraft", "dtd"])
+    dtd(tmp_path / "dtd")
+    found, absent = find_datasets(str(tmp_path), ["aircraft", "dtd"])
+    assert list(found) == ["dtd"]
+    assert "no data/images_variant_train.txt below" in absent["aircraft"]
+    (tmp_path / "dtd/images/banded/0.jpg").unlink()
+    pets(tmp_path / "pets")
+    (tmp_path / "pets/annotations/test.txt").write_text("Abyssinian_100\n")
+    cifar10(tmp_path / "cifar10")
+    (tmp_path / "cifar10/data_batch_1.bin").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(InputError) as error:
+        find_datasets(str(tmp_path), FINEGRAINED)
+    said = str(error.value)
+    assert "dtd: 1 images are missing, as" in said
+    assert "pets: not the layout of its authors: IndexError" in said
+    assert "cifar10: data_batch_1.bin: expected a multiple of 3073 bytes" in said
+    assert len(error.value.problems) == 3
+
+
+def refit(learnt: Features, tested: Features, decay: float) -> LogisticRegression:
+    return LogisticRegression(C=1 / decay, tol=1e-10, max_iter=5000).fit(
+        learnt.rows.astype(np.float64), learnt.labels
+    )
+
+
+def test_the_protocol_by_scikit_learn(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sweep, choice and last fit written out, with validation set."""
+    decays = np.logspace(-2, 3, 5)
+    monkeypatch.setattr(finegrained, "DECAYS", decays)
+    train, validation, test = (Features(*clusters(rng, n)) for n in (80, 60, 200))
+    found = evaluate(train, validation, test, "mean_per_class")
+
+    def scaled(learnt: Features, tested: Features) -> tuple[Features, Features]:
+        mean, deviation = learnt.rows.mean(axis=0), learnt.rows.std(axis=0)
+        return Features((learnt.rows - mean) / deviation, learnt.labels), Features(
+            (tested.rows - mean) / deviation, tested.labels
+        )
+
+    percents = []
+    for decay in decays:
+        one, other = scaled(train, validation)
+        predicted = refit(one, other, decay).predict(other.rows)
+        percents.append(100 * balanced_accuracy_score(other.labels, predicted))
+    best = int(np.argmax(percents))
+    assert found.c == pytest.approx(1 / decays[best])
+    assert found.validation == pytest.approx(percents[best])
+    both = Features(*(np.concatenate(p) for p in zip(train, validation, strict=True)))
+    one, other = scaled(both, test)
+    predicted = refit(one, other, decays[best]).predict(other.rows)
+    assert found.percent == pytest.approx(100 * balanced_accuracy_score(other.labels, predicted))
+
+
+def test_eleven_points(rng: np.random.Generator) -> None:
+    scores, positive = rng.normal(size=400), rng.random(400) < 0.3
+    scores = scores + positive
+    # Near the area under the curve, which it samples.
+    area = average_precision_score(positive, scores)
+    assert average_precision(scores, positive) == pytest.approx(area, abs=0.03)
+    assert average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, False, True])) == (
+        pytest.approx((6 * 1.0 + 5 * 2 / 3) / 11)
+    )
+    assert average_precision(np.arange(3.0), np.zeros(3, bool)) == 0.0
+
+
+def test_all_twelve_from_the_command_line(
+    all_twelve: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "fine"
+    arguments = command_line("finegrained", tiny_teacher, all_twelve, workdir)
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((workdir / "results.json").read_text())
+    assert tuple(found["per_dataset"]) == FINEGRAINED
+    assert found["average"] == pytest.approx(np.mean(list(found["per_dataset"].values())))
+    assert found["absent"] == {}
+    assert found["metrics"]["voc2007"] == "map"
+    assert found["constants"]["normalisation"]["mean"][0] == 0.48145466
+    some = finish([*arguments, "--config.finegrained.datasets=dtd,cub"], tmp_path)
+    assert "no average: 2 of 12 data sets were measured" in some.stdout
+    found = json.loads((workdir / "results.json").read_text())
+    assert found["average"] is None
