@@ -141,6 +141,9 @@ _EVALUATION: dict[str, Rule] = {
     "linear.blocks": _numbers(1, whole=True),
     "linear.held_out": _share(below_one=True),
     "linear.cache": Rule(lambda value: isinstance(value, bool), "true or false"),
+    "robustness.head": Rule(lambda value: isinstance(value, str), "a folder, or nothing"),
+    "analysis.teacher": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
+    "analysis.images": _at_least(2),
     "finegrained.datasets": Rule(
         lambda names: set(names) <= set(FINEGRAINED) and len(set(names)) == len(names),
         f"different names out of {', '.join(FINEGRAINED)}",

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.errors import InputError
-from proteus_jax.models.functional import StudentFunction
+from proteus_jax.models.functional import Params, StudentFunction
 from proteus_jax.models.specs import SPECS
 from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_card, load_model
 from proteus_jax.teachers import KNOWN, find_teacher, obtain_teacher
@@ -42,24 +43,47 @@ def load_any(source: str | Path) -> Model:
     raise InputError(f"{source}: neither a model directory (no {CARD} and {WEIGHTS}) nor a run")
 
 
-def _from_checkpoint(workdir: Path) -> Model:
-    """The backbone of the newest checkpoint of a run that has not ended."""
+class Heads(NamedTuple):
+    """A student with its heads, as the newest checkpoint of its run has it."""
+
+    student: StudentFunction
+    params: Params
+    step: int
+
+
+def load_heads(source: str | Path) -> Heads | None:
+    """The student of a run's directory with its heads; None for what is no run with a checkpoint,
+    or has several students.
+    """
+    workdir = Path(source).expanduser()
+    if is_remote(str(source)) or not (workdir / CHECKPOINTS).is_dir():
+        return None
     config = json.loads((workdir / CARD).read_text())
     if len(config["student"]) != 1:
-        raise InputError(f"{workdir}: a run with several students that has not ended")
+        return None
     (name,) = config["student"]
     spec = dataclasses.replace(SPECS[name], grid=config["data"]["crop"] // SPECS[name].patch_size)
     with contextlib.closing(Checkpoints(Workdir(workdir).checkpoints)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            raise InputError(f"{workdir}: a run without a checkpoint")
-        shapes = StudentFunction(spec, checkpoints.facts(step)["teacher_width"]).shapes
-        params = checkpoints.params(step, {name: shapes})[name]["backbone"]
+            return None
+        student = StudentFunction(spec, checkpoints.facts(step)["teacher_width"])
+        return Heads(student, checkpoints.params(step, {name: student.shapes})[name], step)
+
+
+def _from_checkpoint(workdir: Path) -> Model:
+    """The backbone of the newest checkpoint of a run that has not ended."""
+    config = json.loads((workdir / CARD).read_text())
+    if len(config["student"]) != 1:
+        raise InputError(f"{workdir}: a run with several students that has not ended")
+    found = load_heads(workdir)
+    if found is None:
+        raise InputError(f"{workdir}: a run without a checkpoint")
     teacher = load_card(obtain_teacher(config["teacher"]))
     card = ModelCard(
-        spec=spec,
+        spec=found.student.spec,
         normalisation=teacher.normalisation,
         licence=f"that of its teacher: {teacher.licence}",
-        source={"run": str(workdir), "step": step, "teacher": config["teacher"]},
+        source={"run": str(workdir), "step": found.step, "teacher": config["teacher"]},
     )
-    return Model(jax.device_get(params), card)
+    return Model(jax.device_get(found.params["backbone"]), card)

@@ -65,5 +65,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.finegrained = ml_collections.ConfigDict()
     # Names of data sets; where none are given, all twelve.
     config.finegrained.datasets = ()
+
+    config.robustness = ml_collections.ConfigDict()
+    # The workdir of a linear evaluation of the same model, on ImageNet. Below data.root lie
+    # imagenet-a, imagenet-r, imagenet-sketch, imagenet-v2 and imagenet-c.
+    config.robustness.head = ""
+
+    config.analysis = ml_collections.ConfigDict()
+    # With whom the model is compared: whatever proteus_jax.load takes.
+    config.analysis.teacher = ""
+    # At most so many images of data.root, which needs no classes.
+    config.analysis.images = 512
     # A misspelt field in a file that starts from this one is an error from here on.
     return config.lock()

@@ -119,6 +119,14 @@ def foreground_colours(
     return np.split(colours, np.cumsum([len(each) for each in tokens])[:-1])
 
 
+def number_tile(values: np.ndarray) -> Image.Image:
+    """A grid of numbers [rows, columns] as colours, from the smallest to the largest."""
+    share = (values - values.min()) / max(np.ptp(values), 1e-12)
+    colours = [np.interp(share.ravel() * 3, np.arange(4), _HEAT[:, c]) for c in range(3)]
+    small = grid_tile(np.stack(colours, axis=-1).astype(np.uint8), values.shape)
+    return small.resize((2 * CELL, 2 * CELL), Image.Resampling.NEAREST)
+
+
 def heat_tile(view: np.ndarray, weights: np.ndarray, grid: Sequence[int]) -> Image.Image:
     """A view uint8 [H, W, 3] in grey, and warmer where the weights [N] of a grid are large."""
     share = (weights - weights.min()) / max(np.ptp(weights), 1e-12)

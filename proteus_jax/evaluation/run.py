@@ -15,7 +15,7 @@ from proteus_jax.console import Console
 from proteus_jax.data.pipeline import default_workers
 from proteus_jax.data.views import CentreCrop
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation import finegrained, linear, neighbours
+from proteus_jax.evaluation import analysis, finegrained, linear, neighbours, robustness
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Reading
 from proteus_jax.evaluation.results import FILE, describe, write_results
@@ -38,6 +38,8 @@ class Protocol(NamedTuple):
 PROTOCOLS = {
     "knn": Protocol(neighbours.open_data, neighbours.check, neighbours.measure),
     "finegrained": Protocol(finegrained.open_data, finegrained.check, finegrained.measure),
+    "robustness": Protocol(robustness.open_data, robustness.check, robustness.measure),
+    "analysis": Protocol(analysis.open_data, analysis.check, analysis.measure),
     "linear": Protocol(linear.open_data, linear.check, linear.measure),
 }
 

@@ -1,0 +1,14 @@
+"""A student beside its teacher: alignment of all layers, rank, neighbours, errors."""
+
+from typing import Any
+
+import ml_collections
+
+from configs.eval import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The protocol alone."""
+    config: Any = base.get_config()
+    config.protocol = "analysis"
+    return config

@@ -1,0 +1,218 @@
+"""The protocol robustness: a linear head of ImageNet on ImageNet-A, -R, -Sketch, -V2 and -C.
+
+The head is one that the protocol linear has trained and chosen. Sets that show only some of the
+classes are scored among those classes alone, as their authors do. mCE: errors over five severities,
+relative to AlexNet's, mean of the 15 corruptions (Hendrycks and Dietterich 2019, arXiv 1903.12261).
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proteus_jax.data.labelled import Labelled, open_labelled
+from proteus_jax.errors import InputError
+from proteus_jax.evaluation.context import Context
+from proteus_jax.evaluation.features import compiled_pass, feature_pass
+from proteus_jax.evaluation.linear import HEAD, Kind, last_tokens
+from proteus_jax.pretrained import Model
+
+PLAIN = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2")
+CORRUPTED, SEVERITIES = "imagenet-c", range(1, 6)
+# Published: AlexNet's mean error over the severities.
+ALEXNET = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+
+
+class Head(NamedTuple):
+    """A linear head: what it sees, weights [f, classes], biases, and its classes' names."""
+
+    kind: Kind
+    weight: np.ndarray
+    bias: np.ndarray
+    classes: tuple[str, ...]
+
+
+class Data(NamedTuple):
+    """The head, the sets that are there (those of corruptions by severity), and what is absent."""
+
+    head: Head
+    plain: dict[str, Labelled]
+    corrupted: dict[str, dict[int, Labelled]]
+    absent: dict[str, str]
+
+
+def open_head(directory: str) -> Head:
+    """Of the workdir of a linear evaluation; InputError where there is none."""
+    path = Path(directory).expanduser() / HEAD
+    if not path.is_file():
+        raise InputError(
+            f"expected the workdir of a linear evaluation, which holds {HEAD}, found {directory!r}"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            head = Head(
+                Kind(int(found["blocks"]), bool(found["pooled"])),
+                found["weight"].astype(np.float32),
+                found["bias"].astype(np.float32),
+                tuple(str(name) for name in found["classes"]),
+            )
+        if head.weight.ndim != 2 or head.bias.shape != (len(head.classes),):
+            raise ValueError(f"weights {head.weight.shape}, {len(head.classes)} classes")
+        if head.weight.shape[1] != len(head.classes):
+            raise ValueError(f"weights {head.weight.shape}, {len(head.classes)} classes")
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{path}: no linear head: {error}") from None
+    return head
+
+
+def open_data(config: Any) -> Data:
+    """The head of --config.robustness.head, and what of the sets lies below --config.data.root."""
+    problems, head = [], None
+    try:
+        head = open_head(config.robustness.head)
+    except InputError as error:
+        problems += [f"--config.robustness.head: {problem}" for problem in error.problems]
+    root = Path(config.data.root).expanduser()
+    if not config.data.root or not root.is_dir():
+        problems.append(
+            f"--config.data.root: expected a folder with one or more of {', '.join(PLAIN)} and "
+            f"{CORRUPTED}, found {config.data.root!r}"
+        )
+    if problems or head is None:
+        raise InputError(problems)
+    plain, corrupted, absent = {}, {}, {}
+    try:
+        for name in PLAIN:
+            if (root / name).is_dir():
+                plain[name] = _matched(open_labelled(str(root / name)), head, name)
+            else:
+                absent[name] = f"no folder {name}"
+        for name in ALEXNET:
+            place = root / CORRUPTED / name
+            missing = [level for level in SEVERITIES if not (place / str(level)).is_dir()]
+            if missing:
+                absent[f"{CORRUPTED}/{name}"] = f"no folder of severity {missing[0]}"
+                continue
+            corrupted[name] = {
+                level: _matched(open_labelled(str(place / str(level))), head, f"{name}/{level}")
+                for level in SEVERITIES
+            }
+    except InputError as error:
+        raise InputError([f"--config.data.root: {problem}" for problem in error.problems]) from None
+    if not plain and not corrupted:
+        raise InputError(f"--config.data.root: {root}: none of {', '.join(PLAIN)}, {CORRUPTED}")
+    return Data(head, plain, corrupted, absent)
+
+
+def _matched(found: Labelled, head: Head, name: str) -> Labelled:
+    """Labels as numbers of the head's classes: by name, or where folders are numbers (-V2) by the
+    place among the sorted names.
+    """
+    number = {kind: at for at, kind in enumerate(head.classes)}
+    if not number.keys() & set(found.classes) and all(kind.isdecimal() for kind in found.classes):
+        number = {str(at): at for at in range(len(head.classes))}
+    strange = [kind for kind in found.classes if kind not in number]
+    if strange:
+        raise InputError(
+            f"{name}: {len(strange)} of its classes are none of the head's, as {strange[0]}; the "
+            f"head has {len(head.classes)}, as {head.classes[0]}"
+        )
+    own = np.array([number[kind] for kind in found.classes])
+    return Labelled(found.source, own[found.labels], head.classes)
+
+
+def check(config: Any, model: Model) -> list[str]:
+    """The head must be one of such a model."""
+    try:
+        head = open_head(config.robustness.head)
+    except InputError:
+        return []
+    width = model.spec.width * (head.kind.blocks + head.kind.pooled)
+    if len(head.weight) != width or head.kind.blocks > model.spec.depth:
+        return [
+            f"--config.robustness.head: expected a head of {width} inputs for this model, found "
+            f"{len(head.weight)}"
+        ]
+    return []
+
+
+def measure(context: Context, data: Data) -> dict[str, Any]:
+    """`top1` is {set: percent}; `mce` the mean corruption error in percent where all fifteen are
+    there, null otherwise.
+    """
+    top1 = {}
+    for name, part in data.plain.items():
+        top1[name] = 100 * _accuracy(context, data.head, part, name)
+        context.say(f"  {name:18}{top1[name]:6.2f} %")
+    errors = {}
+    for name, levels in data.corrupted.items():
+        errors[name] = {
+            str(level): 1 - _accuracy(context, data.head, part, f"{name}, severity {level}")
+            for level, part in levels.items()
+        }
+        context.say(f"  {name:18}{100 * np.mean([*errors[name].values()]):6.2f} % wrong")
+    mce = None
+    if len(errors) == len(ALEXNET):
+        mce = mean_corruption_error(errors)
+        context.say(f"  {'mCE':18}{mce:6.2f}")
+    for name, reason in data.absent.items():
+        context.say(f"  {name:18}absent: {reason}")
+    return {
+        "top1": top1,
+        "mce": mce,
+        "corruptions": errors,
+        "absent": data.absent,
+        "data": {
+            "root": context.config.data.root,
+            "images": {name: len(part.labels) for name, part in data.plain.items()},
+        },
+        "constants": {"alexnet": ALEXNET, "head": data.head.kind._asdict()},
+    }
+
+
+def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float:
+    """In percent, of errors from 0 to 1 by corruption and severity."""
+    relative = [np.mean([*levels.values()]) / ALEXNET[name] for name, levels in errors.items()]
+    return 100 * float(np.mean(relative))
+
+
+def _accuracy(context: Context, head: Head, part: Labelled, title: str) -> float:
+    """Share right, among the classes that the set shows."""
+    frozen = context.frozen
+    shown = np.unique(part.labels)
+    tokens = functools.partial(last_tokens, blocks=head.kind.blocks)
+
+    def predict(params: Any, images: jax.Array) -> jax.Array:
+        seen = head.kind.of(tokens(frozen.backbone, params[0], frozen.normalisation(images)))
+        scores = jnp.matmul(seen, params[1], precision=jax.lax.Precision.HIGHEST) + params[2]
+        return scores.argmax(axis=1).astype(jnp.int32)
+
+    table = feature_pass(
+        compiled_pass(predict, context.mesh),
+        (frozen.params, head.weight[:, shown], head.bias[shown]),
+        part.source,
+        context.view,
+        context.reading,
+        context.mesh,
+        progress=lambda text: context.progress(f"{title}: {text}"),
+    )
+    return float(np.mean(shown[table.values] == part.labels[table.numbers]))
