@@ -114,7 +114,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.held_out.views = 128
 
     # Images with classes, to say in percent what student and teacher are worth: a folder with
-    # train/ and test/ (or val/), one folder a class in each; one folder a class; or tfds:NAME.
+    # train/ and test/ (or val/), one folder a class in each; one folder a class; tfds:NAME; or
+    # "scikit-image": which of its pictures a tile is of, where data.root names them too.
     config.eval = ml_collections.ConfigDict()
     config.eval.root = ""
 

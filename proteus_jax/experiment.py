@@ -87,7 +87,7 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     """
     problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
     split, teacher, labelled = None, None, None
-    if config.eval.root:
+    if config.eval.root not in ("", pictures.NAME):
         with _collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
     # These come from a package index.
@@ -105,6 +105,9 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
         with _collecting(problems, "--config.teacher"):
             teacher = obtain_teacher(config.teacher)
             problems += _check_teacher(config, teacher)
+    if not problems and fetched and config.eval.root == pictures.NAME:
+        with _collecting(problems, "--config.eval.root"):
+            labelled = open_pair(config.eval.root)
     if problems or split is None or teacher is None:
         raise InputError(problems)
     return Inputs(split=split, teacher=teacher, labelled=labelled)

@@ -124,3 +124,14 @@ def write_tar(folder: Path) -> str:
     with tarfile.open(folder / "x.tar", "w") as tar:
         tar.add(folder / "one" / "a" / "0.png", "0.png")
     return str(folder / "x.tar")
+
+
+def test_tiles_are_apart_and_whole(rng: np.random.Generator) -> None:
+    from proteus_jax.data.labelled import tiles
+
+    pictures = [photograph(rng, 50, 95), photograph(rng, 12, 200), photograph(rng, 9, 9)]
+    found, labels = tiles(MemorySource(pictures, list("abc")), 20, 5)
+    assert labels == [0] * 5 + [1] * 5 + [2]
+    assert [tile.shape for tile in found] == [(20, 20, 3)] * 5 + [(12, 12, 3)] * 5 + [(9, 9, 3)]
+    np.testing.assert_array_equal(found[0], pictures[0][:20, :20])
+    np.testing.assert_array_equal(found[4], pictures[0][20:40, 60:80])

@@ -6,17 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proteus_jax.data import files
+from proteus_jax.data import files, images, pictures
 from proteus_jax.data.catalog import open_source
 from proteus_jax.data.folder import FileSource
 from proteus_jax.data.order import chosen
 from proteus_jax.data.records import PREFIX, TfdsSource
-from proteus_jax.data.sources import Part, Source
+from proteus_jax.data.sources import MemorySource, Part, Source
 from proteus_jax.errors import InputError
 
 TRAIN, TEST = "train", ("test", "val", "validation")
 # Of a folder that is not split, one image in so many is tested on.
 TESTED = 5
+# Tiles of a picture to learn from, at most, and their sides in pixels.
+TILES, TILE = 16, 98
 
 
 class Labelled(NamedTuple):
@@ -67,12 +69,54 @@ def open_labelled(root: str) -> Labelled:
     return Labelled(source, labels.astype(np.int64), tuple(classes.tolist()))
 
 
+def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[int]]:
+    """Squares of at most `side` pixels of each image, at most so many, spread evenly over a grid;
+    and which image each is of.
+    """
+    found, labels = [], []
+    for number in range(len(source)):
+        pixels = images.opened(source.read(number)).pixels()
+        height, width = pixels.shape[:2]
+        length = min(side, height, width)
+        corners = [
+            (top, left)
+            for top in range(0, height - length + 1, length)
+            for left in range(0, width - length + 1, length)
+        ]
+        picked = np.linspace(0, len(corners) - 1, min(most, len(corners))).round().astype(int)
+        for top, left in (corners[at] for at in picked):
+            found.append(pixels[top : top + length, left : left + length].copy())
+            labels.append(number)
+    return found, labels
+
+
+def open_pictures_pair() -> Pair:
+    """Which of the nineteen pictures a tile is of: tiles of the left three quarters to learn from,
+    of the right quarter to test on.
+    """
+    split = pictures.open_pictures()
+    names = tuple(split.training.name(number) for number in range(len(split.training)))
+
+    def part(source: Source | None, most: int) -> Labelled:
+        assert source is not None
+        found, labels = tiles(source, TILE, most)
+        titles = [f"tile {at} of {names[label]}" for at, label in enumerate(labels)]
+        return Labelled(MemorySource(found, titles), np.array(labels), names)
+
+    return Pair(
+        part(split.training, TILES), part(split.held_out, TILES // 4), "tiles of the right quarters"
+    )
+
+
 def open_pair(root: str) -> Pair:
     """A folder with train/ and test/ (or val/), each with one folder a class; tfds:NAME with such
-    splits; or a folder of classes, of whose images every fifth is tested on.
+    splits; a folder of classes, of whose images every fifth is tested on; or "scikit-image", see
+    open_pictures_pair.
 
     InputError where that is not so, or where the classes of both differ.
     """
+    if root == pictures.NAME:
+        return open_pictures_pair()
     if root.lower().startswith(PREFIX):
         names = [f"{root}:{split}" for split in (TRAIN, *TEST)]
         return _matched(open_labelled(names[0]), *_first(root, names[1:]))
