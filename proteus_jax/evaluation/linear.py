@@ -186,10 +186,11 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
         state = _train_on_kept_features(context, probe, tokens, learnt, state)
     else:
         state = CropTrainer(context, probe, tokens)(learnt, state)
-    scores = {}
+    scores, unreadable = {}, 0
     for title, part in (("held_out", held_out), ("test", pair.test)):
         if part is not None:
-            scores[title] = _accuracy(context, probe, tokens, part, state["heads"], title)
+            scores[title], lost = _accuracy(context, probe, tokens, part, state["heads"], title)
+            unreadable += lost
     best = {"test": int(np.argmax(scores["test"]))}
     if held_out is not None:
         best["held_out"] = int(np.argmax(scores["held_out"]))
@@ -209,7 +210,7 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
             title: {"head": probe.names[number], "top1": scores["test"][number]}
             for title, number in best.items()
         },
-        "data": neighbours.described(config, pair, 0)
+        "data": neighbours.described(config, pair, unreadable)
         | {"held_out_images": 0 if held_out is None else len(held_out.labels)},
         "constants": {"steps": probe.steps, "batch": config.batch, "momentum": MOMENTUM},
     }
@@ -328,8 +329,8 @@ def _accuracy(
     part: Labelled,
     heads: list[Params],
     title: str,
-) -> list[float]:
-    """Percent right of each head; one pass."""
+) -> tuple[list[float], int]:
+    """Percent right of each head, by one pass, and how many images could not be read."""
     frozen = context.frozen
 
     def predict(params: tuple[Params, list[Params]], images: jax.Array) -> jax.Array:
@@ -346,7 +347,7 @@ def _accuracy(
         progress=lambda text: context.progress(f"{title.replace('_', ' ')}: {text}"),
     )
     right = table.values == part.labels[table.numbers][:, None]
-    return [100 * float(share) for share in right.mean(axis=0)]
+    return [100 * float(share) for share in right.mean(axis=0)], table.unreadable
 
 
 def _save_head(
