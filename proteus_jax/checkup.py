@@ -14,7 +14,7 @@ from typing import Any
 from proteus_jax.console import Console, duration
 from proteus_jax.data import catalog
 from proteus_jax.data.doctor import Findings, examine
-from proteus_jax.data.pipeline import default_workers, in_parallel
+from proteus_jax.data.pipeline import in_parallel, worker_count
 from proteus_jax.data.sources import Source
 from proteus_jax.errors import InputError
 from proteus_jax.storage import why_unwritable, write_atomically
@@ -82,7 +82,7 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
     workers = config.data.workers
     parallel = partial(
         in_parallel,
-        workers=default_workers() if workers is None else workers,
+        workers=worker_count(workers),
         threads=max(config.data.threads, os.cpu_count() or 1),
     )
     return examine(source, parallel, told), time.monotonic() - start

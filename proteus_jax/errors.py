@@ -1,6 +1,7 @@
 """Faults that a user can cause: reported in words, never as a traceback."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 DEFECT = 1
 
@@ -15,6 +16,25 @@ class InputError(Exception):
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """What the block finds wrong is said of a field."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError([f"{field}: {problem}" for problem in error.problems]) from None
+
+
+@contextlib.contextmanager
+def collecting(problems: list[str], field: str) -> Iterator[None]:
+    """What the block finds wrong goes to the list, under the field that it is about."""
+    try:
+        with about(field):
+            yield
+    except InputError as error:
+        problems += error.problems
 
 
 class Diverged(Exception):

@@ -11,7 +11,7 @@ import numpy as np
 
 from proteus_jax.console import Console
 from proteus_jax.data.labelled import Labelled, Pair
-from proteus_jax.data.pipeline import default_workers, held_out_views
+from proteus_jax.data.pipeline import held_out_views, worker_count
 from proteus_jax.data.sources import Source
 from proteus_jax.data.views import CentreCrop
 from proteus_jax.evaluation import agreement, picture, snapshots
@@ -108,8 +108,7 @@ class Examination:
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
         view = CentreCrop(round(data.crop * MARGIN), data.crop)
-        workers = default_workers() if data.workers is None else data.workers
-        reading = Reading(self.config.batch, workers, max(data.threads, 1))
+        reading = Reading(self.config.batch, worker_count(data.workers), max(data.threads, 1))
 
         def tokens(part: Labelled) -> Table:
             return feature_pass(

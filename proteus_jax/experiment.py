@@ -4,9 +4,8 @@ devices.
 Everything that can be wrong is found here, before anything is written.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from proteus_jax.data.labelled import Pair, open_pair
 from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.splits import HeldOut, Split, Subset
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, collecting
 from proteus_jax.flops import known_device
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.specs import SPECS
@@ -88,38 +87,29 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
     split, teacher, labelled = None, None, None
     if config.eval.root not in ("", pictures.NAME):
-        with _collecting(problems, "--config.eval.root"):
+        with collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
     # These come from a package index.
     fetched = pictures.NAME in config.data.root
     if not fetched:
-        with _collecting(problems, "--config.data.root"):
+        with collecting(problems, "--config.data.root"):
             split = _open_images(config)
-    with _collecting(problems, "--config.teacher"):
+    with collecting(problems, "--config.teacher"):
         teacher = find_teacher(config.teacher)
         problems += _check_teacher(config, teacher)
     if not problems and split is None:
-        with _collecting(problems, "--config.data.root"):
+        with collecting(problems, "--config.data.root"):
             split = _open_images(config)
     if not problems and teacher is None:
-        with _collecting(problems, "--config.teacher"):
+        with collecting(problems, "--config.teacher"):
             teacher = obtain_teacher(config.teacher)
             problems += _check_teacher(config, teacher)
     if not problems and fetched and config.eval.root == pictures.NAME:
-        with _collecting(problems, "--config.eval.root"):
+        with collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
     if problems or split is None or teacher is None:
         raise InputError(problems)
     return Inputs(split=split, teacher=teacher, labelled=labelled)
-
-
-@contextlib.contextmanager
-def _collecting(problems: list[str], field: str) -> Iterator[None]:
-    """What the block finds wrong goes to the list, under the field that it is about."""
-    try:
-        yield
-    except InputError as error:
-        problems += [f"{field}: {problem}" for problem in error.problems]
 
 
 def _open_images(config: Any) -> Split:

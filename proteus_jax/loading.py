@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -43,6 +43,20 @@ def load_any(source: str | Path) -> Model:
     raise InputError(f"{source}: neither a model directory (no {CARD} and {WEIGHTS}) nor a run")
 
 
+def _run_config(workdir: Path) -> dict[str, Any]:
+    """What a run was configured with; InputError where that is no run's."""
+    path = workdir / CARD
+    try:
+        config = json.loads(path.read_text())
+        known = all(name in SPECS for name in config["student"])
+        if not known or not isinstance(config["data"]["crop"], int):
+            raise ValueError("student or data.crop")
+        config["teacher"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected the configuration of a run: {error!r}") from None
+    return config
+
+
 class Heads(NamedTuple):
     """A student with its heads, as the newest checkpoint of its run has it."""
 
@@ -58,7 +72,7 @@ def load_heads(source: str | Path) -> Heads | None:
     workdir = Path(source).expanduser()
     if is_remote(str(source)) or not (workdir / CHECKPOINTS).is_dir():
         return None
-    config = json.loads((workdir / CARD).read_text())
+    config = _run_config(workdir)
     if len(config["student"]) != 1:
         return None
     (name,) = config["student"]
@@ -73,7 +87,7 @@ def load_heads(source: str | Path) -> Heads | None:
 
 def _from_checkpoint(workdir: Path) -> Model:
     """The backbone of the newest checkpoint of a run that has not ended."""
-    config = json.loads((workdir / CARD).read_text())
+    config = _run_config(workdir)
     if len(config["student"]) != 1:
         raise InputError(f"{workdir}: a run with several students that has not ended")
     found = load_heads(workdir)

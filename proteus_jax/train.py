@@ -21,7 +21,7 @@ from proteus_jax import sharding
 from proteus_jax.checkpoint import Checkpoints, differences
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, duration
-from proteus_jax.data.pipeline import default_workers, training_batches
+from proteus_jax.data.pipeline import training_batches, worker_count
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
@@ -128,7 +128,7 @@ class _Run:
             repeats=data.repeats,
             say=console.line,
         )
-        self.workers = default_workers() if data.workers is None else data.workers
+        self.workers = worker_count(data.workers)
         self.examination = Examination(experiment, self.workdir, console)
 
     def to_the_end(self, resumed: int | None) -> int:

@@ -20,8 +20,9 @@ from proteus_jax.errors import InputError, exit_code
 from proteus_jax.evaluation import picture
 from proteus_jax.loading import load_any
 from proteus_jax.pretrained import Model
+from proteus_jax.storage import why_unwritable
 
-SIZE, HEIGHT = 448, 224
+SIZE, HEIGHT, THIN = 448, 224, 20
 
 
 def read_images(paths: Sequence[str]) -> list[np.ndarray]:
@@ -29,7 +30,10 @@ def read_images(paths: Sequence[str]) -> list[np.ndarray]:
     found, problems = [], []
     for path in paths:
         try:
-            found.append(images.decode(Path(path).expanduser().read_bytes()))
+            pixels = images.decode(Path(path).expanduser().read_bytes())
+            if max(pixels.shape[:2]) > THIN * min(pixels.shape[:2]):
+                raise images.Unreadable(f"one side is more than {THIN} times the other")
+            found.append(pixels)
         except images.Unreadable as error:
             problems.append(f"{path}: {error}")
         except OSError as error:
@@ -61,8 +65,9 @@ def visualize(models: Sequence[str], paths: Sequence[str], output: Path, size: i
     """Writes the picture; InputError where a model or an image is none, before anything is
     written.
     """
-    if not output.parent.is_dir():
-        raise InputError(f"--output: {output.parent} is no directory")
+    reason = why_unwritable(output.parent)
+    if reason or output.is_dir():
+        raise InputError(f"--output: {reason or f'{output} is a directory'}")
     pixels, problems, loaded = [], [], []
     for read in (
         lambda: pixels.extend(read_images(paths)),
@@ -77,7 +82,10 @@ def visualize(models: Sequence[str], paths: Sequence[str], output: Path, size: i
     sheet = [("image", [picture.fitted_image(each, HEIGHT) for each in pixels])]
     for name, model in zip(models, loaded, strict=True):
         sheet += columns(model, Path(name).name or name, pixels, size)
-    picture.save_picture(picture.table_of(sheet, HEIGHT), output)
+    try:
+        picture.save_picture(picture.table_of(sheet, HEIGHT), output)
+    except OSError as error:
+        raise InputError(f"--output: {output}: {error.strerror}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import fsspec
@@ -124,6 +124,14 @@ def why_no_workdir(text: str) -> str | None:
     except Exception as error:  # Each file system has its own.
         return f"{text} cannot be reached: {type(error).__name__}: {error}"
     return None
+
+
+def first_of(text: str, names: Sequence[str]) -> str | None:
+    """The first of some names that lies in a folder or under an address; None where none does."""
+    if not is_remote(text):
+        return next((n for n in names if (Path(text).expanduser() / n).exists()), None)
+    system, root = fsspec.url_to_fs(text.rstrip("/"))
+    return next((name for name in names if system.exists(f"{root}/{name}")), None)
 
 
 @contextlib.contextmanager

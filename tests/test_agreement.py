@@ -88,7 +88,8 @@ def test_the_picture_has_the_teachers_colours(rng: np.random.Generator) -> None:
     mean = np.broadcast_to(teacher.mean(axis=(0, 1)), teacher.shape)
     sheet = np.asarray(agreement_picture(views, teacher, [("same", teacher), ("mean", mean)]))
     columns = [
-        sheet[HEADING:, start : start + CELL] for start in range(0, sheet.shape[1], CELL + GAP)
+        sheet[HEADING:, start : start + 2 * CELL]
+        for start in range(0, sheet.shape[1], 2 * CELL + GAP)
     ]
     assert len(columns) == 4
     np.testing.assert_array_equal(columns[1], columns[2])

@@ -60,6 +60,30 @@ def test_what_is_wrong_is_said_at_once(labelled_folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(
+    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    card = (tiny_teacher / "config.json").read_text()
+    result = finish(evaluate("knn", tiny_teacher, labelled_folder, tiny_teacher), tmp_path)
+    assert result.returncode == 2
+    assert "holds a model or a run (model.safetensors); give another folder" in result.stderr
+    assert (tiny_teacher / "config.json").read_text() == card
+    workdir = tmp_path / "linear"
+    workdir.mkdir()
+    (workdir / "results.json").write_text('{"protocol": "linear, frozen crops"}')
+    result = finish(evaluate("knn", tiny_teacher, labelled_folder, workdir), tmp_path)
+    assert result.returncode == 2
+    assert "holds the results of linear, frozen crops; give another folder" in result.stderr
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    result = finish(evaluate("knn", tmp_path / "run", labelled_folder, tmp_path / "x"), tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (tmp_path / "run" / "config.json").write_text('{"protocol": "knn"}')
+    result = finish(evaluate("knn", tmp_path / "run", labelled_folder, tmp_path / "x"), tmp_path)
+    assert result.returncode == 2
+    assert "expected the configuration of a run: KeyError('student')" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -52,6 +52,12 @@ def test_batches_hold_every_readable_image_once(
     assert found == [[0, 1], [4, NOTHING], [2, NOTHING], [NOTHING, NOTHING]]
 
 
+def test_an_image_too_thin_to_resize_is_left_out() -> None:
+    thin = np.zeros((1, 2**20, 3), np.uint8)
+    (made,) = evaluation_batches(MemorySource([thin], ["x"]), VIEW, batch=1, threads=0)
+    assert made.numbers.tolist() == [NOTHING]
+
+
 def test_a_pass_equals_the_model_image_by_image(
     tiny_teacher: Path, rng: np.random.Generator
 ) -> None:
@@ -69,7 +75,7 @@ def test_a_pass_equals_the_model_image_by_image(
     np.testing.assert_array_equal(some.values, table.values[[7, 2]])
 
 
-def test_a_bank_of_any_dtype_and_place(tiny_teacher: Path) -> None:
+def test_weights_are_kept_in_the_dtype_of_the_matmuls(tiny_teacher: Path) -> None:
     model = Model(*load_model(tiny_teacher))
     frozen = Frozen(model, sharding.make_mesh(), jnp.bfloat16)
     assert {array.dtype for array in jax.tree.leaves(frozen.params)} == {jnp.dtype(jnp.bfloat16)}
@@ -80,7 +86,7 @@ def test_pairs_of_folders(labelled_folder: Path) -> None:
     assert pair.train.classes == pair.test.classes == CLASSES
     assert np.bincount(pair.train.labels).tolist() == [14, 14, 14]
     assert np.bincount(pair.test.labels).tolist() == [5, 5, 5]
-    assert pair.told == "test/"
+    assert pair.told == "test"
     whole = open_pair(str(labelled_folder / "train"))
     assert np.bincount(whole.test.labels).tolist() == [2, 2, 2]
     assert np.bincount(whole.train.labels).tolist() == [12, 12, 12]
@@ -96,6 +102,22 @@ def test_labels_follow_names_not_places(tmp_path: Path, rng: np.random.Generator
     assert pair.test.labels.tolist() == [1, 2]
 
 
+def test_addresses_and_lists_and_a_test_set_without_classes(
+    labelled_folder: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    remote = open_pair(f"file://{labelled_folder}")
+    assert remote.train.classes == CLASSES
+    assert len(remote.test.labels) == 15
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(map(str, sorted(labelled_folder.glob("train/*/*.png")))))
+    assert open_labelled(str(listed)).classes == CLASSES
+    for split in ("train", "val"):
+        write_classes(tmp_path / "flat" / split, rng, 2, ("a", "b"))
+    (tmp_path / "flat" / "test").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "flat" / "test" / "x.png")
+    assert open_pair(str(tmp_path / "flat")).told == "val"
+
+
 def test_what_has_no_classes_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     write_classes(tmp_path / "one", rng, 2, ("a",))
     write_classes(tmp_path / "two" / "train", rng, 2, ("a", "b"))
@@ -104,7 +126,10 @@ def test_what_has_no_classes_is_refused(tmp_path: Path, rng: np.random.Generator
     write_classes(tmp_path / "single", rng, 1, ("a", "b"))
     write_classes(tmp_path / "loose", rng, 1, ("a", "b"))
     Image.new("RGB", (9, 9)).save(tmp_path / "loose" / "x.png")
+    write_classes(tmp_path / "spelt" / "Train", rng, 2, ("a", "b"))
+    write_classes(tmp_path / "spelt" / "Val", rng, 2, ("a", "b"))
     for name, words in (
+        ("spelt", "expected train/ and test/, or classes, found Train, Val"),
         ("one", "expected two classes or more, found only a"),
         ("two", "has train/, but neither of test, val, validation"),
         ("other", "1 classes to test on are none to learn from, as z"),

@@ -1,5 +1,6 @@
 """The twelve data sets in miniature, each in its authors' layout, and the protocol on them."""
 
+import io
 import json
 from pathlib import Path
 
@@ -179,7 +180,7 @@ MAKERS = {
     "food": (food, "food-101"),
     "pets": (pets, ""),
     "sun397": (sun397, "SUN397"),
-    "voc2007": (voc2007, "VOC2007"),
+    "voc2007": (voc2007, "VOCdevkit/VOC2007"),
     "cub": (cub, "CUB_200_2011"),
 }
 # How many images of each part.
@@ -230,8 +231,6 @@ def test_each_layout(name: str, all_twelve: Path) -> None:
         for number, label in enumerate(part.labels.tolist()):
             content = part.source.read(number)
             if isinstance(content, bytes):
-                import io
-
                 content = np.asarray(Image.open(io.BytesIO(content)))
             colours.setdefault(label, set()).add(int(content.mean(axis=(0, 1)).argmax()))
         assert all(len(seen) == 1 for seen in colours.values()), colours
@@ -277,13 +276,16 @@ def test_what_is_missing_and_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "pets/annotations/test.txt").write_text("Abyssinian_100\n")
     cifar10(tmp_path / "cifar10")
     (tmp_path / "cifar10/data_batch_1.bin").write_bytes(b"\x80\x04pickle")
+    cars(tmp_path / "cars")
+    (tmp_path / "cars/devkit/cars_train_annos.mat").write_bytes(bytes(300))
     with pytest.raises(InputError) as error:
         find_datasets(str(tmp_path), FINEGRAINED)
     said = str(error.value)
+    assert "cars: not the layout of its authors: ValueError: cars_train_annos.mat" in said
     assert "dtd: 1 images are missing, as" in said
     assert "pets: not the layout of its authors: IndexError" in said
     assert "cifar10: data_batch_1.bin: expected a multiple of 3073 bytes" in said
-    assert len(error.value.problems) == 3
+    assert len(error.value.problems) == 4
 
 
 def refit(learnt: Features, tested: Features, decay: float) -> LogisticRegression:

@@ -147,6 +147,15 @@ def test_a_probe_learns_and_names_both_choices(
     assert share == pytest.approx(found["best"]["held_out"]["top1"])
 
 
+def test_no_class_is_held_out_whole(labelled_folder: Path) -> None:
+    whole = open_pair(str(labelled_folder)).train
+    few = whole.part(np.array([0, 1, 14, 28, 29]))
+    learnt, out = linear.hold_out(few, 0.9)
+    assert learnt.labels.tolist() == [0, 1, 2]
+    assert out is not None
+    assert sorted(out.labels.tolist()) == [0, 2]
+
+
 def test_kept_features_are_another_protocol_and_are_made_once(
     tiny_teacher: Path, labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +168,12 @@ def test_kept_features_are_another_protocol_and_are_made_once(
     stamp = (tmp_path / "features-cls.npy").stat().st_mtime_ns
     assert linear.measure(context, pair)["top1"] == first["top1"]
     assert (tmp_path / "features-cls.npy").stat().st_mtime_ns == stamp
+    # A spoilt or missing file is made again.
+    (tmp_path / "features-mean.npy").write_bytes(b"\x93NUMPY")
+    assert linear.measure(context, pair)["top1"] == first["top1"]
+    (tmp_path / "features-cls.npy").unlink()
+    assert linear.measure(context, pair)["top1"] == first["top1"]
+    (tmp_path / "features.json").write_text("{")
     monkeypatch.setattr(linear.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(InputError, match="do not fit into"):
         linear.measure(context, pair)

@@ -6,15 +6,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import write_classes
+from conftest import TINY, write_classes
 from test_evaluation import evaluate as command_line
 from test_main import command, finish
 
 import proteus_jax
 from proteus_jax.evaluation import robustness
+from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.similarity import linear_cka
 from proteus_jax.evaluation.table import main as table
-from proteus_jax.pretrained import load_model
+from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.pretrained import ModelCard, load_model, save_model
 
 WNIDS = ("n01", "n02", "n03")
 
@@ -32,8 +34,9 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def head(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """A random head on the tiny model."""
+    model = describe("", proteus_jax.load(tiny_teacher))["weights_sha256"]
     folder, rng = tmp_path_factory.mktemp("head"), np.random.default_rng(3)
     np.savez(
         folder / "head.npz",
@@ -42,6 +45,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
         blocks=2,
         pooled=True,
         classes=np.array(WNIDS),
+        model=model,
+        protocol="linear",
     )
     return folder
 
@@ -51,7 +56,6 @@ def predictions(model: Path, head: Path, folder: Path, shown: list[int]) -> list
     from proteus_jax.data.catalog import open_source
     from proteus_jax.data.images import opened
     from proteus_jax.data.views import CentreCrop
-    from proteus_jax.models.functional import BackboneFunction
 
     params, card = load_model(model)
     backbone = BackboneFunction(card.spec)
@@ -109,7 +113,18 @@ def test_what_is_wrong_with_heads_and_sets(
     result = finish([*arguments, f"--config.robustness.head={head}"], tmp_path)
     assert result.returncode == 2
     assert "imagenet-r: 1 of its classes are none of the head's, as n99" in result.stderr
+    arguments = command_line("robustness", other_model(tmp_path), variants, tmp_path / "run")
+    result = finish([*arguments, f"--config.robustness.head={head}"], tmp_path)
+    assert result.returncode == 2
+    assert "--config.robustness.head: was trained on another model" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def other_model(folder: Path) -> Path:
+    """Of the same sizes, with other weights."""
+    params = BackboneFunction(TINY).init(jax.random.key(7))
+    save_model(folder / "other", params, ModelCard(spec=TINY, licence="none"))
+    return folder / "other"
 
 
 def test_a_run_beside_its_teacher(
@@ -173,5 +188,11 @@ def test_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "| Proteus ViT-S/14 from DINOv2-B (published) | 81.8 |  |" in lines
     assert "| DINOv2 ViT-S/14 (published) | 81.1 | 79.0 |" in lines
     assert any(line.startswith("Measured: finegrained on /images; knn on") for line in lines)
+    other = results("4", "a", protocol="knn", top1={"10": 99.0})
+    assert table([*directories, other]) == 2
+    assert "another knn of runs/a|x than a directory before it" in capsys.readouterr().err
+    frozen = results("5", "a", protocol="linear, frozen crops", best={"test": {"top1": 9.0}})
+    assert table([frozen, "--alone"]) == 0
+    assert "| 9.0 |" in capsys.readouterr().out
     assert table([*directories, "--alone"]) == 0
     assert "published" not in capsys.readouterr().out

@@ -86,4 +86,8 @@ def test_the_command(
     assert "/no/model" in said
     assert not output.exists()
     assert main([*arguments[:-1], "--size=3"]) == 2
+    elsewhere = [argument for argument in arguments if not argument.startswith("--output")]
+    assert main([*elsewhere, f"--output={tmp_path}"]) == 2
+    assert main([*elsewhere, f"--output={paths[0]}/x.png"]) == 2
+    assert "is a directory" in capsys.readouterr().err
     assert Model(*load_model(tiny_teacher)).spec == TINY

@@ -63,13 +63,13 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
         dataset = DATASETS[name]
         try:
             if root.lower() == PREFIX:
-                found[name] = _from_tfds(dataset)
+                found[name] = _not_empty(_from_tfds(dataset))
                 continue
             folder = _folder(Path(root).expanduser() / name, dataset.marker)
             if folder is None:
                 absent[name] = f"no {dataset.marker} below {root}/{name}"
             else:
-                found[name] = dataset.read(folder)
+                found[name] = _not_empty(dataset.read(folder))
         except _Absent as error:
             absent[name] = str(error)
         except InputError as error:
@@ -85,14 +85,33 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
     return found, absent
 
 
+def _not_empty(splits: Splits) -> Splits:
+    if len(splits.train.source) < 2 or not len(splits.test.source):
+        raise InputError(
+            f"expected images to learn from, to choose by and to test on, found "
+            f"{len(splits.train.source)} and {len(splits.test.source)}"
+        )
+    return splits
+
+
 class _Absent(Exception):
     """A data set that is not there, which is no fault."""
 
 
 def _folder(base: Path, marker: str) -> Path | None:
-    """Where the marker lies: the folder itself or one inside it."""
-    inside = sorted(base.glob("*/")) if base.is_dir() else []
+    """Where the marker lies: the folder itself or one or two (VOCdevkit/VOC2007) inside it."""
+    inside = [*sorted(base.glob("*/")), *sorted(base.glob("*/*/"))] if base.is_dir() else []
     return next((place for place in (base, *inside) if (place / marker).exists()), None)
+
+
+def _mat(path: Path) -> dict[str, Any]:
+    """The variables of a .mat file. Its reader raises whatever a broken one provokes."""
+    try:
+        return scipy.io.loadmat(path, squeeze_me=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def _from_tfds(dataset: Dataset) -> Splits:
@@ -169,7 +188,7 @@ def _cars(folder: Path) -> Splits:
     """Stanford Cars: annotations in .mat files, with the test set's labels."""
 
     def part(place: str, annotations: str) -> Images:
-        found = scipy.io.loadmat(folder / annotations, squeeze_me=True)["annotations"]
+        found = _mat(folder / annotations)["annotations"]
         rows = [(str(row["fname"]), int(row["class"]) - 1) for row in np.atleast_1d(found)]
         return _images(folder / place, rows)
 
@@ -214,8 +233,8 @@ def _dtd(folder: Path) -> Splits:
 
 def _flowers(folder: Path) -> Splits:
     """Oxford Flowers 102: labels and splits in .mat files, by the number of the image from 1."""
-    labels = np.ravel(scipy.io.loadmat(folder / "imagelabels.mat")["labels"])
-    ids = scipy.io.loadmat(folder / "setid.mat")
+    labels = np.ravel(_mat(folder / "imagelabels.mat")["labels"])
+    ids = _mat(folder / "setid.mat")
     return Splits(
         *(
             _images(
@@ -354,7 +373,12 @@ DATASETS = {
         _pets,
         ("oxford_iiit_pet", "train", None, "test"),
     ),
-    "sun397": Dataset("Training_01.txt", "accuracy", _sun397, ("sun397", "train", None, "test")),
+    "sun397": Dataset(
+        "Training_01.txt",
+        "accuracy",
+        _sun397,
+        ("sun397/standard-part1-120k", "train", None, "test"),
+    ),
     "voc2007": Dataset("ImageSets/Main/train.txt", "map", _voc2007, None),
     "cub": Dataset(
         "train_test_split.txt", "accuracy", _cub, ("caltech_birds2011", "train", None, "test")

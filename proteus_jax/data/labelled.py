@@ -15,6 +15,8 @@ from proteus_jax.data.sources import MemorySource, Part, Source
 from proteus_jax.errors import InputError
 
 TRAIN, TEST = "train", ("test", "val", "validation")
+# Names that say a folder is a split, in other spellings than those that are read.
+SPLITS = (TRAIN, "training", *TEST, "testing", "valid")
 # Of a folder that is not split, one image in so many is tested on.
 TESTED = 5
 # Tiles of a picture to learn from, at most, and their sides in pixels.
@@ -51,6 +53,9 @@ def open_labelled(root: str) -> Labelled:
     source, _ = open_source(root)
     if isinstance(source, FileSource):
         parts = [PurePosixPath(source.name(index)).parts for index in range(len(source))]
+        if root.lower().endswith(".txt"):
+            # Its paths may begin anywhere: the class is the folder that an image lies in.
+            parts = [part[-2:] for part in parts]
         loose = [part[0] for part in parts if len(part) == 1]
         if loose:
             raise InputError(
@@ -61,6 +66,8 @@ def open_labelled(root: str) -> Labelled:
         found = source.labels()
         if found is None:
             raise InputError(f"{root}: expected images with classes, found none")
+        if found.min() < 0:
+            raise InputError(f"{root}: its labels are {found.min()}: this split has no classes")
         known = source.class_names() if isinstance(source, TfdsSource) else ()
         names = [known[label] if known else str(label) for label in found.tolist()]
     classes, labels = np.unique(names, return_inverse=True)
@@ -118,23 +125,39 @@ def open_pair(root: str) -> Pair:
     if root == pictures.NAME:
         return open_pictures_pair()
     if root.lower().startswith(PREFIX):
-        names = [f"{root}:{split}" for split in (TRAIN, *TEST)]
-        return _matched(open_labelled(names[0]), *_first(root, names[1:]))
-    if files.is_remote(root) or not (files.local(root) / TRAIN).is_dir():
+        return _matched(open_labelled(f"{root}:{TRAIN}"), *_first(root, TEST, ":"))
+    inside = _folders(root)
+    if TRAIN not in inside:
+        if inside and inside <= {name for name in inside if name.lower() in SPLITS}:
+            raise InputError(
+                f"{root}: expected {TRAIN}/ and {TEST[0]}/, or classes, found "
+                f"{', '.join(sorted(inside))}"
+            )
         return _parted(open_labelled(root))
-    tests = [name for name in TEST if (files.local(root) / name).is_dir()]
+    tests = [name for name in TEST if name in inside]
     if not tests:
         raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
-    return _matched(
-        open_labelled(f"{root}/{TRAIN}"), open_labelled(f"{root}/{tests[0]}"), f"{tests[0]}/"
-    )
+    return _matched(open_labelled(f"{root}/{TRAIN}"), *_first(root, tests, "/"))
 
 
-def _first(root: str, names: Sequence[str]) -> tuple[Labelled, str]:
+def _folders(root: str) -> set[str]:
+    """Names of the folders right inside a folder or an address; none inside anything else."""
+    if files.is_remote(root):
+        if not root.rstrip("/").lower().endswith((".txt", ".tar", ".parquet")):
+            return {n.partition("/")[0] for n, _ in files.remote_listing(root) if "/" in n}
+        return set()
+    place = files.local(root)
+    if not place.is_dir():
+        return set()
+    return {path.name for path in place.iterdir() if path.is_dir() and path.name[0] != "."}
+
+
+def _first(root: str, splits: Sequence[str], between: str) -> tuple[Labelled, str]:
+    """The first split that has classes, and its name: a test set is often published without."""
     reasons = []
-    for name in names:
+    for split in splits:
         try:
-            return open_labelled(name), name
+            return open_labelled(f"{root}{between}{split}"), split
         except InputError as error:
             reasons += error.problems
     raise InputError([f"{root}: no split to test on", *reasons])

@@ -190,8 +190,12 @@ def _await_release() -> None:
     time.sleep(0.05)
 
 
-def default_workers() -> int:
-    """Worker processes for this host: its cores less two; none where there are four or fewer."""
+def worker_count(asked: int | None) -> int:
+    """Worker processes for this host: as many as asked for, or its cores less two; none where there
+    are four or fewer.
+    """
+    if asked is not None:
+        return asked
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

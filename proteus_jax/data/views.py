@@ -32,6 +32,8 @@ class CentreCrop(NamedTuple):
         if shorter != self.resize:
             # In whole numbers, as torchvision rounds down.
             sides = [self.resize * side // shorter for side in (height, width)]
+            if sides[0] * sides[1] > images.MAXIMUM_PIXELS:
+                raise images.Unreadable(f"{width} x {height} pixels are too thin to be resized")
             image = Image.fromarray(pixels)
             pixels = np.asarray(image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC))
         top, left = (round((side - self.crop) / 2) for side in pixels.shape[:2])

@@ -14,7 +14,7 @@ import numpy as np
 from proteus_jax.data.catalog import open_source
 from proteus_jax.data.images import Unreadable, opened
 from proteus_jax.data.sources import Source
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation import picture
 from proteus_jax.evaluation.agreement import nearest
 from proteus_jax.evaluation.context import Context
@@ -55,37 +55,42 @@ class Layers(NamedTuple):
 def open_data(config: Any) -> Data:
     """The images of --config.data.root and the teacher."""
     problems, source, teacher, heads = [], None, None, None
-    try:
+    with collecting(problems, "--config.data.root"):
         if not config.data.root:
             raise InputError("expected a place of images, found nothing")
         source, _ = open_source(config.data.root)
         if len(source) < 2:
             raise InputError(f"expected two images or more, found {len(source)}")
-    except InputError as error:
-        problems += [f"--config.data.root: {problem}" for problem in error.problems]
-    try:
+    with collecting(problems, "--config.analysis.teacher"):
         if not config.analysis.teacher:
             raise InputError("expected a model, found nothing")
         teacher = load_any(config.analysis.teacher)
-        if config.data.crop % teacher.spec.patch_size:
-            raise InputError(
-                f"its patch size {teacher.spec.patch_size} does not divide data.crop "
-                f"{config.data.crop}"
-            )
+        _refuse_crop(config, teacher)
         heads = load_heads(config.model)
-        width = None if heads is None else heads.params["token_head"]["linear"]["bias"].size
-        if width not in (None, teacher.spec.width):
-            raise InputError(
-                f"the run learnt from a teacher that is {width} wide, this one is "
-                f"{teacher.spec.width}"
-            )
-    except InputError as error:
-        problems += [f"--config.analysis.teacher: {problem}" for problem in error.problems]
+        _refuse_other_teacher(heads, teacher)
     if problems or source is None or teacher is None:
         raise InputError(problems)
     count = min(config.analysis.images, len(source))
     chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
     return Data(source, chosen, teacher, heads)
+
+
+def _refuse_crop(config: Any, teacher: Model) -> None:
+    patch = teacher.spec.patch_size
+    if config.data.crop % patch:
+        raise InputError(f"its patch size {patch} does not divide data.crop {config.data.crop}")
+
+
+def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
+    if heads is None:
+        return
+    learnt = heads.params["token_head"]["linear"]["bias"].size, heads.student.spec.patch_size
+    found = teacher.spec.width, teacher.spec.patch_size
+    if learnt != found:
+        raise InputError(
+            f"expected a teacher as the run had, {learnt[0]} wide with patches of {learnt[1]} px, "
+            f"found {found[0]} and {found[1]}"
+        )
 
 
 def check(config: Any, model: Model) -> list[str]:
@@ -192,7 +197,7 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict
     mesh, student = context.mesh, heads.student
     side = context.config.data.crop // student.spec.patch_size
     ranks = np.random.default_rng(0).permutation(side * side)
-    mask = jnp.asarray(ranks < int(side * side * HIDDEN))
+    mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 
     def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         pixels = teacher.normalisation(images)
@@ -221,7 +226,6 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict
     patch = found["patch"][:, hidden].mean(axis=1)
     position = np.where(hidden, found["patch"].mean(axis=0), np.nan)
     if jax.process_index() == 0:
-        # A picture where both are whole.
         tile = picture.number_tile(found["feature"].mean(axis=0).reshape(side, side))
         picture.save_picture(tile, context.workdir / "errors-by-position.png")
     return {

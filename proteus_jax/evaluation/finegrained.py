@@ -13,7 +13,7 @@ import numpy as np
 
 from proteus_jax.data.finegrained import DATASETS, Images, Splits, find_datasets
 from proteus_jax.data.views import CentreCrop
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation import logistic
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, class_token
@@ -49,14 +49,10 @@ class Result(NamedTuple):
 
 def open_data(config: Any) -> Data:
     """The data sets below --config.data.root that the configuration names."""
-    if not config.data.root:
-        raise InputError(
-            "--config.data.root: expected a folder with one folder a data set, found nothing"
-        )
-    try:
+    with about("--config.data.root"):
+        if not config.data.root:
+            raise InputError("expected a folder with one folder a data set, found nothing")
         return Data(*find_datasets(config.data.root, config.finegrained.datasets or [*DATASETS]))
-    except InputError as error:
-        raise InputError([f"--config.data.root: {problem}" for problem in error.problems]) from None
 
 
 def check(config: Any, model: Model) -> list[str]:
@@ -145,7 +141,7 @@ def evaluate(train: Features, validation: Features | None, test: Features, metri
         # The original code's own draw.
         order = np.arange(len(train.rows))
         np.random.RandomState(0).shuffle(order)
-        out = order[: int(len(order) * VALIDATION)]
+        out = order[: max(int(len(order) * VALIDATION), 1)]
         kept = order[len(out) :]
         everything = train
         train, validation = (Features(*(part[at] for part in everything)) for at in (kept, out))

@@ -150,13 +150,13 @@ def check(config: Any, model: Model) -> list[str]:
 
 
 def hold_out(whole: Labelled, share: float) -> tuple[Labelled, Labelled | None]:
-    """A share of each class of more than one image, at least one, is not learnt from."""
+    """A share of each class, at least one image and never all of them, is not learnt from."""
     if share == 0:
         return whole, None
     out = np.zeros(len(whole.labels), bool)
     for label in range(len(whole.classes)):
         members = np.flatnonzero(whole.labels == label)
-        wanted = max(round(len(members) * share), 1) if len(members) > 1 else 0
+        wanted = min(max(round(len(members) * share), 1), len(members) - 1)
         out[members[chosen(1, len(members), wanted, part=label)]] = True
     if not out.any():
         return whole, None
@@ -182,6 +182,7 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
         functools.partial(probe.init, context.model.spec.width, config.seed),
         out_shardings=sharding.replicated(context.mesh),
     )()
+    protocol = "linear, frozen crops" if settings.cache else "linear"
     if settings.cache:
         state = _train_on_kept_features(context, probe, tokens, learnt, state)
     else:
@@ -195,15 +196,15 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
     if held_out is not None:
         best["held_out"] = int(np.argmax(scores["held_out"]))
     for title, number in best.items():
-        way = "the paper's way" if title == "test" else f"{len(held_out.labels)} images"  # pyright: ignore[reportOptionalMemberAccess]
+        way = "the paper's way" if title == "test" else "no head learnt from these"
         context.say(
             f"  best on {title.replace('_', ' ')} ({way})  {scores['test'][number]:6.2f} %  "
             f"{probe.names[number]}"
         )
     if jax.process_index() == 0:
-        _save_head(context, probe, state["heads"], best, pair.train.classes)
+        _save_head(context, probe, state["heads"], best, pair.train.classes, protocol)
     return {
-        "protocol": "linear, frozen crops" if settings.cache else "linear",
+        "protocol": protocol,
         "top1": dict(zip(probe.names, scores["test"], strict=True)),
         "held_out_top1": dict(zip(probe.names, scores.get("held_out", []), strict=False)),
         "best": {
@@ -278,14 +279,7 @@ def _kept_features(
     context: Context, tokens: Callable, learnt: Labelled
 ) -> tuple[Tokens, np.ndarray]:
     """From the workdir where they are of the same model and images; made, and kept, otherwise."""
-    spec, config = context.model.spec, context.config
-    needed = len(learnt.labels) * spec.width * (int(max(config.linear.blocks)) + 1) * 4
-    free = shutil.disk_usage(context.workdir).free
-    if needed > free:
-        raise InputError(
-            f"--config.linear.cache: {needed / 1e9:.1f} GB of features do not fit into the "
-            f"{free / 1e9:.1f} GB that are free in {context.workdir}"
-        )
+    config = context.config
     made_of = {
         "model": describe(config.model, context.model)["weights_sha256"],
         "images": learnt.source.fingerprint,
@@ -295,22 +289,40 @@ def _kept_features(
     }
     paths = [context.workdir / f"features-{name}.npy" for name in (*Tokens._fields, "numbers")]
     card = context.workdir / "features.json"
-    if not (card.is_file() and json.loads(card.read_text()) == made_of):
-        table = context.frozen.table(
-            tokens,
-            learnt.source,
-            context.view,
-            context.reading,
-            progress=lambda text: context.progress(f"train: {text}"),
-        )
-        if jax.process_count() > 1:
-            return table.values, learnt.labels[table.numbers]
+    try:
+        if json.loads(card.read_text()) == made_of:
+            cls, mean, numbers = (np.load(path, mmap_mode="r") for path in paths)
+            if len(cls) == len(mean) == len(numbers):
+                return Tokens(cls, mean), learnt.labels[numbers]
+    except (OSError, ValueError):
+        pass  # made again
+    alone = jax.process_count() == 1
+    if alone:
+        _refuse_too_large(context, len(learnt.labels))
+    table = context.frozen.table(
+        tokens,
+        learnt.source,
+        context.view,
+        context.reading,
+        progress=lambda text: context.progress(f"train: {text}"),
+    )
+    if alone:
         card.unlink(missing_ok=True)
         for path, part in zip(paths, (*table.values, table.numbers), strict=True):
             np.save(path, part)
         write_atomically(card, json.dumps(made_of))
-    cls, mean, numbers = (np.load(path, mmap_mode="r") for path in paths)
-    return Tokens(cls, mean), learnt.labels[numbers]
+    return table.values, learnt.labels[table.numbers]
+
+
+def _refuse_too_large(context: Context, images: int) -> None:
+    blocks = int(max(context.config.linear.blocks))
+    needed = images * context.model.spec.width * (blocks + 1) * 4
+    free = shutil.disk_usage(context.workdir).free
+    if needed > free:
+        raise InputError(
+            f"--config.linear.cache: {needed / 1e9:.1f} GB of features do not fit into the "
+            f"{free / 1e9:.1f} GB that are free in {context.workdir}"
+        )
 
 
 def _show(context: Context, probe: Probe, step: int, loss: jax.Array) -> None:
@@ -356,6 +368,7 @@ def _save_head(
     heads: list[Params],
     best: dict[str, int],
     classes: tuple[str, ...],
+    protocol: str,
 ) -> None:
     """The chosen head, for other test sets: by held-out images where there are any."""
     number = best.get("held_out", best["test"])
@@ -368,4 +381,6 @@ def _save_head(
         blocks=probe.kinds[kind].blocks,
         pooled=probe.kinds[kind].pooled,
         classes=np.array(classes),
+        model=describe(context.config.model, context.model)["weights_sha256"],
+        protocol=protocol,
     )

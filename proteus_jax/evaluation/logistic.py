@@ -30,7 +30,7 @@ class Fit(NamedTuple):
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """[L, N, K] of features [N, D]."""
-        return np.einsum("nd,ldk->lnk", features, self.weights) + self.biases[:, None]
+        return np.matmul(features, self.weights) + self.biases[:, None]
 
 
 def fit(

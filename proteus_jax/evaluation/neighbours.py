@@ -3,7 +3,7 @@
 from typing import Any
 
 from proteus_jax.data.labelled import Labelled, Pair, open_pair
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation import knn
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import class_token
@@ -12,12 +12,10 @@ from proteus_jax.pretrained import Model
 
 def open_data(config: Any) -> Pair:
     """Training and test images of --config.data.root."""
-    try:
+    with about("--config.data.root"):
         if not config.data.root:
             raise InputError("expected images with classes, one folder a class; found nothing")
         return open_pair(config.data.root)
-    except InputError as error:
-        raise InputError([f"--config.data.root: {problem}" for problem in error.problems]) from None
 
 
 def check(config: Any, model: Model) -> list[str]:

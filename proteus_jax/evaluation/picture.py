@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 CELL, HEADING, GAP = 140, 24, 4
 # So much of the teacher's range fills the scale from dark to bright; the rest is cut.
 PERCENTILES = (2, 98)
-# Colours of an error from none to one as large as the teacher's own spread: dark blue to yellow.
+# From 0 to 1: dark blue to yellow.
 _HEAT = np.array([[30, 50, 110], [60, 120, 170], [220, 200, 110], [250, 240, 120]], np.float64)
 Colours = Callable[[np.ndarray], np.ndarray]
 
@@ -28,22 +28,7 @@ def agreement_picture(
     columns = [("held-out view", [Image.fromarray(view) for view in views])]
     for title, tokens in [("teacher", teacher), *others]:
         columns.append((title, [tile(project(each), views.shape[1:3]) for each in tokens]))
-    return columns_of(columns)
-
-
-def columns_of(columns: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Columns of tiles under their titles."""
-    rows = max(len(tiles) for _, tiles in columns)
-    size = (len(columns) * (CELL + GAP) - GAP, HEADING + rows * (CELL + GAP) - GAP)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, (title, tiles) in enumerate(columns):
-        left = column * (CELL + GAP)
-        draw.text((left + 4, 4), title, fill="black", font=ImageFont.load_default(13))
-        for row, each in enumerate(tiles):
-            resized = each.resize((CELL, CELL), Image.Resampling.BICUBIC)
-            sheet.paste(resized, (left, HEADING + row * (CELL + GAP)))
-    return sheet
+    return table_of(columns, CELL)
 
 
 def strip(tiles: Sequence[Image.Image], side: int = CELL) -> Image.Image:
@@ -71,12 +56,7 @@ def error_strip(views: np.ndarray, errors: np.ndarray, mask: np.ndarray) -> Imag
     """
     tiles = []
     for view, error, hidden in zip(views, errors, mask, strict=True):
-        at = error.clip(0, 1) * (len(_HEAT) - 1)
-        colours = np.stack(
-            [np.interp(at, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)],
-            axis=-1,
-        )
-        heat = tile(colours.astype(np.uint8), view.shape[:2])
+        heat = tile(_heat(error), view.shape[:2])
         over = tile(np.repeat(hidden[:, None] * np.uint8(255), 3, axis=1), view.shape[:2])
         size = (view.shape[1], view.shape[0])
         heat, over = (each.resize(size, Image.Resampling.NEAREST) for each in (heat, over))
@@ -119,22 +99,25 @@ def foreground_colours(
     return np.split(colours, np.cumsum([len(each) for each in tokens])[:-1])
 
 
+def _heat(share: np.ndarray) -> np.ndarray:
+    """Colours uint8 [N, 3] of numbers [N] from 0 to 1."""
+    at = share.clip(0, 1) * (len(_HEAT) - 1)
+    channels = [np.interp(at, np.arange(len(_HEAT)), each) for each in _HEAT.T]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
 def number_tile(values: np.ndarray) -> Image.Image:
     """A grid of numbers [rows, columns] as colours, from the smallest to the largest."""
     share = (values - values.min()) / max(np.ptp(values), 1e-12)
-    colours = [np.interp(share.ravel() * 3, np.arange(4), _HEAT[:, c]) for c in range(3)]
-    small = grid_tile(np.stack(colours, axis=-1).astype(np.uint8), values.shape)
+    small = grid_tile(_heat(share.ravel()), values.shape)
     return small.resize((2 * CELL, 2 * CELL), Image.Resampling.NEAREST)
 
 
 def heat_tile(view: np.ndarray, weights: np.ndarray, grid: Sequence[int]) -> Image.Image:
     """A view uint8 [H, W, 3] in grey, and warmer where the weights [N] of a grid are large."""
     share = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
-    colours = np.stack(
-        [np.interp(share * 3, np.arange(4), _HEAT[:, channel]) for channel in range(3)], axis=-1
-    )
     size = (view.shape[1], view.shape[0])
-    heat = grid_tile(colours.astype(np.uint8), grid).resize(size, Image.Resampling.BICUBIC)
+    heat = grid_tile(_heat(share), grid).resize(size, Image.Resampling.BICUBIC)
     grey = Image.fromarray(view).convert("L").convert("RGB")
     return Image.blend(grey, heat, 0.6)
 

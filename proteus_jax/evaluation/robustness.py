@@ -6,6 +6,7 @@ relative to AlexNet's, mean of the 15 corruptions (Hendrycks and Dietterich 2019
 """
 
 import functools
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.labelled import Labelled, open_labelled
-from proteus_jax.errors import InputError
+from proteus_jax.data.views import CentreCrop
+from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import compiled_pass, feature_pass
 from proteus_jax.evaluation.linear import HEAD, Kind, last_tokens
+from proteus_jax.evaluation.results import describe
 from proteus_jax.pretrained import Model
 
 PLAIN = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2")
@@ -43,12 +46,16 @@ ALEXNET = {
 
 
 class Head(NamedTuple):
-    """A linear head: what it sees, weights [f, classes], biases, and its classes' names."""
+    """A linear head: what it sees, weights [f, classes], biases, its classes' names, the digest of
+    the model that it was trained on, and the protocol that trained it.
+    """
 
     kind: Kind
     weight: np.ndarray
     bias: np.ndarray
     classes: tuple[str, ...]
+    model: str
+    protocol: str
 
 
 class Data(NamedTuple):
@@ -74,12 +81,13 @@ def open_head(directory: str) -> Head:
                 found["weight"].astype(np.float32),
                 found["bias"].astype(np.float32),
                 tuple(str(name) for name in found["classes"]),
+                str(found["model"]),
+                str(found["protocol"]),
             )
-        if head.weight.ndim != 2 or head.bias.shape != (len(head.classes),):
+        classes = (len(head.classes),)
+        if head.weight.ndim != 2 or not head.weight.shape[1:] == head.bias.shape == classes:
             raise ValueError(f"weights {head.weight.shape}, {len(head.classes)} classes")
-        if head.weight.shape[1] != len(head.classes):
-            raise ValueError(f"weights {head.weight.shape}, {len(head.classes)} classes")
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: no linear head: {error}") from None
     return head
 
@@ -87,10 +95,8 @@ def open_head(directory: str) -> Head:
 def open_data(config: Any) -> Data:
     """The head of --config.robustness.head, and what of the sets lies below --config.data.root."""
     problems, head = [], None
-    try:
+    with collecting(problems, "--config.robustness.head"):
         head = open_head(config.robustness.head)
-    except InputError as error:
-        problems += [f"--config.robustness.head: {problem}" for problem in error.problems]
     root = Path(config.data.root).expanduser()
     if not config.data.root or not root.is_dir():
         problems.append(
@@ -100,7 +106,7 @@ def open_data(config: Any) -> Data:
     if problems or head is None:
         raise InputError(problems)
     plain, corrupted, absent = {}, {}, {}
-    try:
+    with about("--config.data.root"):
         for name in PLAIN:
             if (root / name).is_dir():
                 plain[name] = _matched(open_labelled(str(root / name)), head, name)
@@ -116,8 +122,6 @@ def open_data(config: Any) -> Data:
                 level: _matched(open_labelled(str(place / str(level))), head, f"{name}/{level}")
                 for level in SEVERITIES
             }
-    except InputError as error:
-        raise InputError([f"--config.data.root: {problem}" for problem in error.problems]) from None
     if not plain and not corrupted:
         raise InputError(f"--config.data.root: {root}: none of {', '.join(PLAIN)}, {CORRUPTED}")
     return Data(head, plain, corrupted, absent)
@@ -141,16 +145,16 @@ def _matched(found: Labelled, head: Head, name: str) -> Labelled:
 
 
 def check(config: Any, model: Model) -> list[str]:
-    """The head must be one of such a model."""
+    """The head must be one of this model."""
     try:
         head = open_head(config.robustness.head)
     except InputError:
         return []
-    width = model.spec.width * (head.kind.blocks + head.kind.pooled)
-    if len(head.weight) != width or head.kind.blocks > model.spec.depth:
+    digest = describe(config.model, model)["weights_sha256"]
+    if head.model != digest:
         return [
-            f"--config.robustness.head: expected a head of {width} inputs for this model, found "
-            f"{len(head.weight)}"
+            "--config.robustness.head: was trained on another model, whose weights have the digest "
+            f"{head.model}; those of {config.model} have {digest}"
         ]
     return []
 
@@ -159,16 +163,20 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     """`top1` is {set: percent}; `mce` the mean corruption error in percent where all fifteen are
     there, null otherwise.
     """
-    top1 = {}
+    top1, unreadable = {}, 0
     for name, part in data.plain.items():
-        top1[name] = 100 * _accuracy(context, data.head, part, name)
+        share, lost = _accuracy(context, data.head, part, name, context.view)
+        top1[name], unreadable = 100 * share, unreadable + lost
         context.say(f"  {name:18}{top1[name]:6.2f} %")
     errors = {}
     for name, levels in data.corrupted.items():
-        errors[name] = {
-            str(level): 1 - _accuracy(context, data.head, part, f"{name}, severity {level}")
-            for level, part in levels.items()
-        }
+        errors[name] = {}
+        for level, part in levels.items():
+            title = f"{name}, severity {level}"
+            # Its files are cut to 224 px already: to resize them again would soften the noise.
+            whole = CentreCrop(context.view.crop, context.view.crop)
+            share, lost = _accuracy(context, data.head, part, title, whole)
+            errors[name][str(level)], unreadable = 1 - share, unreadable + lost
         context.say(f"  {name:18}{100 * np.mean([*errors[name].values()]):6.2f} % wrong")
     mce = None
     if len(errors) == len(ALEXNET):
@@ -184,8 +192,13 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
         "data": {
             "root": context.config.data.root,
             "images": {name: len(part.labels) for name, part in data.plain.items()},
+            "unreadable": unreadable,
         },
-        "constants": {"alexnet": ALEXNET, "head": data.head.kind._asdict()},
+        "constants": {
+            "alexnet": ALEXNET,
+            "resize_of_corrupted": context.view.crop,
+            "head": data.head.kind._asdict() | {"protocol": data.head.protocol},
+        },
     }
 
 
@@ -195,8 +208,10 @@ def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float:
     return 100 * float(np.mean(relative))
 
 
-def _accuracy(context: Context, head: Head, part: Labelled, title: str) -> float:
-    """Share right, among the classes that the set shows."""
+def _accuracy(
+    context: Context, head: Head, part: Labelled, title: str, view: CentreCrop
+) -> tuple[float, int]:
+    """Share right, among the classes that the set shows, and how many images could not be read."""
     frozen = context.frozen
     shown = np.unique(part.labels)
     tokens = functools.partial(last_tokens, blocks=head.kind.blocks)
@@ -210,9 +225,10 @@ def _accuracy(context: Context, head: Head, part: Labelled, title: str) -> float
         compiled_pass(predict, context.mesh),
         (frozen.params, head.weight[:, shown], head.bias[shown]),
         part.source,
-        context.view,
+        view,
         context.reading,
         context.mesh,
         progress=lambda text: context.progress(f"{title}: {text}"),
     )
-    return float(np.mean(shown[table.values] == part.labels[table.numbers]))
+    right = shown[table.values] == part.labels[table.numbers]
+    return float(np.mean(right)), table.unreadable

@@ -12,17 +12,20 @@ from proteus_jax import sharding
 from proteus_jax.assembly import dtype_of
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console
-from proteus_jax.data.pipeline import default_workers
+from proteus_jax.data.pipeline import worker_count
 from proteus_jax.data.views import CentreCrop
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation import analysis, finegrained, linear, neighbours, robustness
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Reading
-from proteus_jax.evaluation.results import FILE, describe, write_results
+from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
 from proteus_jax.loading import load_any
-from proteus_jax.pretrained import Model
+from proteus_jax.metrics import FILE as METRICS
+from proteus_jax.pretrained import WEIGHTS, Model
 from proteus_jax.storage import write_atomically
-from proteus_jax.workdir import Workdir, why_no_workdir
+from proteus_jax.workdir import CHECKPOINTS, Workdir, first_of, is_remote, why_no_workdir
+
+HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)
 
 
 class Protocol(NamedTuple):
@@ -57,19 +60,36 @@ def open_inputs(config: Any, workdir: str, known: Sequence[str] = ()) -> Inputs:
     reason = why_no_workdir(workdir)
     if reason:
         problems.append(f"--workdir: {reason}")
+    else:
+        problems += _check_place(config, workdir)
     data = model = None
     try:
         data = protocol.open(config)
     except InputError as error:
         problems += error.problems
-    try:
+    with collecting(problems, "--config.model"):
         model = load_any(config.model)
+    if model is not None:
         problems += _check_model(config, model) + protocol.check(config, model)
-    except InputError as error:
-        problems += [f"--config.model: {problem}" for problem in error.problems]
     if problems or model is None:
         raise InputError(problems)
     return Inputs(model, data)
+
+
+def _check_place(config: Any, workdir: str) -> list[str]:
+    """A model's or a run's folder would lose its config.json, another evaluation its results."""
+    there = first_of(workdir, HOLDS_A_MODEL_OR_RUN)
+    if there:
+        return [f"--workdir: {workdir} holds a model or a run ({there}); give another folder"]
+    if not is_remote(workdir) and (Path(workdir).expanduser() / FILE).exists():
+        problems: list[str] = []
+        with collecting(problems, "--workdir"):
+            protocol = read_results(Path(workdir).expanduser())["protocol"]
+        if problems:
+            return problems
+        if protocol.partition(",")[0] != config.protocol:
+            return [f"--workdir: {workdir} holds the results of {protocol}; give another folder"]
+    return []
 
 
 def _check_model(config: Any, model: Model) -> list[str]:
@@ -91,7 +111,6 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
     mesh = sharding.make_mesh()
     dtype = dtype_of(config.precision, jax.default_backend())
-    workers = default_workers() if config.data.workers is None else config.data.workers
     context = Context(
         config=config,
         model=inputs.model,
@@ -99,7 +118,7 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
         mesh=mesh,
         workdir=workdir,
         view=CentreCrop(config.data.resize, config.data.crop),
-        reading=Reading(config.batch, workers, config.data.threads),
+        reading=Reading(config.batch, worker_count(config.data.workers), config.data.threads),
         say=console.line,
         progress=console.progress,
     )

@@ -15,7 +15,7 @@ from typing import Any
 from proteus_jax.errors import InputError, exit_code
 from proteus_jax.evaluation.results import read_results
 
-COLUMNS = ("linear", "knn", "fine-grained", "A", "R", "Sketch", "V2", "mCE")
+COLUMNS = ("linear", "linear, frozen crops", "knn", "fine-grained", "A", "R", "Sketch", "V2", "mCE")
 # Percent. Linear and fine-grained: the paper's tables 1 and 4, its weight table for ViT-Ti;
 # robustness: its table 7; knn: DINOv2's repository.
 PUBLISHED = {
@@ -53,8 +53,8 @@ PUBLISHED = {
 def cells(results: dict[str, Any]) -> dict[str, float]:
     """What one evaluation has to say, by column."""
     protocol = results["protocol"]
-    if protocol == "linear":
-        return {"linear": results["best"]["test"]["top1"]}
+    if protocol in ("linear", "linear, frozen crops"):
+        return {protocol: results["best"]["test"]["top1"]}
     if protocol == "knn":
         best = max(results["top1"].values(), default=None)
         return {} if best is None else {"knn": best}
@@ -83,8 +83,15 @@ def table(directories: Sequence[Path], *, published: bool = True) -> str:
             results = read_results(directory)
             key = results["model"]["weights_sha256"]
             names.setdefault(key, results["model"]["name"])
-            rows.setdefault(key, {}).update(cells(results))
-            places.add(f"{results['protocol']} on {results['data']['root']}")
+            row = rows.setdefault(key, {})
+            for column, value in cells(results).items():
+                if row.get(column, value) != value:
+                    problems.append(
+                        f"{directory}: another {column} of {names[key]} than a directory before "
+                        "it: one table takes one of each"
+                    )
+                row[column] = value
+            places.add(_told(results))
         except InputError as error:
             problems += error.problems
         except (KeyError, TypeError, AttributeError) as error:
@@ -108,6 +115,16 @@ def table(directories: Sequence[Path], *, published: bool = True) -> str:
     if published:
         lines.append("Published: on ImageNet-1K, its variants, and the twelve data sets.")
     return "\n".join(lines)
+
+
+def _told(results: dict[str, Any]) -> str:
+    """How one evaluation was made, as far as numbers depend on it."""
+    told = f"{results['protocol']} on {results['data']['root']}"
+    share = results.get("constants", {}).get("held_out", 0)
+    if results["protocol"].startswith("linear"):
+        told += " (best head by the test set"
+        told += f", {share:.0%} of the training images left for another choice)" if share else ")"
+    return told + (" (best k)" if results["protocol"] == "knn" else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
