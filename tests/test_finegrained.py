@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_evaluation import evaluate as command_line
 from test_main import finish
 from test_probes import clusters
 
+from proteus_jax.data import images
 from proteus_jax.data.finegrained import DATASETS, VOC_CLASSES, find_datasets
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import finegrained
@@ -262,6 +264,62 @@ def test_vocs_lists_and_annotations_agree(tmp_path: Path, all_twelve: Path) -> N
     file.write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>')
     with pytest.raises(InputError, match="declares entities"):
         find_datasets(str(tmp_path), ["voc2007"])
+
+
+def prepare_miniature(builder_name: str, data_dir: Path, patch: pytest.MonkeyPatch) -> None:
+    """A data set of tensorflow-datasets with three examples a split, under its own features."""
+    import tensorflow_datasets as tfds
+
+    def example(feature: Any, number: int) -> Any:
+        if isinstance(feature, tfds.features.Image):
+            shape: Any = feature.shape
+            gray = np.full([side or 8 for side in shape], number, np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(gray.squeeze()).save(file, "png")
+            return file.getvalue()
+        if isinstance(feature, tfds.features.ClassLabel):
+            return number % int(feature.num_classes or 1)
+        if isinstance(feature, tfds.features.BBoxFeature):
+            return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+        if isinstance(feature, tfds.features.Sequence):
+            single = isinstance(feature.feature, tfds.features.ClassLabel)
+            return [number, number + 1] if single else []
+        return str(number)
+
+    builder = tfds.builder(builder_name, data_dir=str(data_dir), file_format="array_record")
+    features: Any = builder.info.features
+
+    def examples(_: Any = None) -> Any:
+        for number in range(3):
+            yield number, {name: example(feature, number) for name, feature in features.items()}
+
+    splits = ("train", "validation", "test")
+    patch.setattr(type(builder), "_split_generators", lambda *_: {s: examples() for s in splits})
+    builder.download_and_prepare()
+
+
+def test_each_from_tensorflow_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but aircraft, which it does not have, read by `tfds:` under the builders' own features."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    prepared = {name: dataset.tfds for name, dataset in DATASETS.items() if dataset.tfds}
+    for builder, *_ in prepared.values():
+        prepare_miniature(builder, tmp_path, monkeypatch)
+    found, absent = find_datasets("tfds:", list(DATASETS))
+    assert sorted(found) == sorted(prepared)
+    assert list(absent) == ["aircraft"]
+    for name, splits in found.items():
+        assert (splits.validation is None) == (prepared[name][2] is None)
+        for part in filter(None, splits):
+            shades = [
+                int(images.opened(part.source.read(at)).pixels()[0, 0, 0])
+                for at in range(len(part.source))
+            ]
+            assert sorted(shades) == [0, 1, 2]
+            labels = part.labels
+            if name == "voc2007":
+                labels = [int(np.flatnonzero(row == 1)[0]) for row in labels]
+                assert ((part.labels == 1).sum(axis=1) == 2).all()
+            assert list(labels) == shades
 
 
 def test_what_is_missing_and_what_is_wrong(tmp_path: Path) -> None:

@@ -127,13 +127,26 @@ def _from_tfds(dataset: Dataset) -> Splits:
             source: TfdsSource = open_tfds(f"{PREFIX}{builder}:{split}")
         except InputError as error:
             raise _Absent(str(error)) from None
-        labels = source.labels()
-        assert labels is not None
-        parts.append(Images(source, labels))
+        parts.append(Images(source, _labels_of(source, dataset.metric)))
     train, validation, test = parts
     assert train is not None
     assert test is not None
     return Splits(train, validation, test)
+
+
+def _labels_of(source: TfdsSource, metric: str) -> np.ndarray:
+    """Classes; for several an image ("map") one row each, 1 where the class is there.
+
+    Those of an image that are marked difficult count as not there, as in the original's lists.
+    """
+    if metric != "map":
+        labels = source.labels()
+        assert labels is not None
+        return labels
+    found = np.full((len(source), len(VOC_CLASSES)), -1)
+    for row, classes in zip(found, source.values("labels_no_difficult"), strict=True):
+        row[classes] = 1
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -379,7 +392,9 @@ DATASETS = {
         _sun397,
         ("sun397/standard-part1-120k", "train", None, "test"),
     ),
-    "voc2007": Dataset("ImageSets/Main/train.txt", "map", _voc2007, None),
+    "voc2007": Dataset(
+        "ImageSets/Main/train.txt", "map", _voc2007, ("voc/2007", "train", "validation", "test")
+    ),
     "cub": Dataset(
         "train_test_split.txt", "accuracy", _cub, ("caltech_birds2011", "train", None, "test")
     ),

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,14 @@ class TfdsSource:
             return read_table(place).columns["label"]
         except (OSError, ValueError, KeyError):
             pass
-        found = np.array([self._records[index][self._label] for index in range(len(self))])
+        found = np.array(list(self.values(self._label)))
         with contextlib.suppress(OSError):  # read again next time
             write_table(place, {}, {"label": found})
         return found
+
+    def values(self, feature: str) -> Iterator[Any]:
+        """A feature of every example, in order; no image is decoded."""
+        return (self._records[index][feature] for index in range(len(self)))
 
     def digests(self) -> None:
         """Not known without reading everything."""
