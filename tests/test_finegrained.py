@@ -299,7 +299,7 @@ def prepare_miniature(builder_name: str, data_dir: Path, patch: pytest.MonkeyPat
 
 
 def test_each_from_tensorflow_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but aircraft, which it does not have, read by `tfds:` under the builders' own features."""
+    """All but aircraft, which it does not have, under the features of its own builders."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     prepared = {name: dataset.tfds for name, dataset in DATASETS.items() if dataset.tfds}
     for builder, *_ in prepared.values():

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from proteus_jax.models.attention import attention, kept
+from proteus_jax.models.rotary import Rotation, turned
 from proteus_jax.models.specs import ViTSpec
 
 # The reference asks for a normal of deviation 0.02 cut at -2 and 2: a hundred deviations, so no cut
@@ -32,9 +33,16 @@ def torch_uniform(fan_in: int) -> Callable:
     return init
 
 
-def linear(inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    init: nnx.Initializer = LINEAR_INIT,
+) -> nnx.Linear:
     """A Linear with the backbone's initialisation."""
-    return nnx.Linear(inputs, outputs, kernel_init=LINEAR_INIT, dtype=dtype, rngs=rngs)
+    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -66,18 +74,48 @@ class LayerScale(nnx.Module):
         return tokens.astype(linear.dtype) @ kernel + bias
 
 
+class Unscaled(nnx.Module):
+    """In the place of a LayerScale where a model has none."""
+
+    def __call__(self, linear: nnx.Linear, tokens: Float[Array, "*b i"]) -> Float[Array, "*b d"]:
+        """The Linear's output."""
+        return linear(tokens)
+
+
+Scale = LayerScale | Unscaled
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with one qkv projection."""
 
     def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads = spec.heads
-        self.qkv = linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs)
+        self.heads, self.key_bias = spec.heads, spec.key_bias
+        init = nnx.initializers.xavier_uniform() if spec.xavier_qkv else LINEAR_INIT
+        self.qkv = linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs, init=init)
         self.proj = linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "b t d"], scale: LayerScale) -> Float[Array, "b t d"]:
+    def __call__(
+        self, tokens: Float[Array, "b t d"], scale: Scale, rotation: Rotation | None
+    ) -> Float[Array, "b t d"]:
+        qkv = self.projected(tokens, rotation)
+        return scale(self.proj, attention(qkv).reshape(tokens.shape))
+
+    def projected(
+        self, tokens: Float[Array, "b t d"], rotation: Rotation | None
+    ) -> Float[Array, "b t 3 h c"]:
+        """Queries, keys and values."""
         batch, length, width = tokens.shape
-        qkv = kept(self.qkv(tokens)).reshape(batch, length, 3, self.heads, width // self.heads)
-        return scale(self.proj, attention(qkv).reshape(batch, length, width))
+        qkv = self.qkv(tokens) if self.key_bias else self._without_key_bias(tokens)
+        qkv = kept(qkv).reshape(batch, length, 3, self.heads, width // self.heads)
+        return qkv if rotation is None else turned(qkv, rotation)
+
+    def _without_key_bias(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        """The keys' third of the bias is never read, so it never learns."""
+        assert self.qkv.bias is not None
+        query, _, value = jnp.split(self.qkv.bias[...], 3)
+        bias = jnp.concatenate([query, jnp.zeros_like(query), value])
+        dtype = self.qkv.dtype
+        return tokens.astype(dtype) @ self.qkv.kernel[...].astype(dtype) + bias.astype(dtype)
 
 
 def gelu(values: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -90,15 +128,30 @@ def gelu(values: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 2**-0.5))).astype(values.dtype)
 
 
+def gelu_tanh(values: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """SigLIP's GELU, by a tanh; in float32."""
+    return jax.nn.gelu(values.astype(jnp.float32), approximate=True).astype(values.dtype)
+
+
+def quick_gelu(values: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """CLIP's x sigmoid(1.702 x); in float32."""
+    wide = values.astype(jnp.float32)
+    return (wide * jax.nn.sigmoid(1.702 * wide)).astype(values.dtype)
+
+
+_ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+
+
 class Mlp(nnx.Module):
-    """Two Linears around the exact (erf) GELU."""
+    """Two Linears around the model's activation: the exact (erf) GELU, or another."""
 
     def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.activation = spec.activation
         self.fc1 = linear(spec.width, spec.hidden, dtype=dtype, rngs=rngs)
         self.fc2 = linear(spec.hidden, spec.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "b t d"], scale: LayerScale) -> Float[Array, "b t d"]:
-        return scale(self.fc2, gelu(kept(self.fc1(tokens))))
+    def __call__(self, tokens: Float[Array, "*b d"], scale: Scale) -> Float[Array, "*b d"]:
+        return scale(self.fc2, _ACTIVATIONS[self.activation](kept(self.fc1(tokens))))
 
 
 class SwiGLU(nnx.Module):
@@ -108,7 +161,7 @@ class SwiGLU(nnx.Module):
         self.w12 = linear(spec.width, 2 * spec.hidden, dtype=dtype, rngs=rngs)
         self.w3 = linear(spec.hidden, spec.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "b t d"], scale: LayerScale) -> Float[Array, "b t d"]:
+    def __call__(self, tokens: Float[Array, "b t d"], scale: Scale) -> Float[Array, "b t d"]:
         gate, value = jnp.split(kept(self.w12(tokens)).astype(jnp.float32), 2, axis=-1)
         return scale(self.w3, jax.nn.silu(gate) * value)
 
@@ -121,17 +174,20 @@ class Block(nnx.Module):
     def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
         self.attn = Attention(spec, dtype=dtype, rngs=rngs)
-        self.ls1 = LayerScale(spec.width)
+        self.ls1 = LayerScale(spec.width) if spec.layer_scale else Unscaled()
         self.norm2 = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
         feed_forward = SwiGLU if spec.feed_forward == "swiglu" else Mlp
         self.mlp = feed_forward(spec, dtype=dtype, rngs=rngs)
-        self.ls2 = LayerScale(spec.width)
+        self.ls2 = LayerScale(spec.width) if spec.layer_scale else Unscaled()
 
     def __call__(
-        self, tokens: Float[Array, "b t d"], keep: Float[Array, "2 b 1 1"] | None = None
+        self,
+        tokens: Float[Array, "b t d"],
+        keep: Float[Array, "2 b 1 1"] | None = None,
+        rotation: Rotation | None = None,
     ) -> Float[Array, "b t d"]:
         """`keep` multiplies the two branches of each sample: 0, or 1 / (1 - rate)."""
-        attended = self.attn(self.norm1(tokens), self.ls1)
+        attended = self.attn(self.norm1(tokens), self.ls1, rotation)
         # The stream keeps its own dtype: float32 for float32 parameters, whatever the matmuls use.
         attended = attended if keep is None else attended * keep[0]
         tokens = kept(tokens + attended.astype(tokens.dtype))

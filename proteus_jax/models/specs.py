@@ -1,7 +1,7 @@
-"""Architectures: one frozen row of sizes for each ViT.
+"""Architectures: one frozen row of sizes and choices for each ViT.
 
-Sizes of the named students are those of the paper (arXiv 2407.10366) and of DINOv2, whose ViT they
-are.
+Sizes of the named students are those of the paper (arXiv 2407.10366); their choices are DINOv2's,
+or those of SynCLR and CLIP where a name ends so.
 """
 
 import dataclasses
@@ -9,6 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 FEED_FORWARDS = ("mlp", "swiglu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+POSITIONS = ("table", "rotary")
+# Where the class token of the features comes from: a token of its own, the mean of the patches, or
+# an attention over them with a learned query.
+POOLINGS = ("token", "mean", "attention")
+# What the last LayerNorm sees: every token, or the class token alone.
+FINAL_NORMS = ("tokens", "class")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +25,12 @@ class ViTSpec:
     `grid` is the side of the stored position table in patches; images of other sizes use a resized
     table. `interpolate_offset` and `interpolate_antialias` say how DINOv2 resizes it: 0.1 without
     antialias for the plain models, no offset with antialias for those with registers.
+
+    The defaults are DINOv2's; what else there is came with the other teachers. `inner` is the width
+    inside the feed-forward layer where it is not the usual one. `pre_norm` is CLIP's LayerNorm
+    before the blocks, `patch_bias` and `key_bias` whether those biases exist, `class_token` and
+    `class_position` whether there is such a token and an entry for it in the table. With rotary
+    positions there is no table, and `grid` is that of the model's own image size.
     """
 
     width: int
@@ -30,18 +43,39 @@ class ViTSpec:
     norm_epsilon: float = 1e-6
     interpolate_offset: float = 0.1
     interpolate_antialias: bool = False
+    inner: int = 0
+    activation: str = "gelu"
+    layer_scale: bool = True
+    pre_norm: bool = False
+    patch_bias: bool = True
+    key_bias: bool = True
+    class_token: bool = True
+    class_position: bool = True
+    positions: str = "table"
+    pooling: str = "token"
+    final_norm: str = "tokens"
+    # The deviation that a new mask token is drawn with, and whether a new qkv is Xavier's uniform.
+    mask_deviation: float = 0.0
+    xavier_qkv: bool = False
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch_size", "grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.registers < 0:
-            raise ValueError(f"registers must not be negative, found {self.registers}")
+        for name in ("registers", "inner"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
-        if self.feed_forward not in FEED_FORWARDS:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, found {getattr(self, name)!r}")
+        if self.pooling == "token" and not self.class_token:
+            raise ValueError("pooling 'token' needs a class token")
+        if self.positions == "rotary" and self.width // self.heads % 4:
             raise ValueError(
-                f"feed_forward must be one of {FEED_FORWARDS}, found {self.feed_forward!r}"
+                f"rotary positions need heads of a multiple of 4 channels, found "
+                f"{self.width // self.heads}"
             )
 
     @property
@@ -49,9 +83,21 @@ class ViTSpec:
         """Width inside the feed-forward layer; SwiGLU's is two thirds, rounded up to a multiple of
         8.
         """
+        if self.inner:
+            return self.inner
         if self.feed_forward == "swiglu":
             return (int(4 * self.width * 2 / 3) + 7) // 8 * 8
         return 4 * self.width
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token and registers."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def table_prefix(self) -> int:
+        """Entries of the position table before those of patches."""
+        return int(self.class_token and self.class_position)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -77,10 +123,36 @@ class ViTSpec:
         return cls(**fields)
 
 
-SPECS: dict[str, ViTSpec] = {
-    "vit_tiny": ViTSpec(width=192, depth=12, heads=3),
-    "vit_small": ViTSpec(width=384, depth=12, heads=6),
-    "vit_base": ViTSpec(width=768, depth=12, heads=12),
-    "vit_large": ViTSpec(width=1024, depth=24, heads=16),
-    "vit_giant2": ViTSpec(width=1536, depth=40, heads=24),
+_CHOICES = {
+    "feed_forward": FEED_FORWARDS,
+    "activation": ACTIVATIONS,
+    "positions": POSITIONS,
+    "pooling": POOLINGS,
+    "final_norm": FINAL_NORMS,
 }
+# What SynCLR's ViT and CLIP's are other than DINOv2's, as the authors' code makes them.
+SYNCLR: dict[str, Any] = {"layer_scale": False, "mask_deviation": 0.02}
+CLIP: dict[str, Any] = {
+    "norm_epsilon": 1e-5,
+    "interpolate_offset": 0.0,
+    "activation": "quick_gelu",
+    "layer_scale": False,
+    "pre_norm": True,
+    "patch_bias": False,
+    "final_norm": "class",
+    "xavier_qkv": True,
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
+    "vit_small": {"width": 384, "depth": 12, "heads": 6},
+    "vit_base": {"width": 768, "depth": 12, "heads": 12},
+    "vit_large": {"width": 1024, "depth": 24, "heads": 16},
+    "vit_giant2": {"width": 1536, "depth": 40, "heads": 24},
+}
+SPECS: dict[str, ViTSpec] = {name: ViTSpec(**sizes) for name, sizes in _SIZES.items()}
+for _name in ("vit_small", "vit_base", "vit_large"):
+    SPECS[f"{_name}_synclr"] = dataclasses.replace(SPECS[_name], **SYNCLR)
+    SPECS[f"{_name}_clip"] = dataclasses.replace(SPECS[_name], **CLIP)
+# Other patch sizes than the paper's 14.
+for _name in _SIZES:
+    SPECS[f"{_name}_patch16"] = dataclasses.replace(SPECS[_name], patch_size=16, grid=14)

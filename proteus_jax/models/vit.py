@@ -1,6 +1,8 @@
-"""The DINOv2 vision transformer, its blocks stacked under one scan.
+"""The vision transformer, its blocks stacked under one scan: DINOv2's by default, and what the
+other teachers have instead where a spec says so.
 
-Source: facebookresearch/dinov2 models/vision_transformer.py, as used by arXiv 2407.10366.
+Source: facebookresearch/dinov2 models/vision_transformer.py, as used by arXiv 2407.10366; the
+authors' pretrain/models_synclr.py and models_clip.py.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from proteus_jax.models.attention import KEPT
 from proteus_jax.models.layers import LINEAR_INIT, Block, layer_norm, torch_uniform
+from proteus_jax.models.pooling import AttentionPool
 from proteus_jax.models.position import resize_matrix
+from proteus_jax.models.rotary import Rotation, rotation
 from proteus_jax.models.specs import ViTSpec
 
 # What a block leaves for its backward pass. off: what its matmuls made (`kept`); elementwise
@@ -27,7 +31,11 @@ REMAT = {
 
 
 class Features(NamedTuple):
-    """Tokens after the final LayerNorm (before it where a caller asked for that)."""
+    """Tokens after the final LayerNorm (before it where a caller asked for that).
+
+    `cls` is the class token, or what stands for it in a model that pools its patches. CLIP's
+    LayerNorm sees the class token alone: its patches come as they are.
+    """
 
     cls: Float[Array, "b d"]
     patches: Float[Array, "b n d"]
@@ -37,8 +45,8 @@ class Features(NamedTuple):
 def resize_position_table(
     table: Float[Array, "1 length d"], spec: ViTSpec, grid: tuple[int, int]
 ) -> Float[Array, "1 length2 d"]:
-    """The table [1, 1 + grid^2, D] for another grid (rows, columns) of patches; the class entry
-    stays.
+    """The table [1, (1 +) grid^2, D] for another grid (rows, columns) of patches; the class entry,
+    where there is one, stays.
 
     Float32 whatever the table's dtype; the table itself where the grid is already its own.
     """
@@ -50,14 +58,15 @@ def resize_position_table(
         )
         for side in grid
     )
-    patches = table[:, 1:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
+    first = spec.table_prefix
+    patches = table[:, first:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
     # A rounded position table would move every token: full precision, also where matmuls default to
     # less.
     patches = jnp.einsum(
         "hH,wW,HWd->hwd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
     )
     patches = patches.reshape(1, grid[0] * grid[1], -1).astype(table.dtype)
-    return jnp.concatenate([table[:, :1], patches], axis=1)
+    return jnp.concatenate([table[:, :first], patches], axis=1)
 
 
 class PatchEmbed(nnx.Module):
@@ -68,7 +77,13 @@ class PatchEmbed(nnx.Module):
         fan_in = 3 * spec.patch_size**2
         init = torch_uniform(fan_in)
         self.proj = nnx.Linear(
-            fan_in, spec.width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
+            fan_in,
+            spec.width,
+            kernel_init=init,
+            bias_init=init,
+            use_bias=spec.patch_bias,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
@@ -98,13 +113,26 @@ class VisionTransformer(nnx.Module):
         self.spec = spec
         tiny = nnx.initializers.normal(1e-6)
         self.patch_embed = PatchEmbed(spec, dtype=dtype, rngs=rngs)
-        self.cls_token = nnx.Param(tiny(rngs.params(), (1, 1, spec.width)))
-        self.pos_embed = nnx.Param(LINEAR_INIT(rngs.params(), (1, 1 + spec.grid**2, spec.width)))
-        self.mask_token = nnx.Param(jnp.zeros((1, spec.width)))
+        if spec.class_token:
+            # CLIP's is a vector, which weight decay does not reach.
+            shape = (spec.width,) if spec.pre_norm else (1, 1, spec.width)
+            self.cls_token = nnx.Param(tiny(rngs.params(), shape))
+        if spec.positions == "table":
+            length = spec.table_prefix + spec.grid**2
+            self.pos_embed = nnx.Param(LINEAR_INIT(rngs.params(), (1, length, spec.width)))
+        mask_token = jnp.zeros((1, spec.width))
+        if spec.mask_deviation:
+            draw = nnx.initializers.normal(spec.mask_deviation)
+            mask_token = draw(rngs.params(), mask_token.shape)
+        self.mask_token = nnx.Param(mask_token)
         if spec.registers:
             self.register_tokens = nnx.Param(tiny(rngs.params(), (1, spec.registers, spec.width)))
+        if spec.pre_norm:
+            self.norm_pre = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
         self.blocks = _stacked_blocks(spec, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
+        if spec.pooling == "attention":
+            self.pool = AttentionPool(spec, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -123,7 +151,7 @@ class VisionTransformer(nnx.Module):
         """
         tokens = self._embed(images, mask)
         keep = self._keep(drop_path, key, images.shape[0])
-        tokens, _ = self._run_blocks(tokens, (), keep, remat)
+        tokens, _ = self._run_blocks(tokens, (), keep, remat, self._rotation(images))
         return self._features(tokens, normalise=True)
 
     def intermediates(
@@ -137,24 +165,33 @@ class VisionTransformer(nnx.Module):
         """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless
         told not to.
         """
-        _, outputs = self._run_blocks(self._embed(images, mask), tuple(blocks), None, "off")
+        tokens, rotation = self._embed(images, mask), self._rotation(images)
+        _, outputs = self._run_blocks(tokens, tuple(blocks), None, "off", rotation)
         return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
 
     def class_attention(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b heads n"]:
         """How much each head of the class token attends to each patch in the last block, float32.
 
-        What goes to the class token itself and to registers is missing from the sum of 1.
+        What goes to the class token itself and to registers is missing from the sum of 1. Without
+        a class token: what the pool's query attends to, or, where patches are only averaged, the
+        same for each.
         """
-        spec, tokens = self.spec, self._embed(images, None)
+        spec, tokens, rotation = self.spec, self._embed(images, None), self._rotation(images)
+        if not spec.class_token:
+            tokens, _ = self._run_blocks(tokens, (), None, "off", rotation)
+            patches = self._features(tokens, normalise=True).patches
+            if spec.pooling == "attention":
+                return self.pool.attention(patches)
+            batch, count, _ = patches.shape
+            return jnp.full((batch, spec.heads, count), 1.0 / count)
         if spec.depth > 1:
-            _, (tokens,) = self._run_blocks(tokens, (spec.depth - 2,), None, "off")
+            _, (tokens,) = self._run_blocks(tokens, (spec.depth - 2,), None, "off", rotation)
         graph, stacked = nnx.split(self.blocks)
         last = nnx.merge(graph, jax.tree.map(lambda layers: layers[-1], stacked))
-        qkv = last.attn.qkv(last.norm1(tokens)).astype(jnp.float32)
-        qkv = qkv.reshape(*tokens.shape[:2], 3, spec.heads, spec.width // spec.heads)
+        qkv = last.attn.projected(last.norm1(tokens), rotation).astype(jnp.float32)
         scores = jnp.einsum("bhd,bthd->bht", qkv[:, 0, 0], qkv[:, :, 1])
         weights = jax.nn.softmax(scores * (spec.width // spec.heads) ** -0.5)
-        return weights[..., 1 + spec.registers :]
+        return weights[..., spec.prefix :]
 
     def _embed(self, images: jax.Array, mask: jax.Array | None) -> Float[Array, "b t d"]:
         spec = self.spec
@@ -169,16 +206,27 @@ class VisionTransformer(nnx.Module):
         patches = self.patch_embed(images).astype(stream)
         if mask is not None:
             patches = jnp.where(mask[..., None], self.mask_token[None], patches)
-        cls = jnp.broadcast_to(self.cls_token[...], (batch, 1, spec.width))
-        tokens = jnp.concatenate([cls, patches], axis=1)
-        tokens = tokens + resize_position_table(self.pos_embed[...], spec, grid)
+        before: list[jax.Array] = []
+        if spec.class_token:
+            before.append(jnp.broadcast_to(self.cls_token[...], (batch, 1, spec.width)))
+        if spec.positions == "table":
+            table = resize_position_table(self.pos_embed[...], spec, grid)
+            first = spec.table_prefix
+            patches = patches + table[:, first:]
+            before = [token + table[:, :first] if first else token for token in before]
         if spec.registers:
             # Registers have no position: they enter after the table is added.
-            registers = jnp.broadcast_to(
-                self.register_tokens[...], (batch, spec.registers, spec.width)
-            )
-            tokens = jnp.concatenate([tokens[:, :1], registers, tokens[:, 1:]], axis=1)
-        return tokens
+            registers = (batch, spec.registers, spec.width)
+            before.append(jnp.broadcast_to(self.register_tokens[...], registers))
+        tokens = jnp.concatenate([*before, patches], axis=1)
+        return self.norm_pre(tokens) if spec.pre_norm else tokens
+
+    def _rotation(self, images: jax.Array) -> Rotation | None:
+        spec = self.spec
+        if spec.positions != "rotary":
+            return None
+        rows, columns = (side // spec.patch_size for side in images.shape[1:3])
+        return rotation((rows, columns), spec.width // spec.heads, spec.prefix)
 
     def _keep(
         self, rate: float, key: PRNGKeyArray | None, batch: int
@@ -192,7 +240,12 @@ class VisionTransformer(nnx.Module):
         return drawn / kept
 
     def _run_blocks(
-        self, tokens: jax.Array, wanted: tuple[int, ...], keep: jax.Array | None, remat: str
+        self,
+        tokens: jax.Array,
+        wanted: tuple[int, ...],
+        keep: jax.Array | None,
+        remat: str,
+        rotation: Rotation | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens after the last block, and [len(wanted), b, t, d] those after each wanted block."""
         depth = self.spec.depth
@@ -208,7 +261,7 @@ class VisionTransformer(nnx.Module):
         def body(carry, layer):
             tokens, outputs = carry
             block, slot, kept = layer
-            tokens = nnx.merge(graph, block)(tokens, kept)
+            tokens = nnx.merge(graph, block)(tokens, kept, rotation)
             if wanted:
                 outputs = jax.lax.dynamic_update_index_in_dim(outputs, tokens, slot, 0)
             return (tokens, outputs), None
@@ -220,7 +273,17 @@ class VisionTransformer(nnx.Module):
         return tokens, outputs[: len(wanted)]
 
     def _features(self, tokens: jax.Array, *, normalise: bool) -> Features:
-        if normalise:
+        spec = self.spec
+        if normalise and spec.final_norm == "tokens":
             tokens = self.norm(tokens)
-        first_patch = 1 + self.spec.registers
-        return Features(tokens[:, 0], tokens[:, first_patch:], tokens[:, 1:first_patch])
+        registers = tokens[:, int(spec.class_token) : spec.prefix]
+        patches = tokens[:, spec.prefix :]
+        if spec.pooling == "token":
+            cls = tokens[:, 0]
+        elif spec.pooling == "mean":
+            cls = jnp.mean(patches.astype(jnp.float32), axis=1).astype(tokens.dtype)
+        else:
+            cls = self.pool(patches)
+        if normalise and spec.final_norm == "class":
+            cls = self.norm(cls)
+        return Features(cls, patches, registers)
