@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from proteus_jax.convert import dinov2
+from proteus_jax.convert import canonical
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.normalisation import IMAGENET, Normalisation
@@ -84,7 +84,7 @@ class ModelCard:
 
 def save_model(directory: Path, params: Params, card: ModelCard, *, replace: bool = False) -> None:
     """Writes a model directory, whole or not at all."""
-    arrays = dinov2.from_params(jax.device_get(params), card.spec)
+    arrays = canonical.from_params(jax.device_get(params), card.spec)
     with atomic_directory(directory, replace=replace) as temporary:
         weights = temporary / WEIGHTS
         safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in arrays.items()}, weights)
@@ -116,7 +116,7 @@ def load_model(directory: Path) -> tuple[Params, ModelCard]:
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{weights}: not a readable safetensors file ({error})") from None
     try:
-        return dinov2.to_params(arrays, card.spec), card
+        return canonical.to_params(arrays, card.spec), card
     except InputError as error:
         raise InputError([f"{weights}: {problem}" for problem in error.problems]) from None
 

@@ -23,14 +23,14 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from proteus_jax.convert import dinov2
+from proteus_jax.convert import canonical
+from proteus_jax.convert.families import Recognised, recognise
 from proteus_jax.convert.formats import read_arrays
 from proteus_jax.data import randaugment
 from proteus_jax.errors import InputError
 from proteus_jax.losses import Losses, LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
-from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
 from proteus_jax.optim import adamw, decay_mask
 from proteus_jax.step import student_losses
@@ -83,9 +83,8 @@ def check_file(path: Path, weights: Path | None = None) -> list[Check]:
             normalise = Normalisation(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
             images = normalise(jnp.asarray(arrays["image_uint8"]))
             return list(_check_backbone(arrays, read_arrays(weights), images, {}))
-        family = str(arrays.get("meta/family", "none named"))
-        if family != "dinov2":
-            raise InputError(f"{path}: expected a file of DINOv2 outputs, found family: {family}")
+        if "meta/family" not in arrays:
+            raise InputError(f"{path}: expected a file of golden outputs, found no meta/family")
         meta = _under(arrays, "meta/")
         return list(
             _check_backbone(arrays, _under(arrays, "w/"), jnp.asarray(arrays["image"]), meta)
@@ -100,8 +99,11 @@ def _under(arrays: Arrays, prefix: str) -> Arrays:
     }
 
 
-def _spec(weights: Arrays, meta: Arrays, heads: str = "heads") -> ViTSpec:
-    spec = dinov2.infer_spec(weights, int(meta[heads]) if heads in meta else None)
+def _model(weights: Arrays, meta: Arrays, heads: str = "heads") -> Recognised:
+    """What the original's names and the file's facts say of a model, under canonical names."""
+    known = str(meta["family"]) if "family" in meta else None
+    found = recognise(weights, family=known, heads=int(meta[heads]) if heads in meta else None)
+    spec = found.spec
     changes: dict[str, Any] = {}
     if "norm_eps" in meta:
         changes["norm_epsilon"] = float(meta["norm_eps"])
@@ -113,7 +115,7 @@ def _spec(weights: Arrays, meta: Arrays, heads: str = "heads") -> ViTSpec:
             changes["interpolate_antialias"] = False
     if "interpolate_antialias" in meta:
         changes["interpolate_antialias"] = bool(meta["interpolate_antialias"])
-    return dataclasses.replace(spec, **changes)
+    return found._replace(spec=dataclasses.replace(spec, **changes))
 
 
 def _relative_to_deviation(name: str, found: Any, expected: np.ndarray) -> Check:
@@ -137,8 +139,9 @@ def _unknown(name: str) -> Check:
 def _check_backbone(
     arrays: Arrays, weights: Arrays, images: jax.Array, meta: Arrays
 ) -> Iterator[Check]:
-    spec = _spec(weights, meta)
-    params = dinov2.to_params(weights, spec, optional=("mask_token",))
+    model = _model(weights, meta)
+    spec = model.spec
+    params = canonical.to_params(model.arrays, spec, optional=("mask_token",))
     for prefix, mask in (("out/", None), ("masked/", arrays.get("mask"))):
         expected = _under(arrays, prefix)
         if not expected:
@@ -184,8 +187,8 @@ def _outputs(
     return outputs
 
 
-def _student_params(arrays: Arrays, spec: ViTSpec) -> Params:
-    params = {"backbone": dinov2.to_params(_under(arrays, "student/backbone/"), spec)}
+def _student_params(arrays: Arrays, model: Recognised) -> Params:
+    params = {"backbone": canonical.to_params(model.arrays, model.spec)}
     for name, head in HEADS.items():
         params[head] = {"norm": {}, "linear": {}}
         for array, (layer, leaf) in HEAD_ARRAYS.items():
@@ -194,11 +197,11 @@ def _student_params(arrays: Arrays, spec: ViTSpec) -> Params:
     return params
 
 
-def _original_names(params: Params, spec: ViTSpec) -> Arrays:
+def _original_names(params: Params, model: Recognised) -> Arrays:
     """The inverse of `_student_params`, for gradients and updated weights."""
+    backbone = canonical.from_params(params["backbone"], model.spec)
     named = {
-        f"backbone/{key}": value
-        for key, value in dinov2.from_params(params["backbone"], spec).items()
+        f"backbone/{key}": value for key, value in model.layout.from_canonical(backbone).items()
     }
     for name, head in HEADS.items():
         for array, (layer, leaf) in HEAD_ARRAYS.items():
@@ -215,17 +218,18 @@ def _masked_rows(mask: np.ndarray) -> slice:
 
 def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     meta = _under(arrays, "meta/")
-    teacher_spec = _spec(_under(arrays, "teacher/"), meta, "teacher_heads")
-    student_spec = _spec(_under(arrays, "student/backbone/"), meta, "student_heads")
+    taught = _model(_under(arrays, "teacher/"), meta, "teacher_heads")
+    learning = _model(_under(arrays, "student/backbone/"), meta, "student_heads")
+    teacher_spec, student_spec = taught.spec, learning.spec
     teacher = BackboneFunction(teacher_spec)
     student = StudentFunction(student_spec, teacher_spec.width)
-    taught = dinov2.to_params(_under(arrays, "teacher/"), teacher_spec, optional=("mask_token",))
-    teacher_params = jax.tree.map(jnp.asarray, taught)
-    params = jax.tree.map(jnp.asarray, _student_params(arrays, student_spec))
+    frozen = canonical.to_params(taught.arrays, teacher_spec, optional=("mask_token",))
+    teacher_params = jax.tree.map(jnp.asarray, frozen)
+    params = jax.tree.map(jnp.asarray, _student_params(arrays, learning))
     weights = LossWeights(*(float(value) for value in arrays["lambda_token_fea_patch"]))
     optimizer = adamw(float(arrays["lr"]), float(arrays["weight_decay"]))
     state = optimizer.init(params)
-    yield from _check_groups(arrays, params, student_spec)
+    yield from _check_groups(arrays, params, learning)
 
     def losses_and_gradients(
         params: Params, images: Any, mask: Any, rows: slice
@@ -249,13 +253,13 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
         gradients, losses = compiled[key](params, jnp.asarray(images), jnp.asarray(mask[rows]))
         yield from _check_losses(arrays, step, losses)
         if step == steps[0]:
-            yield from _check_gradients(arrays, _original_names(gradients, student_spec))
+            yield from _check_gradients(arrays, _original_names(gradients, learning))
         updates, state = optimizer.update(gradients, state, params)
         params = jax.tree.map(jnp.add, params, updates)
-    yield from _check_weights(arrays, _original_names(params, student_spec))
+    yield from _check_weights(arrays, _original_names(params, learning))
 
 
-def _check_groups(arrays: Arrays, params: Params, spec: ViTSpec) -> Iterator[Check]:
+def _check_groups(arrays: Arrays, params: Params, model: Recognised) -> Iterator[Check]:
     if "decayed" not in arrays:
         return
     decayed = jax.tree.map(
@@ -263,7 +267,7 @@ def _check_groups(arrays: Arrays, params: Params, spec: ViTSpec) -> Iterator[Che
     )
     named = {
         name.replace("/", ".").replace("backbone.", "backbone."): bool(value.all())
-        for name, value in _original_names(decayed, spec).items()
+        for name, value in _original_names(decayed, model).items()
     }
     for group, flag in (("decayed", True), ("not_decayed", False)):
         expected = {str(name).replace("/", ".") for name in arrays[group]}

@@ -16,7 +16,7 @@ from conftest import ROOT, photograph
 from PIL import Image
 
 import proteus_jax
-from proteus_jax.convert import dinov2
+from proteus_jax.convert import canonical
 from proteus_jax.metrics import read_metrics
 
 STEPS = 12
@@ -375,7 +375,7 @@ def test_exported_names_are_the_official_ones(
     arrays = safetensors.numpy.load_file(finished[0] / "student" / "model.safetensors")
     assert arrays["blocks.11.attn.qkv.weight"].shape == (576, 192)
     assert arrays["patch_embed.proj.weight"].shape == (192, 3, 14, 14)
-    assert dinov2.infer_spec(arrays).depth == 12
+    assert canonical.infer_spec(arrays).depth == 12
 
 
 def test_a_second_start_finds_its_programs_compiled(

@@ -1,12 +1,13 @@
 """Weight files as named numpy arrays. Whatever the format, a file is data and never code."""
 
 import pickle
+import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,23 @@ from proteus_jax.convert import onnx_file
 from proteus_jax.errors import InputError
 
 Arrays = dict[str, np.ndarray]
+_WRAPPERS = ("state_dict", "model")
+
+
+class Weights(NamedTuple):
+    """Float32 arrays by name, and the narrowest floats that the file held them as."""
+
+    arrays: Arrays
+    precision: str
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Float32 arrays by name from a .pth, .safetensors, .npz or .onnx file.
+    """The arrays of `read_weights`."""
+    return read_weights(path).arrays
+
+
+def read_weights(path: Path) -> Weights:
+    """What a .pth, .bin, .safetensors, .npz or .onnx file holds.
 
     Half-precision values are widened. InputError for anything that is no such file, holds what is
     no float array, or holds a value that is not finite.
@@ -31,19 +45,47 @@ def read_arrays(path: Path) -> Arrays:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: expected a file ending in {', '.join(_READERS)}")
-    arrays = reader(path)
+    _refuse_members_outside(path)
+    found = {name: array for name, array in reader(path).items() if not _COUNTED.search(name)}
     wrong = [
         f"{path}: {name} should hold floats, found {array.dtype}"
-        for name, array in arrays.items()
+        for name, array in found.items()
         if not jnp.issubdtype(array.dtype, np.floating)
     ]
     if wrong:
         raise InputError(wrong)
-    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
+    narrowest = min((array.dtype for array in found.values()), key=_bits, default=np.float32)
+    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in found.items()}
     spoilt = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if spoilt:
         raise InputError(f"{path}: not finite: {', '.join(spoilt)}")
-    return arrays
+    return Weights(arrays, np.dtype(narrowest).name)
+
+
+# Integers that older files keep beside the weights: 0, 1, 2 ...
+_COUNTED = re.compile(r"(^|\.)position_ids$")
+
+
+def _bits(dtype: np.dtype) -> int:
+    return np.dtype(dtype).itemsize
+
+
+def _refuse_members_outside(path: Path) -> None:
+    """Nothing is ever unpacked to a disk, but who writes such a name means harm. Nor is a
+    TorchScript archive a file of weights.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+            raise InputError(f"{path}: refused: its member {name!r} points outside the archive")
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        raise InputError(
+            f"{path}: a TorchScript archive, as OpenAI's own CLIP files are: it holds code, which "
+            "is not run; take the same model from Hugging Face or OpenCLIP"
+        )
 
 
 def _read_torch(path: Path) -> Arrays:
@@ -66,6 +108,10 @@ def _read_torch(path: Path) -> Arrays:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a readable PyTorch file ({_first_line(error)})") from None
+    for wrapper in _WRAPPERS:
+        # Training code saves the model beside the optimizer and the epoch.
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
         raise InputError(f"{path}: expected a state dict, found {type(loaded).__name__}")
     strange = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
@@ -75,8 +121,13 @@ def _read_torch(path: Path) -> Arrays:
 
 
 def _numpy_of_tensor(value: Any) -> np.ndarray:
-    # numpy has no bfloat16: every float becomes float32 here.
-    return (value.float() if value.is_floating_point() else value).numpy()
+    import ml_dtypes
+    import torch
+
+    value = value.detach()
+    if value.dtype == torch.bfloat16:
+        return value.float().numpy().astype(ml_dtypes.bfloat16)
+    return value.numpy()
 
 
 def _read_safetensors(path: Path) -> Arrays:
@@ -112,6 +163,7 @@ def _first_line(error: BaseException) -> str:
 _READERS: dict[str, Callable[[Path], Arrays]] = {
     ".pth": _read_torch,
     ".pt": _read_torch,
+    ".bin": _read_torch,
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".onnx": onnx_file.read,

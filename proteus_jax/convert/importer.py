@@ -1,39 +1,62 @@
-"""A weight file becomes a model directory."""
+"""A weight file, or a directory of another library, becomes a model directory."""
 
 from pathlib import Path
 from typing import Any
 
-from proteus_jax.convert import dinov2, huggingface
-from proteus_jax.convert.formats import read_arrays
+from proteus_jax.convert import canonical
+from proteus_jax.convert.directory import read_directory
+from proteus_jax.convert.families import Recognised, find_prefix, recognise
+from proteus_jax.convert.formats import read_weights
 from proteus_jax.errors import InputError
+from proteus_jax.models.normalisation import Normalisation
+from proteus_jax.models.specs import ViTSpec
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.storage import sha256
 
+# What a teacher does not need, so that many files go without.
+OPTIONAL = ("mask_token",)
 
-def read_official(file: Path, prefix: str | None = None) -> dict[str, Any]:
-    """The ViT's arrays of a weight file under DINOv2's official names.
 
-    With a `prefix` only the names below it belong to the ViT. An ONNX file holds a whole program:
-    there the one prefix below which a class token lies is found without being asked for.
+def read_model(
+    source: Path,
+    *,
+    prefix: str | None = None,
+    family: str | None = None,
+    heads: int | None = None,
+) -> tuple[Recognised, dict[str, Any]]:
+    """The ViT of a weight file or directory under canonical names, and where it is from.
+
+    With a `prefix` only the names below it belong to the ViT; without one it is found, where there
+    is one ViT alone. InputError says what does not fit.
     """
-    arrays = read_arrays(file)
-    if prefix is None:
-        prefix = _prefix_of_program(list(arrays)) if Path(file).suffix.lower() == ".onnx" else ""
-    arrays = {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }
-    if not arrays:
-        raise InputError(f"{file}: no name begins with {prefix!r}")
-    return huggingface.to_official(arrays) if huggingface.is_huggingface(arrays) else arrays
-
-
-def _prefix_of_program(names: list[str]) -> str:
-    tokens = [name for name in names if name.endswith("cls_token")]
-    if len(tokens) != 1:
-        return ""
-    return tokens[0].removesuffix("cls_token").removesuffix("embeddings.")
+    source = Path(source).expanduser()
+    settings: dict[str, Any] = {}
+    if source.is_dir():
+        settings, weights, files = read_directory(source)
+    else:
+        weights, files = read_weights(source), (source,)
+    digests = {file.name: sha256(file) for file in files}
+    (digest, *more) = digests.values()
+    facts: dict[str, Any] = {"file": source.name, "sha256": digests if more else digest}
+    if weights.precision != "float32":
+        facts["stored_as"] = weights.precision
+    try:
+        before = find_prefix(list(weights.arrays)) if prefix is None else prefix
+        arrays = {
+            name.removeprefix(before): array
+            for name, array in weights.arrays.items()
+            if name.startswith(before)
+        }
+        if not arrays:
+            raise InputError(f"no name begins with {before!r}")
+        found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
+    except InputError as error:
+        raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
+    if before:
+        facts["prefix"] = before
+    if found.left_out:
+        facts["left_out"] = list(found.left_out)
+    return found, facts
 
 
 def import_weights(
@@ -42,27 +65,34 @@ def import_weights(
     *,
     heads: int | None = None,
     prefix: str | None = None,
+    family: str | None = None,
+    normalisation: Normalisation | None = None,
     licence: str = "not stated",
     source: dict[str, Any] | None = None,
+    expected: ViTSpec | None = None,
     replace: bool = False,
 ) -> ModelCard:
-    """Reads a weight file and writes a model directory; InputError lists all that does not fit.
+    """Reads weights and writes a model directory; InputError lists all that does not fit.
 
     A mask token alone may be absent: a teacher does not need it. It becomes zeros, and the card
-    says so.
+    says so. What is `expected` must be what is found.
     """
-    file = Path(file).expanduser()
-    arrays = read_official(file, prefix)
+    found, facts = read_model(file, prefix=prefix, family=family, heads=heads)
     try:
-        spec = dinov2.infer_spec(arrays, heads)
-        params = dinov2.to_params(arrays, spec, optional=("mask_token",))
+        params = canonical.to_params(found.arrays, found.spec, optional=OPTIONAL)
     except InputError as error:
         raise InputError([f"{file}: {problem}" for problem in error.problems]) from None
+    if expected is not None and found.spec != expected:
+        raise InputError(f"{file}: expected {expected}, found {found.spec}")
     card = ModelCard(
-        spec=spec,
+        spec=found.spec,
+        family=found.family,
+        normalisation=normalisation or found.normalisation,
         licence=licence,
-        source={"file": file.name, "sha256": sha256(file)} | (source or {}),
-        absent=() if "mask_token" in arrays else ("mask_token",),
+        source=facts
+        | ({"left_out": list(found.left_out)} if found.left_out else {})
+        | (source or {}),
+        absent=tuple(name for name in OPTIONAL if name not in found.arrays),
     )
     save_model(target, params, card, replace=replace)
     return card

@@ -4,6 +4,7 @@ An exporter keeps the names of biases and norms, but transposes linear weights a
 such a weight is known only by the node that uses it, whose name is the module's path.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,4 +49,24 @@ def read(path: Path) -> dict[str, np.ndarray]:
         if name in arrays:
             raise InputError(f"{path}: two arrays for {name}")
         arrays[name] = array
-    return arrays
+    return _joined_position_table(arrays)
+
+
+def _joined_position_table(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An exporter of transformers' models splits the position table into its class row and its
+    patches, numbered where they are used: join them again.
+    """
+    rows = {
+        name: array
+        for name, array in arrays.items()
+        if re.fullmatch(r"(.*\.)?embeddings\.(Concat|Reshape)(_\d+)?", name)
+    }
+    cls = [name for name, array in rows.items() if array.ndim == 3 and array.shape[1] == 1]
+    patches = [name for name, array in rows.items() if array.ndim == 3 and array.shape[1] > 1]
+    if len(cls) != 1 or len(patches) != 1:
+        return arrays
+    table = cls[0].rpartition(".")[0] + ".position_embeddings"
+    if table in arrays:
+        return arrays
+    rest = {name: array for name, array in arrays.items() if name not in (cls[0], patches[0])}
+    return rest | {table: np.concatenate([arrays[cls[0]], arrays[patches[0]]], axis=1)}

@@ -7,15 +7,16 @@ that at any other size the two differ by design.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from proteus_jax.convert import huggingface
-from proteus_jax.convert.importer import read_official
+from proteus_jax.convert.importer import read_model
+from proteus_jax.convert.layouts import Arrays
+from proteus_jax.convert.reference import Outputs, timm_outputs, transformers_outputs
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.specs import ViTSpec
@@ -26,11 +27,14 @@ TOLERANCE = 2e-4
 
 
 class Comparison(NamedTuple):
-    """Errors of one output, in standard deviations of the reference's."""
+    """Errors of one output, in standard deviations of the reference's, and the smallest cosine of
+    a token with the reference's.
+    """
 
     name: str
     largest: float
     mean: float
+    cosine: float
 
     @property
     def passed(self) -> bool:
@@ -41,7 +45,8 @@ class Comparison(NamedTuple):
 def verify(
     directory: Path, source: Path, images: UInt8[np.ndarray, "b h w 3"], prefix: str | None = None
 ) -> Iterator[Comparison]:
-    """Compares every block's output and the final tokens on square images of the position table's
+    """Compares every block's output, class token and patches with transformers', and the last two
+    with timm's where it is installed and has such a model, on square images of the position table's
     own size.
     """
     params, card = load_model(directory)
@@ -53,86 +58,46 @@ def verify(
             f"{images.shape[1:3]}"
         )
     pixels = np.asarray(card.normalisation(jnp.asarray(images)))
-    expected = _torch_outputs(read_official(source, prefix), spec, pixels)
-    for name, ours, theirs in zip(
-        _names(spec), _our_outputs(params, spec, pixels), expected, strict=True
-    ):
-        difference = np.abs(ours - theirs)
-        deviation = float(theirs.std())
+    found, _ = read_model(source, prefix=prefix, family=card.family, heads=spec.heads)
+    arrays: Arrays = found.arrays
+    ours = our_outputs(params, spec, pixels)
+    yield from compare(ours, transformers_outputs(card.family, spec, arrays, pixels))
+    try:
+        theirs = timm_outputs(spec, arrays, pixels)
+    except InputError:
+        return
+    if theirs is not None:
+        for found_in_timm in compare(ours, theirs):
+            yield found_in_timm._replace(name=f"{found_in_timm.name}, timm")
+
+
+def compare(ours: Outputs, theirs: Outputs) -> Iterator[Comparison]:
+    """Every output of the reference with ours of that name."""
+    for name, expected in theirs.items():
+        found = ours[name].astype(np.float64)
+        expected = expected.astype(np.float64)
+        difference = np.abs(found - expected)
+        deviation = float(expected.std())
+        lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
+        cosine = np.sum(found * expected, axis=-1) / np.maximum(lengths, np.finfo(float).tiny)
         yield Comparison(
-            name, float(difference.max()) / deviation, float(difference.mean()) / deviation
+            name,
+            float(difference.max()) / deviation,
+            float(difference.mean()) / deviation,
+            float(cosine.min()),
         )
 
 
-def _names(spec: ViTSpec) -> list[str]:
-    return [f"block {block}" for block in range(spec.depth)] + ["final tokens"]
-
-
-def _our_outputs(params: Params, spec: ViTSpec, pixels: np.ndarray) -> list[np.ndarray]:
+def our_outputs(params: Params, spec: ViTSpec, pixels: np.ndarray) -> Outputs:
+    """The outputs that PyTorch's are compared with, at full precision on any device."""
     backbone = BackboneFunction(spec)
 
     @jax.jit
-    def run(params: Params, pixels: jax.Array) -> list[jax.Array]:
-        blocks = backbone.intermediates(params, pixels, range(spec.depth), normalise=False)
-        outputs = [*blocks, backbone(params, pixels)]
-        return [jnp.concatenate([f.cls[:, None], f.registers, f.patches], axis=1) for f in outputs]
+    def run(params: Params, pixels: jax.Array) -> dict[str, jax.Array]:
+        blocks = backbone.block_tokens(params, pixels, range(spec.depth))
+        final = backbone(params, pixels)
+        named = {f"block {number}": tokens for number, tokens in enumerate(blocks)}
+        return named | {"class token": final.cls, "patches": final.patches}
 
     with jax.default_matmul_precision("highest"):
-        return [np.asarray(output) for output in run(params, pixels)]
-
-
-def _torch_outputs(
-    arrays: dict[str, np.ndarray], spec: ViTSpec, pixels: np.ndarray
-) -> list[np.ndarray]:
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise InputError(
-            "verify compares with PyTorch: pip install -r requirements-parity.txt (torch and "
-            "transformers)"
-        ) from None
-    weights = {
-        name: torch.from_numpy(np.array(array))
-        for name, array in huggingface.from_official(arrays).items()
-    }
-    weights.setdefault("embeddings.mask_token", torch.zeros(1, spec.width))
-    kind, config = _torch_model(transformers, spec)
-    transformers.utils.logging.disable_progress_bar()
-    # from_pretrained and not load_state_dict: newer releases name modules otherwise than the files
-    # they read.
-    model, loading = kind.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True
-    )
-    wrong = [
-        name
-        for reason in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        for name in loading[reason]
-    ]
-    if wrong:
-        raise InputError(
-            f"transformers does not take these weights: {len(wrong)} names differ, as {wrong[0]}"
-        )
-    with torch.no_grad():
-        inputs = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-        found = model.eval()(inputs, output_hidden_states=True)
-    return [state.numpy() for state in (*found.hidden_states[1:], found.last_hidden_state)]
-
-
-def _torch_model(transformers: Any, spec: ViTSpec) -> tuple[Any, Any]:
-    """The class, and its configuration for these sizes."""
-    settings: dict[str, Any] = {
-        "hidden_size": spec.width,
-        "num_hidden_layers": spec.depth,
-        "num_attention_heads": spec.heads,
-        "image_size": spec.grid * spec.patch_size,
-        "patch_size": spec.patch_size,
-        "layer_norm_eps": spec.norm_epsilon,
-        "use_swiglu_ffn": spec.feed_forward == "swiglu",
-    }
-    if spec.registers:
-        config = transformers.Dinov2WithRegistersConfig(
-            num_register_tokens=spec.registers, **settings
-        )
-        return transformers.Dinov2WithRegistersModel, config
-    return transformers.Dinov2Model, transformers.Dinov2Config(**settings)
+        return {name: np.asarray(value) for name, value in run(params, pixels).items()}

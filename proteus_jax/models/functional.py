@@ -61,6 +61,16 @@ class BackboneFunction(_Functional):
         """See VisionTransformer.intermediates."""
         return self._module(params).intermediates(images, blocks, mask, normalise=normalise)
 
+    def block_tokens(
+        self,
+        params: Params,
+        images: jax.Array,
+        blocks: Sequence[int],
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """See VisionTransformer.block_tokens."""
+        return self._module(params).block_tokens(images, blocks, mask)
+
     def class_attention(self, params: Params, images: jax.Array) -> jax.Array:
         """See VisionTransformer.class_attention."""
         return self._module(params).class_attention(images)

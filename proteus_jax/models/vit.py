@@ -165,9 +165,18 @@ class VisionTransformer(nnx.Module):
         """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless
         told not to.
         """
-        tokens, rotation = self._embed(images, mask), self._rotation(images)
-        _, outputs = self._run_blocks(tokens, tuple(blocks), None, "off", rotation)
+        outputs = self.block_tokens(images, blocks, mask)
         return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
+
+    def block_tokens(
+        self,
+        images: Float[Array, "b h w 3"],
+        blocks: Sequence[int],
+        mask: Bool[Array, "b n"] | None = None,
+    ) -> Float[Array, "l b t d"]:
+        """All tokens after each of the given blocks, as the block leaves them."""
+        tokens, rotation = self._embed(images, mask), self._rotation(images)
+        return self._run_blocks(tokens, tuple(blocks), None, "off", rotation)[1]
 
     def class_attention(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b heads n"]:
         """How much each head of the class token attends to each patch in the last block, float32.

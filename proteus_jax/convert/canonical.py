@@ -1,10 +1,12 @@
-"""DINOv2's official parameter names and layouts, and this package's nested, stacked arrays.
+"""This project's own parameter names and layouts, and its nested, stacked arrays.
 
-The official names are also those of this project's own model.safetensors. A path of nested keys is
-the official name but for three things: a Linear's `weight` [out, in] is a `kernel` [in, out], a
-LayerNorm's `weight` is a `scale`, and blocks.<i> are rows of one stacked array.
+The names are DINOv2's official ones, with norm_pre, pool.* and others of their kind where another
+family has such a part. A path of nested keys is the name but for three things: a Linear's `weight`
+[out, in] is a `kernel` [in, out], a LayerNorm's `weight` is a `scale`, and blocks.<i> are rows of
+one stacked array.
 """
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -20,44 +22,72 @@ HEAD_WIDTH = 64
 PATCH_KERNEL = ("patch_embed", "proj", "kernel")
 
 
-def infer_spec(arrays: Arrays, heads: int | None = None) -> ViTSpec:
-    """The sizes that these weights have; InputError says what cannot be a DINOv2 ViT.
+def infer_spec(arrays: Arrays, heads: int | None = None, **choices: Any) -> ViTSpec:
+    """The sizes that these weights have and the parts that they show; `choices` are the fields of
+    ViTSpec that no array tells. InputError says what cannot be a ViT.
 
-    The number of heads leaves no trace in the shapes: it is width / 64, as in every released model,
-    unless given. A model with registers resizes its position table with antialias and without
-    offset, as released.
+    The number of heads leaves no trace in the shapes: it is width / 64, as in most released models,
+    unless given. Without other choices the model is DINOv2's: one with registers resizes its
+    position table with antialias and without offset, as released.
     """
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight")
+    needed = ("patch_embed.proj.weight", "norm.weight")
     absent = [name for name in needed if name not in arrays]
     if absent:
-        raise InputError(f"not a DINOv2 ViT: it has no {', '.join(absent)}")
-    width, patch_size = arrays["cls_token"].shape[-1], arrays["patch_embed.proj.weight"].shape[-1]
-    table = arrays["pos_embed"]
-    grid = math.isqrt(max(table.shape[1] - 1, 0)) if table.ndim == 3 else 0
-    if grid < 1 or grid**2 + 1 != table.shape[1]:
+        raise InputError(f"not a ViT: it has no {', '.join(absent)}")
+    if arrays["patch_embed.proj.weight"].ndim != 4:
+        found = list(arrays["patch_embed.proj.weight"].shape)
         raise InputError(
-            f"pos_embed should be [1, 1 + side * side, width], found {list(table.shape)}"
+            f"patch_embed.proj.weight should be [width, 3, patch, patch], found {found}"
         )
+    width, _, _, patch_size = arrays["patch_embed.proj.weight"].shape
     layers = {int(found[1]) for name in arrays if (found := re.match(r"blocks\.(\d+)\.", name))}
     if not layers:
-        raise InputError("not a DINOv2 ViT: it has no blocks.<i>")
+        raise InputError("not a ViT: it has no blocks.<i>")
     if heads is None and width % HEAD_WIDTH:
         raise InputError(f"a width of {width} does not tell the number of heads: give --heads")
     registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
+    found = {
+        "width": width,
+        "depth": max(layers) + 1,
+        "heads": heads or width // HEAD_WIDTH,
+        "patch_size": patch_size,
+        "registers": registers,
+        "feed_forward": "swiglu" if any(".mlp.w12." in name for name in arrays) else "mlp",
+        "interpolate_offset": 0.0 if registers else 0.1,
+        "interpolate_antialias": registers > 0,
+        "layer_scale": any(".ls1." in name for name in arrays),
+        "pre_norm": "norm_pre.weight" in arrays,
+        "patch_bias": "patch_embed.proj.bias" in arrays,
+        "class_token": "cls_token" in arrays,
+        "positions": "table" if "pos_embed" in arrays else "rotary",
+        "pooling": "attention" if "pool.probe" in arrays else "token",
+    }
+    found |= _of_the_table(arrays.get("pos_embed"), found["class_token"])
     try:
-        return ViTSpec(
-            width=width,
-            depth=max(layers) + 1,
-            heads=heads or width // HEAD_WIDTH,
-            patch_size=patch_size,
-            grid=grid,
-            feed_forward="swiglu" if any(".mlp.w12." in name for name in arrays) else "mlp",
-            registers=registers,
-            interpolate_offset=0.0 if registers else 0.1,
-            interpolate_antialias=registers > 0,
-        )
+        spec = ViTSpec(**(found | choices))
+        return dataclasses.replace(spec, inner=_inner(arrays, spec))
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _of_the_table(table: np.ndarray | None, class_token: bool) -> dict[str, Any]:
+    if table is None:
+        return {}
+    count = table.shape[1] if table.ndim == 3 else 0
+    for prefix in (1, 0) if class_token else (0,):
+        grid = math.isqrt(max(count - prefix, 0))
+        if grid >= 1 and grid**2 + prefix == count:
+            return {"grid": grid, "class_position": prefix == 1 or not class_token}
+    raise InputError(f"pos_embed should be [1, 1 + side * side, width], found {list(table.shape)}")
+
+
+def _inner(arrays: Arrays, spec: ViTSpec) -> int:
+    """The width inside the feed-forward layer; 0 where it is the usual one."""
+    last = "w3" if spec.feed_forward == "swiglu" else "fc2"
+    kernel = arrays.get(f"blocks.0.mlp.{last}.weight")
+    if kernel is None or kernel.ndim != 2 or kernel.shape[1] == spec.hidden:
+        return 0
+    return kernel.shape[1]
 
 
 def to_params(arrays: Arrays, spec: ViTSpec, *, optional: tuple[str, ...] = ()) -> Params:
