@@ -211,7 +211,7 @@ class VisionTransformer(nnx.Module):
                 f"{height} x {width}"
             )
         grid = (height // spec.patch_size, width // spec.patch_size)
-        stream = self.cls_token.dtype
+        stream = self.mask_token.dtype
         patches = self.patch_embed(images).astype(stream)
         if mask is not None:
             patches = jnp.where(mask[..., None], self.mask_token[None], patches)

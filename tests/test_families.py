@@ -1,0 +1,275 @@
+"""Every family of teachers: read from the directory its library writes, equal to that library's own
+arithmetic, and written back bit for bit.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from proteus_jax.convert import canonical, layouts
+from proteus_jax.convert.directory import INDEX, read_directory
+from proteus_jax.convert.families import FAMILIES, find_prefix, recognise
+from proteus_jax.convert.importer import import_weights, read_model
+from proteus_jax.convert.reference import run_transformers, transformers_outputs
+from proteus_jax.convert.verify import compare, our_outputs
+from proteus_jax.errors import InputError
+from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET
+from proteus_jax.models.specs import CLIP as CLIP_CHOICES
+from proteus_jax.models.specs import SYNCLR, ViTSpec
+from proteus_jax.pretrained import load_model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": 32,
+    "intermediate_size": 128,
+}
+# transformers' class of each family, what is set there, the family found, and its statistics.
+RELEASED = {
+    "dinov2": ("Dinov2", {"use_swiglu_ffn": False}, "dinov2", IMAGENET),
+    "dinov2 swiglu": ("Dinov2", {"use_swiglu_ffn": True}, "dinov2", IMAGENET),
+    "dinov2 registers": ("Dinov2WithRegisters", {"num_register_tokens": 3}, "dinov2", IMAGENET),
+    "clip": ("CLIPVision", {"hidden_act": "quick_gelu"}, "clip", CLIP),
+    "openclip": ("CLIPVision", {"hidden_act": "gelu"}, "openclip", CLIP),
+    "siglip": ("SiglipVision", {"intermediate_size": 88}, "siglip", HALF),
+    "dinov3": ("DINOv3ViT", {"num_register_tokens": 4}, "dinov3", IMAGENET),
+    "plain": ("ViT", {}, "timm", IMAGENET),
+}
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 1, (2, 32, 32, 3)).astype(np.float32)
+
+
+def saved(kind: str, changes: dict[str, Any], folder: Path) -> Any:
+    """A model of transformers with weights as large as trained ones, in its own directory."""
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | changes))
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_equal_to_transformers(name: str, tmp_path: Path, pixels: np.ndarray) -> None:
+    kind, changes, family, normalisation = RELEASED[name]
+    model = saved(kind, changes, tmp_path / "theirs")
+    card = import_weights(tmp_path / "theirs", tmp_path / "ours")
+    assert card.family == family
+    assert card.normalisation == normalisation
+    params, card = load_model(tmp_path / "ours")
+    found = list(
+        compare(our_outputs(params, card.spec, pixels), run_transformers(model, card.spec, pixels))
+    )
+    assert [comparison.name for comparison in found] == [
+        *("block 0", "block 1", "class token", "patches")
+    ]
+    for comparison in found:
+        assert comparison.passed, comparison
+        assert comparison.cosine > 1 - 1e-6
+    # And so are the arrays that come of the canonical ones, bit for bit.
+    again, _ = read_model(tmp_path / "theirs")
+    theirs = read_directory(tmp_path / "theirs").weights.arrays
+    back = again.layout.from_canonical(again.arrays, key_bias=card.spec.key_bias)
+    expected = {n: a for n, a in theirs.items() if a.size and n not in again.left_out}
+    assert back.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_array_equal(back[key], array, strict=True)
+    # What verify compares with is the same model made anew from our arrays.
+    for comparison in compare(
+        our_outputs(params, card.spec, pixels),
+        transformers_outputs(card.family, card.spec, again.arrays, pixels),
+    ):
+        assert comparison.passed, comparison
+
+
+def of_spec(spec: ViTSpec, seed: int = 0) -> dict[str, Any]:
+    """Canonical arrays, none constant."""
+    rng = np.random.default_rng(seed)
+    arrays = canonical.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
+    return {
+        name: (array + rng.normal(0, 0.2, array.shape)).astype(np.float32)
+        for name, array in arrays.items()
+    }
+
+
+PLAIN = ViTSpec(width=32, depth=2, heads=2, patch_size=8, grid=4, **SYNCLR)
+TIMM = dataclasses.replace(
+    PLAIN, interpolate_offset=0.0, interpolate_antialias=True, mask_deviation=0.0
+)
+
+
+def test_average_pooling(tmp_path: Path, pixels: np.ndarray) -> None:
+    """timm's: the mean of the patches, then the only norm. Compared with transformers' ViT, whose
+    norm is applied to that mean.
+    """
+    pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    spec = dataclasses.replace(TIMM, pooling="mean", final_norm="class")
+    arrays = of_spec(spec)
+    del arrays["mask_token"]
+    theirs = layouts.TIMM_MEAN.from_canonical(arrays)
+    assert "fc_norm.weight" in theirs
+    theirs["head.weight"] = np.zeros((10, 32), np.float32)
+    safetensors.numpy.save_file(theirs, tmp_path / "w.safetensors")
+    card = import_weights(tmp_path / "w.safetensors", tmp_path / "model", heads=2)
+    assert card.spec == spec
+    assert card.source["left_out"] == ["head.weight"]
+    params, _ = load_model(tmp_path / "model")
+    expected = transformers_outputs("timm", spec, arrays, pixels)
+    for comparison in compare(our_outputs(params, spec, pixels), expected):
+        assert comparison.passed, comparison
+
+
+def test_layer_scale_without_a_class_position(tmp_path: Path, pixels: np.ndarray) -> None:
+    """DeiT III, as timm has it."""
+    pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    spec = dataclasses.replace(TIMM, layer_scale=True, class_position=False)
+    arrays = of_spec(spec)
+    del arrays["mask_token"]
+    np.savez(tmp_path / "w.npz", **arrays)
+    card = import_weights(tmp_path / "w.npz", tmp_path / "model", heads=2)
+    assert (card.family, card.spec) == ("timm", spec)
+    params, _ = load_model(tmp_path / "model")
+    expected = transformers_outputs("timm", spec, arrays, pixels)
+    for comparison in compare(our_outputs(params, spec, pixels), expected):
+        assert comparison.passed, comparison
+
+
+def test_synclrs_prefix_tells_the_family(tmp_path: Path) -> None:
+    arrays = of_spec(PLAIN)
+    del arrays["mask_token"]
+    theirs: dict[str, Any] = {f"module.visual.{n}": array for n, array in arrays.items()}
+    theirs["module.text.token"] = np.zeros(3, np.float32)
+    np.savez(tmp_path / "w.npz", **theirs)
+    card = import_weights(tmp_path / "w.npz", tmp_path / "model", heads=2)
+    assert (card.family, card.spec, card.normalisation) == ("synclr", PLAIN, CLIP)
+    assert card.source["prefix"] == "module.visual."
+    # Without the prefix it could as well be timm's.
+    np.savez(tmp_path / "plain.npz", **arrays)
+    with pytest.raises(InputError, match=r"give --family synclr .*--family timm"):
+        import_weights(tmp_path / "plain.npz", tmp_path / "other", heads=2)
+    for family in ("synclr", "timm"):
+        found, _ = read_model(tmp_path / "plain.npz", family=family, heads=2)
+        assert found.family == family
+    with pytest.raises(InputError, match="those of synclr or timm, not of the family clip"):
+        read_model(tmp_path / "plain.npz", family="clip", heads=2)
+
+
+def test_wrappers_of_training_code(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    arrays = {
+        f"module.visual.{name}": torch.from_numpy(value) for name, value in of_spec(PLAIN).items()
+    }
+    for wrapper in ("state_dict", "model"):
+        torch.save({wrapper: arrays, "epoch": 3}, tmp_path / "w.pth")
+        found, _ = read_model(tmp_path / "w.pth", heads=2)
+        assert found.spec == PLAIN
+
+
+def test_openclips_file_asks_for_the_activation(tmp_path: Path) -> None:
+    """A whole model in OpenAI's names: only the visual tower is read, its projection left out."""
+    spec = ViTSpec(width=32, depth=1, heads=2, patch_size=8, grid=4, **CLIP_CHOICES)
+    arrays = of_spec(spec)
+    del arrays["mask_token"]
+    theirs = {f"visual.{n}": a for n, a in layouts.CLIP.from_canonical(arrays).items()}
+    assert theirs["visual.class_embedding"].shape == (32,)
+    assert theirs["visual.positional_embedding"].shape == (17, 32)
+    theirs |= {"visual.proj": np.zeros((32, 8), np.float32), "logit_scale": np.ones(1, np.float32)}
+    theirs["transformer.resblocks.0.ln_1.weight"] = np.ones(8, np.float32)
+    safetensors.numpy.save_file(theirs, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"--family clip .*QuickGELU.*--family openclip"):
+        read_model(tmp_path / "w.safetensors", heads=2)
+    for family, activation in (("clip", "quick_gelu"), ("openclip", "gelu")):
+        found, facts = read_model(tmp_path / "w.safetensors", family=family, heads=2)
+        assert found.spec == dataclasses.replace(spec, activation=activation)
+        assert found.left_out == ("proj",)
+        assert facts["prefix"] == "visual."
+
+
+def test_dinov3_in_its_own_names() -> None:
+    spec = ViTSpec(
+        width=32, depth=2, heads=2, patch_size=16, grid=14, positions="rotary", registers=4,
+        norm_epsilon=1e-5, key_bias=False, interpolate_offset=0.0, interpolate_antialias=True,
+    )  # fmt: skip
+    theirs = layouts.DINOV3.from_canonical(of_spec(spec))
+    theirs["rope_embed.periods"] = np.ones(4, np.float32)
+    theirs["blocks.0.attn.qkv.bias_mask"] = np.ones(96, np.float32)
+    found = recognise(theirs, heads=2)
+    assert found.family == "dinov3"
+    assert found.spec == dataclasses.replace(spec, interpolate_offset=0.0)
+    assert found.left_out == ("rope_embed.periods", "blocks.0.attn.qkv.bias_mask")
+
+
+def test_a_directory_of_several_files(tmp_path: Path) -> None:
+    arrays = layouts.HF_DINOV2.from_canonical(of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3)))
+    names = sorted(arrays)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in parts.items():
+        safetensors.numpy.save_file({name: arrays[name] for name in own}, tmp_path / file)
+    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "num_attention_heads": 1}')
+    found, facts = read_model(tmp_path)
+    assert found.spec.width == 64
+    assert sorted(facts["sha256"]) == ["a.safetensors", "b.safetensors"]
+    (tmp_path / "b.safetensors").rename(tmp_path / "c.safetensors")
+    with pytest.raises(InputError, match=r"b\.safetensors: a part of the model, and missing"):
+        read_model(tmp_path)
+    for outside in ("../b.safetensors", "/etc/passwd"):
+        text = json.dumps({"weight_map": {"x": outside}})
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(InputError, match=r"refused: .* points outside the folder"):
+            read_model(tmp_path)
+
+
+def test_links_stay_in_their_folder(tmp_path: Path) -> None:
+    """But for Hugging Face's cache, which keeps the files beside the snapshots."""
+    arrays = layouts.HF_DINOV2.from_canonical(of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3)))
+    snapshot = tmp_path / "models--me" / "snapshots" / "abc"
+    (tmp_path / "models--me" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    blob = tmp_path / "models--me" / "blobs" / "0123"
+    safetensors.numpy.save_file(arrays, blob)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to(blob)
+    assert read_model(snapshot)[0].spec.width == 64
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").write_text("{}")
+    (elsewhere / "model.safetensors").symlink_to(blob)
+    with pytest.raises(InputError, match="refused: a link that points outside the folder"):
+        read_model(elsewhere)
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not a model directory: it has no config\.json"):
+        read_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="expected an object, found list"):
+        read_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"expected one of model\.safetensors"):
+        read_model(tmp_path)
+    with pytest.raises(InputError, match="not a ViT: none of its 1 names"):
+        find_prefix(["a"])
+    with pytest.raises(InputError, match=r"--prefix: student\.backbone\., teacher\.backbone\."):
+        find_prefix([f"{who}.backbone.patch_embed.proj.weight" for who in ("teacher", "student")])
+    with pytest.raises(InputError, match=r"naflex"):
+        recognise({"embeddings.patch_embedding.weight": np.zeros((8, 12), np.float32)})
+    assert set(FAMILIES) == {"dinov2", "dinov3", "synclr", "clip", "openclip", "siglip", "timm"}
