@@ -90,18 +90,23 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     return files[0]
 
 
-def fetch_address(url: str) -> Path:
-    """The file behind an address, in the cache. Its digest of the first time is the one expected
-    ever after.
+def fetch_address(url: str, name: str, published: str = "") -> Path:
+    """The file behind an address, in the cache under a name. Its digest must begin as the one that
+    is `published`; that of the first time is the one expected ever after.
     """
     folder = cache_directory() / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / url.rpartition("/")[2]
+    target = folder / name
     if not target.is_file():
         _download(url, target)
     record = folder / "sha256.json"
     digests = json.loads(record.read_text()) if record.is_file() else {}
     found = sha256(target)
+    if not found.startswith(published):
+        raise InputError(
+            f"{target}: its sha256 should begin with {published}, as published, found {found}; "
+            "remove the file to fetch it again"
+        )
     expected = digests.setdefault(url, found)
     if found != expected:
         raise InputError(

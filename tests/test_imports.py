@@ -29,6 +29,7 @@ LAYERS = [
     ("data",),
     ("workdir",),
     ("fields",),
+    ("known",),
     ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("loading",),
     ("evaluation",),

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_families import of_spec
 
 import proteus_jax
 from proteus_jax import downloads, teachers
+from proteus_jax.convert import layouts
+from proteus_jax.convert.families import recognise
 from proteus_jax.downloads import Wheel, fetch_address, fetch_wheel_members
 from proteus_jax.errors import InputError
+from proteus_jax.known import KNOWN
 
 
 @pytest.fixture(autouse=True)
@@ -60,23 +65,63 @@ def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cach
 def test_a_download_is_whole_or_not_there(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     serve(monkeypatch, b"half", length=8)
     with pytest.raises(InputError, match="the connection ended after 4 of 8 bytes"):
-        fetch_address("https://example.org/w.bin")
+        fetch_address("https://example.org/w.bin", "w.bin")
     assert list((cache / "downloads").iterdir()) == []
 
 
 def test_the_first_digest_is_the_one_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch, b"first")
-    file = fetch_address("https://example.org/w.bin")
+    file = fetch_address("https://example.org/w.bin", "w.bin")
     record = json.loads((file.parent / "sha256.json").read_text())
     assert record == {"https://example.org/w.bin": hashlib.sha256(b"first").hexdigest()}
     serve(monkeypatch, b"never asked for again")
-    assert fetch_address("https://example.org/w.bin").read_bytes() == b"first"
+    assert fetch_address("https://example.org/w.bin", "w.bin").read_bytes() == b"first"
     file.write_bytes(b"spoilt")
     with pytest.raises(InputError, match=r"as at first, found .*; remove the file"):
-        fetch_address("https://example.org/w.bin")
+        fetch_address("https://example.org/w.bin", "w.bin")
     file.unlink()
     with pytest.raises(InputError, match="as at first"):
-        fetch_address("https://example.org/w.bin")
+        fetch_address("https://example.org/w.bin", "w.bin")
+
+
+def test_a_published_digest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, b"first")
+    digest = hashlib.sha256(b"first").hexdigest()
+    assert fetch_address("https://example.org/w.bin", "w.bin", digest[:8]).is_file()
+    with pytest.raises(InputError, match=r"should begin with 00000000, as published, found"):
+        fetch_address("https://example.org/w.bin", "w.bin", "00000000")
+
+
+LAYOUTS = {
+    "dinov2": layouts.DINOV2,
+    "synclr": layouts.DINOV2,
+    "timm": layouts.DINOV2,
+    "clip": layouts.HF_CLIP,
+    "openclip": layouts.CLIP,
+    "siglip": layouts.HF_SIGLIP,
+    "dinov3": layouts.DINOV3,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_known_is_what_a_file_of_it_would_show(name: str) -> None:
+    """The registry against what is read off arrays of such a model, two heads small."""
+    known = KNOWN[name]
+    spec = dataclasses.replace(
+        known.spec, width=32, depth=1, heads=2, registers=known.spec.registers
+    )
+    arrays = of_spec(spec)
+    if known.family != "dinov2":
+        del arrays["mask_token"]
+    theirs = LAYOUTS[known.family].from_canonical(arrays)
+    found = recognise(theirs, family=known.family, heads=2)
+    assert found.spec == spec
+    assert known.statistics or found.normalisation == known.normalisation
+
+
+def test_a_gated_teacher_says_how_to_come_by_it() -> None:
+    with pytest.raises(InputError, match=r"dinov3_vits16: gated: .* --family dinov3 --output DIR"):
+        teachers.obtain_teacher("dinov3_vits16")
 
 
 def pip_that_brings(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from proteus_jax.errors import InputError
 from proteus_jax.models.specs import ViTSpec
 
 _HIDDEN_ACT = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+_TIMM_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 Outputs = dict[str, np.ndarray]
 
 
@@ -147,7 +148,6 @@ def run_timm(
     timm_vit: Any, timm_layers: Any, torch: Any, spec: ViTSpec, arrays: Arrays, pixels: np.ndarray
 ) -> Outputs:
     """See `timm_outputs`; `arrays` under timm's names."""
-    activation = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh", "gelu": "gelu"}
     swiglu = spec.feed_forward == "swiglu"
     # timm counts gate and value of a packed feed-forward layer together.
     hidden = 2 * spec.hidden if swiglu else spec.hidden
@@ -166,7 +166,7 @@ def run_timm(
         num_classes=0,
         global_pool="avg" if spec.pooling == "mean" else "token",
         fc_norm=spec.final_norm == "class" and spec.pooling == "mean",
-        act_layer=None if swiglu else activation[spec.activation],
+        act_layer="silu" if swiglu else _TIMM_ACTIVATION[spec.activation],
         mlp_layer=timm_layers.SwiGLUPacked if swiglu else timm_layers.Mlp,
         norm_layer=lambda width, **_: torch.nn.LayerNorm(width, eps=spec.norm_epsilon),
     )
