@@ -1,28 +1,36 @@
-"""PyTorch weights in, checked.
+"""Weights in and out, checked both ways.
 
-    python convert_weights.py import SOURCE --output DIR     .pth, .safetensors, .npz, .onnx
+    python convert_weights.py import SOURCE --output DIR     .pth, .bin, .safetensors, .npz, .onnx,
+                                                             a directory of Hugging Face or timm
     python convert_weights.py import NAME                    a known name, into the cache
     python convert_weights.py verify DIR --against SOURCE    block by block, with transformers
+    python convert_weights.py verify DIR --golden FILE.npz   with stored outputs
+    python convert_weights.py export DIR --format FORMAT --output PATH
     python convert_weights.py list                           the known names
 
-Exit codes: 0 done and within tolerance; 1 verify found a difference; 2 the input was wrong, and
-nothing was written.
+Exit codes: 0 done and within tolerance; 1 verify found a difference; 2 the input was wrong, or an
+export differed when loaded back, and nothing was written.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from proteus_jax.convert.exporter import FORMATS, PROGRAMS, Settings, export
+from proteus_jax.convert.families import FAMILIES
 from proteus_jax.convert.importer import import_weights
-from proteus_jax.convert.verify import TOLERANCE, verify
+from proteus_jax.convert.verify import TOLERANCE, Comparison, verify, verify_golden
 from proteus_jax.data import images, pictures
 from proteus_jax.data.catalog import open_source
 from proteus_jax.errors import InputError
-from proteus_jax.pretrained import ModelCard, load_card
-from proteus_jax.teachers import KNOWN, obtain_teacher
+from proteus_jax.known import KNOWN
+from proteus_jax.models.normalisation import STATISTICS
+from proteus_jax.pretrained import NO_LICENCE, ModelCard, load_card, update_card
+from proteus_jax.teachers import obtain_teacher
 
 DIFFERENT, WRONG_INPUT = 1, 2
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -57,20 +65,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--heads", type=int, help="attention heads, where not width / 64")
     command.add_argument("--prefix", help="only names that begin so belong to the model")
-    command.add_argument("--licence", default="not stated", help="of the weights, for the card")
+    command.add_argument("--family", choices=FAMILIES, help="where the names do not tell it")
+    command.add_argument(
+        "--normalisation",
+        choices=STATISTICS,
+        help="channel statistics, where not the family's own",
+    )
+    command.add_argument("--licence", default=NO_LICENCE, help="of the weights, for the card")
     command.set_defaults(run=_import)
     command = commands.add_parser(
         "verify", help="compare a model directory with its source in PyTorch"
     )
     command.add_argument("directory", type=Path)
     command.add_argument(
-        "--against", type=Path, required=True, metavar="SOURCE", help="the weight file"
+        "--against", type=Path, metavar="SOURCE", help="the weight file or directory"
+    )
+    command.add_argument(
+        "--golden", type=Path, metavar="FILE", help="outputs that other code stored (.npz)"
+    )
+    command.add_argument(
+        "--force", action="store_true", help="write a difference into config.json, and exit with 0"
     )
     command.add_argument(
         "--images", type=Path, help="a folder of photographs (default: four of scikit-image's)"
     )
     command.add_argument("--prefix", help="only names of SOURCE that begin so belong to the model")
     command.set_defaults(run=_verify)
+    command = commands.add_parser("export", help="write a model directory in another format")
+    command.add_argument("directory", type=Path)
+    command.add_argument("--format", choices=FORMATS, required=True)
+    command.add_argument("--output", type=Path, required=True, metavar="PATH")
+    command.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PX",
+        help="image sides of onnx and stablehlo, a file for each (default: the table's own)",
+    )
+    command.add_argument("--batch", type=int, help="of onnx and stablehlo (default: any)")
+    command.add_argument(
+        "--images", type=Path, help="a folder of photographs (default: four of scikit-image's)"
+    )
+    command.set_defaults(run=_export)
     command = commands.add_parser("list", help="the known names")
     command.set_defaults(run=_list)
     return parser
@@ -92,6 +129,8 @@ def _import(options: argparse.Namespace) -> int:
             directory,
             heads=options.heads,
             prefix=options.prefix,
+            family=options.family,
+            normalisation=STATISTICS[options.normalisation] if options.normalisation else None,
             licence=options.licence,
         )
     _describe(directory, load_card(directory))
@@ -102,9 +141,16 @@ def _describe(directory: Path, card: ModelCard) -> None:
     spec = card.spec
     print(
         f"{directory}: {card.family}, {spec.depth} blocks, {spec.width} wide, {spec.heads} heads, "
-        f"{spec.feed_forward}, patch {spec.patch_size}, table {spec.grid} x {spec.grid}, "
-        f"{spec.registers} registers"
+        f"{spec.feed_forward}, patch {spec.patch_size}, "
+        f"{'rotary positions' if spec.positions == 'rotary' else 'table'} {spec.grid} x "
+        f"{spec.grid}, {spec.registers} registers"
     )
+    mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in card.normalisation)
+    print(f"image statistics: mean {mean}; deviation {deviation}")
+    if "stored_as" in card.source:
+        print(f"stored as {card.source['stored_as']}, widened to float32")
+    if "left_out" in card.source:
+        print(f"left out, of no use to a backbone: {', '.join(card.source['left_out'])}")
     if card.absent:
         print(f"absent in the source, zeros here: {', '.join(card.absent)}")
 
@@ -112,20 +158,70 @@ def _describe(directory: Path, card: ModelCard) -> None:
 def _verify(options: argparse.Namespace) -> int:
     directory = options.directory.expanduser()
     spec = load_card(directory).spec
-    photographs = _photographs(options.images, spec.grid * spec.patch_size)
-    print(
-        f"{len(photographs)} photographs of {spec.grid * spec.patch_size} px; errors in "
-        "standard deviations"
-    )
-    worst = True
-    for found in verify(directory, options.against, photographs, options.prefix):
+    if (options.against is None) == (options.golden is None):
+        raise InputError("verify: expected one of --against SOURCE and --golden FILE")
+    if options.golden is not None:
+        found = verify_golden(directory, options.golden.expanduser())
+        print(f"outputs of {options.golden}; errors in standard deviations")
+    else:
+        photographs = _photographs(options.images, spec.grid * spec.patch_size)
+        found = verify(directory, options.against, photographs, options.prefix)
         print(
-            f"  {'ok  ' if found.passed else 'FAIL'} {found.name:14} largest "
-            f"{found.largest:.1e}  mean {found.mean:.1e}"
+            f"{len(photographs)} photographs of {spec.grid * spec.patch_size} px; errors in "
+            "standard deviations"
         )
-        worst = worst and found.passed
-    print("equal" if worst else f"different: more than {TOLERANCE:g} somewhere")
-    return 0 if worst else DIFFERENT
+    compared = []
+    for one in found:
+        _show(one, one.passed)
+        compared.append(one)
+    passed = all(one.passed for one in compared)
+    print("equal" if passed else f"different: more than {TOLERANCE:g} somewhere")
+    if passed or options.force:
+        name = (options.against or options.golden).name
+        update_card(directory, verified=_told(compared, name, passed))
+        return 0
+    return DIFFERENT
+
+
+def _show(found: Comparison, passed: bool) -> None:
+    print(
+        f"  {'ok  ' if passed else 'FAIL'} {found.name:20} largest {found.largest:.1e}  mean "
+        f"{found.mean:.1e}  1 - cosine {max(0.0, 1 - found.cosine):.1e}"
+    )
+
+
+def _told(compared: list[Comparison], source: str, passed: bool) -> dict[str, Any]:
+    """What config.json keeps of a comparison."""
+    return {
+        "against": source,
+        "largest": max(one.largest for one in compared),
+        "mean": max(one.mean for one in compared),
+        "cosine": min(one.cosine for one in compared),
+        "tolerance": TOLERANCE,
+        "passed": passed,
+    }
+
+
+def _export(options: argparse.Namespace) -> int:
+    if (options.size or options.batch) and options.format not in PROGRAMS:
+        raise InputError(f"--size, --batch: only for {' and '.join(PROGRAMS)}")
+    if options.batch is not None and options.batch < 1:
+        raise InputError(f"--batch: expected at least 1, found {options.batch}")
+    output = options.output
+    for side in options.size or [None]:
+        if len(options.size) > 1:
+            output = options.output.with_stem(f"{options.output.stem}-{side}")
+        found = export(
+            options.directory,
+            options.format,
+            output,
+            lambda side: _photographs(options.images, side),
+            Settings(side=side, batch=options.batch),
+        )
+        print(f"{output}: loaded back, errors in standard deviations")
+        for one in found:
+            _show(one, True)
+    return 0
 
 
 def _photographs(folder: Path | None, side: int) -> np.ndarray:
@@ -154,11 +250,19 @@ def _square(array: np.ndarray, side: int) -> np.ndarray:
 
 
 def _list(_: argparse.Namespace) -> int:
+    statistics = {value: name for name, value in STATISTICS.items()}
     for name, known in KNOWN.items():
         source = known.wheel.requirement + " (package index)" if known.wheel else known.url
-        print(
-            f"{name:24} {source}\n{'':24} {known.licence}{'; ' + known.note if known.note else ''}"
-        )
+        facts = [
+            f"{known.family}, patch {known.spec.patch_size}, {known.side} px, statistics of "
+            f"{statistics[known.normalisation]}",
+            known.licence,
+        ]
+        if known.wheel or known.sha256:
+            facts.append(f"sha256 {known.wheel.sha256 if known.wheel else known.sha256 + '...'}")
+        print(f"{name:24} {source or known.note}")
+        for fact in [*facts, *([known.note] if source and known.note else [])]:
+            print(f"{'':24} {fact}")
     return 0
 
 

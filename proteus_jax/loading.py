@@ -10,10 +10,11 @@ import jax
 
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.errors import InputError
+from proteus_jax.known import KNOWN
 from proteus_jax.models.functional import Params, StudentFunction
 from proteus_jax.models.specs import SPECS
 from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_card, load_model
-from proteus_jax.teachers import KNOWN, find_teacher, obtain_teacher
+from proteus_jax.teachers import find_teacher, obtain_teacher
 from proteus_jax.workdir import CHECKPOINTS, Workdir, fetched, is_remote
 
 

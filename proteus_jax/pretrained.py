@@ -23,10 +23,11 @@ from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.normalisation import IMAGENET, Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
-from proteus_jax.storage import atomic_directory, sha256
+from proteus_jax.storage import atomic_directory, sha256, write_atomically
 
 FORMAT = "proteus_jax model 1"
 WEIGHTS, CARD = "model.safetensors", "config.json"
+NO_LICENCE = "not stated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,17 @@ class ModelCard:
     """What config.json says: sizes, normalisation, and where the weights come from.
 
     `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the
-    source did not have and that are zeros here.
+    source did not have and that are zeros here. `verified` is what the last comparison with other
+    code found.
     """
 
     spec: ViTSpec
     family: str = "dinov2"
     normalisation: Normalisation = IMAGENET
-    licence: str = "not stated"
+    licence: str = NO_LICENCE
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    verified: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The card as JSON values."""
@@ -59,6 +62,7 @@ class ModelCard:
             "licence": self.licence,
             "source": self.source,
             "absent": list(self.absent),
+            "verified": self.verified,
         }
 
     @classmethod
@@ -79,6 +83,8 @@ class ModelCard:
             licence=card["licence"],
             source=card["source"],
             absent=tuple(card["absent"]),
+            # Cards of before it was kept have none.
+            verified=dict(card.get("verified", {})),
         )
 
 
@@ -90,6 +96,14 @@ def save_model(directory: Path, params: Params, card: ModelCard, *, replace: boo
         safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in arrays.items()}, weights)
         text = json.dumps(card.to_json() | {"weights_sha256": sha256(weights)}, indent=2)
         (temporary / CARD).write_text(text + "\n")
+
+
+def update_card(directory: Path, **changes: Any) -> None:
+    """Changes what a model directory says of itself; its weights stay."""
+    card, digest = _read_card(Path(directory))
+    card = dataclasses.replace(card, **changes)
+    text = json.dumps(card.to_json() | {"weights_sha256": digest}, indent=2)
+    write_atomically(Path(directory) / CARD, text + "\n")
 
 
 def load_card(directory: Path) -> ModelCard:

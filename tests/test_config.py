@@ -9,13 +9,13 @@ from proteus_jax import config
 from proteus_jax.config import Override
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.errors import InputError
+from proteus_jax.known import KNOWN
 from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS, ViTSpec
 from proteus_jax.optim import adamw, warmup_cosine
 from proteus_jax.step import init_state, make_train_step
-from proteus_jax.teachers import KNOWN
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

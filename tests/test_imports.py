@@ -25,7 +25,7 @@ LAYERS = [
     ("convert.families",),
     ("convert.reference",),
     ("pretrained",),
-    ("convert.importer", "convert.verify"),
+    ("convert.importer", "convert.verify", "convert.onnx_writer", "convert.exporter"),
     ("data",),
     ("workdir",),
     ("fields",),

@@ -13,9 +13,10 @@ from conftest import ROOT
 from proteus_jax import config, flops, plan
 from proteus_jax.assembly import assemble, length
 from proteus_jax.errors import InputError
+from proteus_jax.known import KNOWN
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS
-from proteus_jax.teachers import KNOWN, teacher_spec
+from proteus_jax.teachers import teacher_spec
 from proteus_jax.topology import named_topology
 
 

@@ -22,10 +22,13 @@ _WRAPPERS = ("state_dict", "model")
 
 
 class Weights(NamedTuple):
-    """Float32 arrays by name, and the narrowest floats that the file held them as."""
+    """Float32 arrays by name, the narrowest floats that the file held them as, and, in a file of
+    this project, its card.
+    """
 
     arrays: Arrays
     precision: str
+    card: str = ""
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -59,11 +62,21 @@ def read_weights(path: Path) -> Weights:
     spoilt = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if spoilt:
         raise InputError(f"{path}: not finite: {', '.join(spoilt)}")
-    return Weights(arrays, np.dtype(narrowest).name)
+    card = _card(path) if path.suffix.lower() == ".safetensors" else ""
+    return Weights(arrays, np.dtype(narrowest).name, card)
 
 
 # Integers that older files keep beside the weights: 0, 1, 2 ...
 _COUNTED = re.compile(r"(^|\.)position_ids$")
+
+
+# Where an exported file keeps what it is.
+CARD_KEY = "proteus_jax"
+
+
+def _card(path: Path) -> str:
+    with safetensors.safe_open(path, "numpy") as file:
+        return (file.metadata() or {}).get(CARD_KEY, "")
 
 
 def _bits(dtype: np.dtype) -> int:

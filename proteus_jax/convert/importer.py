@@ -1,16 +1,18 @@
 """A weight file, or a directory of another library, becomes a model directory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from proteus_jax.convert import canonical
 from proteus_jax.convert.directory import read_directory
 from proteus_jax.convert.families import Recognised, find_prefix, recognise
-from proteus_jax.convert.formats import read_weights
+from proteus_jax.convert.formats import Arrays, read_weights
+from proteus_jax.convert.layouts import DINOV2
 from proteus_jax.errors import InputError
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec
-from proteus_jax.pretrained import ModelCard, save_model
+from proteus_jax.pretrained import NO_LICENCE, ModelCard, save_model
 from proteus_jax.storage import sha256
 
 # What a teacher does not need, so that many files go without.
@@ -49,7 +51,10 @@ def read_model(
         }
         if not arrays:
             raise InputError(f"no name begins with {before!r}")
-        found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
+        if weights.card:
+            found, facts["licence"] = _of_card(weights.card, arrays)
+        else:
+            found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
     except InputError as error:
         raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
     if before:
@@ -57,6 +62,16 @@ def read_model(
     if found.left_out:
         facts["left_out"] = list(found.left_out)
     return found, facts
+
+
+def _of_card(text: str, arrays: Arrays) -> tuple[Recognised, str]:
+    """What a file of this project says of itself, and its licence."""
+    try:
+        card = ModelCard.from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"its card makes no sense: {error!r}") from None
+    found = Recognised(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
+    return found, card.licence
 
 
 def import_weights(
@@ -67,7 +82,7 @@ def import_weights(
     prefix: str | None = None,
     family: str | None = None,
     normalisation: Normalisation | None = None,
-    licence: str = "not stated",
+    licence: str = NO_LICENCE,
     source: dict[str, Any] | None = None,
     expected: ViTSpec | None = None,
     replace: bool = False,
@@ -84,11 +99,12 @@ def import_weights(
         raise InputError([f"{file}: {problem}" for problem in error.problems]) from None
     if expected is not None and found.spec != expected:
         raise InputError(f"{file}: expected {expected}, found {found.spec}")
+    own_licence = facts.pop("licence", NO_LICENCE)
     card = ModelCard(
         spec=found.spec,
         family=found.family,
         normalisation=normalisation or found.normalisation,
-        licence=licence,
+        licence=own_licence if licence == NO_LICENCE else licence,
         source=facts
         | ({"left_out": list(found.left_out)} if found.left_out else {})
         | (source or {}),

@@ -1,5 +1,7 @@
 """A model run by transformers in PyTorch: what this package's arithmetic is compared with."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,16 @@ def transformers_outputs(
     return run_transformers(model, spec, pixels)
 
 
+def directory_outputs(folder: Path, spec: ViTSpec, pixels: Float[np.ndarray, "b h w 3"]) -> Outputs:
+    """As `transformers_outputs`, of a directory that it can open by itself."""
+    _, transformers = _libraries()
+    transformers.utils.logging.disable_progress_bar()
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    extra = {"add_pooling_layer": False} if architecture == "ViTModel" else {}
+    model = getattr(transformers, architecture).from_pretrained(folder, **extra)
+    return run_transformers(model, spec, pixels)
+
+
 def run_transformers(model: Any, spec: ViTSpec, pixels: Float[np.ndarray, "b h w 3"]) -> Outputs:
     """The outputs of a model of transformers that is loaded already."""
     torch, _ = _libraries()
@@ -183,12 +195,13 @@ def timm_arrays(spec: ViTSpec, arrays: Arrays) -> Arrays:
     """Canonical arrays under timm's names. A model with registers has no class entry in its table
     there: the entry goes to the class token, to which it is added anyway.
     """
+    layout = timm_layout(spec)
     arrays = {name: array for name, array in arrays.items() if name != "mask_token"}
     if spec.registers and spec.class_position:
         table = arrays["pos_embed"]
         arrays["cls_token"] = arrays["cls_token"] + table[:, :1]
         arrays["pos_embed"] = np.ascontiguousarray(table[:, 1:])
-    return timm_layout(spec).from_canonical(arrays)
+    return layout.from_canonical(arrays)
 
 
 def timm_layout(spec: ViTSpec) -> layouts.Layout:

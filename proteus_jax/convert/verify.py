@@ -5,6 +5,7 @@ At the position table's own size: transformers resizes the table without DINOv2'
 that at any other size the two differ by design.
 """
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from proteus_jax.convert.reference import Outputs, timm_outputs, transformers_ou
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import load_model
 
 # Largest error allowed, in standard deviations of the reference's output.
@@ -40,6 +42,59 @@ class Comparison(NamedTuple):
     def passed(self) -> bool:
         """Whether the largest error is within tolerance; not a number is not."""
         return self.largest <= TOLERANCE
+
+
+def verify_golden(directory: Path, file: Path) -> Iterator[Comparison]:
+    """Compares with outputs that other code computed and stored: `image` [b, h, w, 3] float32, or
+    `image_uint8`, and `out/cls`, `out/patch` and `out/block<i>_cls`, `out/block<i>_patch`.
+    """
+    params, card = load_model(directory)
+    arrays = _golden_arrays(file)
+    if "image" in arrays:
+        pixels = arrays["image"].astype(np.float32)
+    else:
+        pixels = np.asarray(card.normalisation(jnp.asarray(arrays["image_uint8"])))
+    patch = card.spec.patch_size
+    if pixels.ndim != 4 or pixels.shape[1] % patch or pixels.shape[2] % patch:
+        raise InputError(
+            f"{file}: expected images [b, h, w, 3] of multiples of {patch} px, found {pixels.shape}"
+        )
+    ours = _golden_outputs(params, card.spec, pixels)
+    found = {name: value for name, value in arrays.items() if name in ours and value.size}
+    wrong = [name for name, value in found.items() if value.shape != ours[name].shape]
+    if not found or wrong:
+        raise InputError(
+            f"{file}: {wrong[0]} is that of another model" if wrong else f"{file}: no out/cls in it"
+        )
+    yield from compare(ours, found)
+
+
+def _golden_arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file}: not a readable .npz of plain arrays ({error})") from None
+    if not {"image", "image_uint8"} & arrays.keys():
+        raise InputError(f"{file}: expected image or image_uint8 in it")
+    return arrays
+
+
+def _golden_outputs(params: Params, spec: ViTSpec, pixels: np.ndarray) -> Outputs:
+    backbone = BackboneFunction(spec)
+
+    @jax.jit
+    def run(params: Params, pixels: jax.Array) -> tuple[Features, tuple[Features, ...]]:
+        between = backbone.intermediates(params, pixels, range(spec.depth))
+        return backbone(params, pixels), between
+
+    with jax.default_matmul_precision("highest"):
+        final, between = run(params, jnp.asarray(pixels))
+    outputs = {"out/cls": final.cls, "out/patch": final.patches, "out/reg": final.registers}
+    for block, features in enumerate(between):
+        outputs[f"out/block{block}_cls"] = features.cls
+        outputs[f"out/block{block}_patch"] = features.patches
+    return {name: np.asarray(value) for name, value in outputs.items()}
 
 
 def verify(

@@ -1,0 +1,207 @@
+"""Every format, written, loaded back with its own library, and equal; and read in again bit for
+bit.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+import pytest
+from test_families import TIMM, of_spec
+
+import convert_weights
+from proteus_jax.convert import canonical, exporter
+from proteus_jax.convert.exporter import FORMATS, export
+from proteus_jax.convert.importer import import_weights
+from proteus_jax.errors import InputError
+from proteus_jax.models.specs import CLIP, SYNCLR, ViTSpec
+from proteus_jax.pretrained import ModelCard, load_card, load_model, save_model
+
+SMALL: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "grid": 4}
+_WITHOUT: dict[str, Any] = {"interpolate_offset": 0.0, "interpolate_antialias": False}
+MODELS: dict[str, tuple[str, ViTSpec]] = {
+    "dinov2": ("dinov2", ViTSpec(**SMALL)),
+    "swiglu": ("dinov2", ViTSpec(**SMALL, feed_forward="swiglu")),
+    "registers": (
+        "dinov2",
+        ViTSpec(**SMALL, registers=3, interpolate_offset=0.0, interpolate_antialias=True),
+    ),
+    "clip": ("clip", ViTSpec(**SMALL, **CLIP)),
+    "synclr": ("synclr", ViTSpec(**SMALL, **SYNCLR)),
+    "plain": ("timm", TIMM),
+    "mean": ("timm", dataclasses.replace(TIMM, pooling="mean", final_norm="class")),
+    "siglip": (
+        "siglip",
+        ViTSpec(
+            **SMALL, **_WITHOUT, inner=88, activation="gelu_tanh", layer_scale=False,
+            class_token=False, pooling="attention",
+        ),
+    ),
+    "dinov3": (
+        "dinov3",
+        ViTSpec(
+            **SMALL, registers=4, positions="rotary", norm_epsilon=1e-5, key_bias=False,
+            interpolate_offset=0.0, interpolate_antialias=True,
+        ),
+    ),
+}  # fmt: skip
+# Which formats have a place for which models.
+PLACES = {
+    "safetensors": set(MODELS),
+    "onnx": set(MODELS),
+    "stablehlo": set(MODELS),
+    "huggingface": set(MODELS) - {"mean"},
+    "dinov2": {"dinov2", "swiglu", "registers"},
+    "timm": {"dinov2", "swiglu", "registers", "plain", "mean", "synclr"},
+    "clip": {"clip"},
+    "synclr": {"synclr", "plain"},
+}
+NEEDS = {"onnx": "onnxruntime", "dinov2": "torch", "huggingface": "torch"}
+NEEDS |= {"clip": "torch", "synclr": "torch"}
+PAIRS = [(format, name) for format, names in PLACES.items() for name in sorted(names)]
+
+
+def photographs(side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, (family, spec) in MODELS.items():
+        arrays = of_spec(spec)
+        if not spec.key_bias:
+            for key in arrays:
+                if key.endswith("attn.qkv.bias"):
+                    arrays[key][spec.width : 2 * spec.width] = 0
+        absent = () if family in ("dinov2", "dinov3", "synclr") else ("mask_token",)
+        if absent:
+            arrays["mask_token"] = np.zeros_like(arrays["mask_token"])
+        params = canonical.to_params(arrays, spec)
+        card = ModelCard(spec=spec, family=family, absent=absent, licence="mine")
+        save_model(folder / name, params, card)
+    return folder
+
+
+def output_of(format: str, folder: Path) -> Path:
+    return folder / f"out{(FORMATS[format].suffixes or ('',))[0]}"
+
+
+@pytest.mark.parametrize(("format", "name"), PAIRS)
+def test_loaded_back_and_equal(format: str, name: str, models: Path, tmp_path: Path) -> None:
+    if format in NEEDS:
+        pytest.importorskip(NEEDS[format], reason="needs requirements-parity.txt")
+    output = output_of(format, tmp_path)
+    found = export(models / name, format, output, photographs)
+    assert {"class token", "patches"} <= {one.name for one in found}
+    assert all(one.largest <= exporter.TOLERANCE for one in found)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    if format in exporter.PROGRAMS:
+        return
+    # Import and export of the same file is the identity.
+    family, spec = MODELS[name]
+    card = import_weights(output, tmp_path / "again", family=None if format == "safetensors" else
+                          {"plain": "timm"}.get(name, family), heads=spec.heads)  # fmt: skip
+    if format == "safetensors":
+        assert (card.spec, card.family, card.licence) == (spec, family, "mine")
+    again = output.with_name(f"again-{output.name}")
+    if format == "synclr" and name == "plain":
+        return
+    export(tmp_path / "again", format, again, photographs)
+    for one, other in zip(_arrays(output), _arrays(again), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+def _arrays(path: Path) -> list[np.ndarray]:
+    from proteus_jax.convert.formats import read_arrays
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    return [array for _, array in sorted(read_arrays(file).items())]
+
+
+@pytest.mark.parametrize("format", ["dinov2", "timm", "clip", "synclr"])
+def test_what_a_format_cannot_hold(format: str, models: Path, tmp_path: Path) -> None:
+    for name in set(MODELS) - PLACES[format]:
+        output = output_of(format, tmp_path)
+        with pytest.raises(InputError):
+            export(models / name, format, output, photographs)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_differs_is_not_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "TOLERANCE", -1.0)
+    with pytest.raises(InputError, match=r"not written: loaded back, its .* is .* deviations off"):
+        export(models / "dinov2", "stablehlo", tmp_path / "m.stablehlo", photographs)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "m.safetensors").touch()
+    with pytest.raises(InputError, match="exists already"):
+        export(models / "dinov2", "safetensors", tmp_path / "m.safetensors", photographs)
+    with pytest.raises(InputError, match=r"expected a name that ends in \.onnx"):
+        export(models / "dinov2", "onnx", tmp_path / "m.pth", photographs)
+
+
+def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="needs requirements-parity.txt")
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    from PIL import Image
+
+    Image.fromarray(photographs(60)[0]).save(folder / "a.png")
+    command = ["export", str(models / "registers"), "--images", str(folder), "--format"]
+    onnx_file = str(tmp_path / "m.onnx")
+    sizes = ["--size", "32", "56"]
+    assert convert_weights.main([*command, "onnx", "--output", onnx_file, *sizes]) == 0
+    for side in (32, 56):
+        file = tmp_path / f"m-{side}.onnx"
+        for batch in (1, 3):
+            session = runtime.InferenceSession(file)
+            pixels = np.zeros((batch, 3, side, side), np.float32)
+            tokens = session.run(["registers"], {"pixel_values": pixels})[0]
+            assert tokens.shape == (batch, 3, 32)
+        facts = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+        assert json.loads(facts["normalisation"])["mean"][0] == pytest.approx(0.485)
+        assert facts["licence"] == "mine"
+    program = str(tmp_path / "m.stablehlo")
+    fixed = ["--batch", "4", "--output", program]
+    assert convert_weights.main([*command, "stablehlo", *fixed]) == 0
+    exported = jax.export.deserialize(bytearray(Path(program).read_bytes()))
+    assert exported.in_avals[0].shape == (4, 32, 32, 3)
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+    for wrong in (["--size", "33"], ["--batch", "0"]):
+        output = ["--output", str(tmp_path / "n.onnx")]
+        assert convert_weights.main([*command, "onnx", *output, *wrong]) == 2
+    assert not (tmp_path / "n.onnx").exists()
+    output = ["--output", str(tmp_path / "n.safetensors"), "--size", "32"]
+    assert convert_weights.main([*command, "safetensors", *output]) == 2
+
+
+def test_verify_is_kept_in_the_card(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With outputs that other code stored; a difference is only kept where that is forced."""
+    params, card = load_model(models / "synclr")
+    save_model(tmp_path / "m", params, card)
+    from proteus_jax.convert.verify import _golden_outputs
+
+    pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    outputs: dict[str, Any] = _golden_outputs(params, card.spec, pixels)
+    np.savez(tmp_path / "g.npz", image=pixels, **outputs)
+    command = ["verify", str(tmp_path / "m"), "--golden", str(tmp_path / "g.npz")]
+    assert convert_weights.main(command) == 0
+    assert load_card(tmp_path / "m").verified["passed"] is True
+    outputs["out/cls"] = outputs["out/cls"] + 0.01
+    np.savez(tmp_path / "g.npz", image=pixels, **outputs)
+    assert convert_weights.main(command) == 1
+    assert load_card(tmp_path / "m").verified["passed"] is True
+    assert convert_weights.main([*command, "--force"]) == 0
+    assert load_card(tmp_path / "m").verified["passed"] is False
+    assert "FAIL out/cls" in capsys.readouterr().out
+    assert convert_weights.main(command[:2]) == 2
+    (tmp_path / "g.npz").write_bytes(b"x")
+    assert convert_weights.main(command) == 2
