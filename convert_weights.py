@@ -177,7 +177,7 @@ def _verify(options: argparse.Namespace) -> int:
     passed = all(one.passed for one in compared)
     print("equal" if passed else f"different: more than {TOLERANCE:g} somewhere")
     if passed or options.force:
-        name = (options.against or options.golden).name
+        name = Path(options.against or options.golden).name
         update_card(directory, verified=_told(compared, name, passed))
         return 0
     return DIFFERENT
