@@ -177,8 +177,8 @@ def _verify(options: argparse.Namespace) -> int:
     passed = all(one.passed for one in compared)
     print("equal" if passed else f"different: more than {TOLERANCE:g} somewhere")
     if passed or options.force:
-        name = Path(options.against or options.golden).name
-        update_card(directory, verified=_told(compared, name, passed))
+        source: Any = options.golden if options.against is None else options.against
+        update_card(directory, verified=_told(compared, source.name, passed))
         return 0
     return DIFFERENT
 

@@ -82,7 +82,7 @@ class Bench:
         self.image = image
         self.teacher = BackboneFunction(dataclasses.replace(teacher, grid=grid), dtype)
         self.student = StudentFunction(
-            dataclasses.replace(student, grid=grid), teacher.width, dtype
+            dataclasses.replace(student, grid=grid), {"teacher": teacher.width}, dtype
         )
         self.params = jax.jit(
             lambda: jax.tree.map(
@@ -98,7 +98,7 @@ class Bench:
 
         def call() -> Any:
             nonlocal state
-            state, metrics = step(state, self.params, images)
+            state, metrics = step(state, {"teacher": self.params}, images)
             return metrics
 
         return call
@@ -123,9 +123,10 @@ class Bench:
         values = jax.jit(self.student.init)(jax.random.key(0))
 
         def loss(values: Any) -> jax.Array:
+            targets, weights = {"teacher": target}, {"teacher": LossWeights()}
             return student_losses(
-                self.student, values, pixels, target, mask, LossWeights(), masked_rows=rows
-            ).loss
+                self.student, values, pixels, targets, mask, weights, masked_rows=rows
+            )["teacher"].loss
 
         gradient = jax.jit(jax.grad(loss))
         return lambda: gradient(values)
@@ -211,7 +212,7 @@ def rows(pair: str, args: argparse.Namespace) -> Iterator[str]:
     dtype = jnp.dtype(args.precision)
     bench = Bench(teacher, student, args.image, dtype)
     device = flops.known_device(jax.devices()[0].device_kind)
-    work = flops.training(teacher, [student], args.image, masked=True)
+    work = flops.training([(teacher, args.image)], [student], args.image, masked=True)
 
     def row(label: str, found: Timed, needed: float) -> str:
         used = "" if device is None else f"{found.rate * needed / device.peak:.1%}"

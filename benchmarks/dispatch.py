@@ -36,11 +36,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     teacher = BackboneFunction(dataclasses.replace(SPECS["vit_small"], **TINY))
-    students = {"s": StudentFunction(dataclasses.replace(SPECS["vit_tiny"], **TINY), 8)}
+    tiny = dataclasses.replace(SPECS["vit_tiny"], **TINY)
+    students = {"s": StudentFunction(tiny, {"teacher": 8})}
     init, step = recipe(teacher, students)
     mesh = sharding.make_mesh()
     state = sharding.place_tree(init(), mesh)
-    params = sharding.place_tree(teacher.init(jax.random.key(1)), mesh)
+    params = {"teacher": sharding.place_tree(teacher.init(jax.random.key(1)), mesh)}
     places = (sharding.shardings(state, mesh), sharding.replicated(mesh))
     compiled = jax.jit(step, donate_argnums=0, out_shardings=places)
     images = np.zeros((BATCH, SIDE, SIDE, 3), np.uint8)

@@ -29,7 +29,7 @@ from proteus_jax.models.specs import SPECS
 def our_step(teacher: str, student: str, batch: int, image: int) -> Callable[[], float]:
     """The step that main.py trains with."""
     taught = BackboneFunction(SPECS[teacher])
-    students = {student: StudentFunction(SPECS[student], SPECS[teacher].width)}
+    students = {student: StudentFunction(SPECS[student], {"teacher": SPECS[teacher].width})}
     init, step = recipe(taught, students)
     step = jax.jit(step, donate_argnums=0)
     params = jax.jit(taught.init)(jax.random.key(1))
@@ -37,7 +37,7 @@ def our_step(teacher: str, student: str, batch: int, image: int) -> Callable[[],
 
     def train() -> float:
         nonlocal state
-        state, metrics = step(state, params, images)
+        state, metrics = step(state, {"teacher": params}, images)
         return float(metrics[f"{student}/loss"])
 
     return train

@@ -6,28 +6,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import TrainState, init_state, make_train_step
+from proteus_jax.step import Teacher, TrainState, init_state, make_train_step
 
 
 def recipe(
     teacher: BackboneFunction, students: dict[str, StudentFunction], *, erasing: float = 0.0
 ) -> tuple[Callable[[], TrainState], Callable[..., tuple[TrainState, Any]]]:
     """A function that makes the train state, and the step that main.py trains with; not compiled
-    yet.
+    yet. Its teacher is called "teacher".
     """
     schedule = warmup_cosine(1e-3, 5, 1000)
     optimizer = adamw(schedule)
     step = make_train_step(
-        teacher=teacher,
+        teachers={"teacher": Teacher(teacher, IMAGENET)},
         students=students,
         optimizer=optimizer,
         schedule=schedule,
         normalisation=IMAGENET,
-        weights=LossWeights(),
         mask_ratio=0.5,
         ema_decay=0.0,
         seed=0,

@@ -19,8 +19,21 @@ def get_config() -> ml_collections.ConfigDict:
     # Who teaches: a known name (proteus_jax/teachers.py) or a directory that convert_weights.py
     # made.
     config.teacher = "dinov2_vitb14"
+    # Channel statistics of the images that it is given: own (those it was trained with), imagenet,
+    # clip or half. The student sees the same images.
+    config.teacher_normalisation = "own"
+    # Side of the images that it is given, where not data.crop: a multiple of its patch size.
+    config.teacher_crop = config_dict.placeholder(int)
+    # Whether its tokens are brought to mean 0 and deviation 1 in every channel first.
+    config.standardise = False
+    # Others who teach at the same time, under names: base.add_teacher(config, "clip",
+    # "clip_vitb16"), below.
+    config.more_teachers = ml_collections.ConfigDict()
     # Who learns: names of proteus_jax/models/specs.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
+    # What the students start from: a model as wide, with as many blocks or a multiple, of which
+    # every second, third ... is taken; its other choices are theirs too. Nothing: random weights.
+    config.start = ""
     # The start of every random number of the run.
     config.seed = 0
 
@@ -127,3 +140,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep_checkpoints = 3
     # A misspelt field in a file that starts from this one is an error from here on.
     return config.lock()
+
+
+def add_teacher(config: Any, name: str, source: str) -> Any:
+    """A further teacher for a configuration, with the first one's fields; returned, to be changed.
+
+    Standardised, as teachers differ in scale.
+    """
+    teacher: Any = ml_collections.ConfigDict()
+    teacher.teacher = source
+    teacher.normalisation = "own"
+    teacher.crop = config_dict.placeholder(int)
+    teacher.standardise = True
+    teacher.loss = ml_collections.ConfigDict()
+    teacher.loss.token = 1.0
+    teacher.loss.feature = 1.0
+    teacher.loss.patch = 1.0
+    with config.more_teachers.unlocked():
+        config.more_teachers[name] = teacher.lock()
+    return config.more_teachers[name]

@@ -1,7 +1,7 @@
 """A configuration and a teacher's sizes become the functions that train; nothing runs yet."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from proteus_jax import flops, optim, sharding
-from proteus_jax.losses import LossWeights
+from proteus_jax.lessons import FIRST, Lesson, lessons, masks
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
-from proteus_jax.models.specs import SPECS, ViTSpec
-from proteus_jax.step import Metrics, TrainState, init_state, make_train_step
+from proteus_jax.models.specs import ViTSpec, student_spec
+from proteus_jax.step import Metrics, Teacher, TrainState, init_state, make_train_step
 
 
 class Length(NamedTuple):
@@ -26,17 +26,20 @@ class Length(NamedTuple):
 class Assembly(NamedTuple):
     """The models, and the two functions that a run compiles."""
 
-    teacher: BackboneFunction
+    teachers: dict[str, Teacher]
     students: dict[str, StudentFunction]
+    # Of the images that students see.
+    normalisation: Normalisation
     init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Params, jax.Array], tuple[TrainState, Metrics]]
+    train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
 
     def work(self, config: Any) -> flops.Work:
         """What an image of the batch costs."""
         specs = [student.spec for student in self.students.values()]
-        return flops.training(
-            self.teacher.spec, specs, config.data.crop, masked=config.loss.patch > 0
-        )
+        teachers = [
+            (each.backbone.spec, each.side or config.data.crop) for each in self.teachers.values()
+        ]
+        return flops.training(teachers, specs, config.data.crop, masked=masks(config))
 
     def state_shapes(self) -> TrainState:
         """The train state without its numbers."""
@@ -70,18 +73,33 @@ def length(config: Any, images: int) -> Length:
     return Length(total, warmup)
 
 
+class Known(NamedTuple):
+    """What there is to know of a model before its weights."""
+
+    spec: ViTSpec
+    normalisation: Normalisation
+
+
 def assemble(
-    config: Any, teacher: ViTSpec, normalisation: Normalisation, steps: Length, platform: str
+    config: Any,
+    teachers: Mapping[str, Known],
+    steps: Length,
+    platform: str,
+    start: ViTSpec | None = None,
 ) -> Assembly:
-    """The models and the step that a configuration describes, for "cpu", "gpu" or "tpu"."""
-    grid = config.data.crop // teacher.patch_size
-    taught = BackboneFunction(
-        dataclasses.replace(teacher, grid=grid), dtype_of(config.teacher_precision, platform)
-    )
+    """The models and the step that a configuration describes, for "cpu", "gpu" or "tpu"; teachers
+    by the names of `lessons`, `start` is what the students start from.
+    """
+    precision = dtype_of(config.teacher_precision, platform)
+    taught = {
+        name: _teacher(lesson, teachers[name], config.data.crop, precision)
+        for name, lesson in lessons(config).items()
+    }
+    widths = {name: teacher.backbone.spec.width for name, teacher in taught.items()}
     students = {
         name: StudentFunction(
-            dataclasses.replace(SPECS[name], grid=config.data.crop // SPECS[name].patch_size),
-            teacher.width,
+            student_spec(name, config.data.crop, start),
+            widths,
             dtype=dtype_of(config.precision, platform),
             drop_path=config.drop_path,
             remat=config.remat,
@@ -91,21 +109,41 @@ def assemble(
     peak = config.learning_rate or optim.scaled_learning_rate(config.batch)
     schedule = optim.warmup_cosine(peak, steps.warmup, steps.total)
     optimizer = optim.adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
+    # Students see images as the first teacher does.
+    normalisation = taught[FIRST].normalisation
     step = make_train_step(
-        teacher=taught,
+        teachers=taught,
         students=students,
         optimizer=optimizer,
         schedule=schedule,
         normalisation=normalisation,
-        weights=LossWeights(config.loss.token, config.loss.feature, config.loss.patch),
         mask_ratio=config.mask_ratio,
         ema_decay=config.ema_decay,
         seed=config.seed,
         erasing=config.data.erasing,
         accumulate=config.accumulate,
     )
+    standardise = {name: widths[name] for name, each in taught.items() if each.standardise}
 
     def init() -> TrainState:
-        return init_state(students, optimizer, ema=config.ema_decay > 0, seed=config.seed)
+        return init_state(
+            students,
+            optimizer,
+            ema=config.ema_decay > 0,
+            seed=config.seed,
+            standardise=standardise,
+        )
 
-    return Assembly(taught, students, init, step)
+    return Assembly(taught, students, normalisation, init, step)
+
+
+def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any) -> Teacher:
+    """With its position table made for the size of images that it sees."""
+    grid = (lesson.crop or crop) // known.spec.patch_size
+    return Teacher(
+        BackboneFunction(dataclasses.replace(known.spec, grid=grid), dtype),
+        lesson.statistics(known.normalisation),
+        lesson.weights,
+        lesson.crop,
+        lesson.standardise,
+    )

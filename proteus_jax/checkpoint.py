@@ -9,10 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from proteus_jax.errors import InputError
+from proteus_jax.standardise import Moments, no_moments
 from proteus_jax.step import TrainState
 
 # Parameters are an item of their own: who only wants the model need not know the optimizer.
-PARAMS, PROGRESS, FACTS = "params", "progress", "facts"
+PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts"
 
 
 class Checkpoints:
@@ -24,7 +25,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-            item_names=(PARAMS, PROGRESS, FACTS),
+            item_names=(PARAMS, PROGRESS, STATISTICS, FACTS),
         )
 
     def latest(self) -> int | None:
@@ -38,6 +39,8 @@ class Checkpoints:
             PROGRESS: ocp.args.StandardSave(_progress(state)),
             FACTS: ocp.args.JsonSave(facts),
         }
+        if state.statistics:
+            items[STATISTICS] = ocp.args.StandardSave(_named(state.statistics))
         # force: orbax would otherwise skip a step of its own accord, without a word.
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"the checkpoint of step {step} was not saved")
@@ -55,11 +58,31 @@ class Checkpoints:
             PARAMS: ocp.args.StandardRestore(wanted.params),
             PROGRESS: ocp.args.StandardRestore(_progress(wanted)),
         }
+        if wanted.statistics:
+            items[STATISTICS] = ocp.args.StandardRestore(_named(wanted.statistics))
         restored = self._restore(step, items)
         progress = restored[PROGRESS]
         return TrainState(
-            progress["step"], restored[PARAMS], progress["optimizer"], progress.get("ema")
+            progress["step"],
+            restored[PARAMS],
+            progress["optimizer"],
+            progress.get("ema"),
+            _moments(restored.get(STATISTICS)),
         )
+
+    def statistics(self, step: int, widths: dict[str, int]) -> dict[str, Moments]:
+        """The moments of those teachers whose tokens are standardised, whole on the first
+        device.
+        """
+        if not widths:
+            return {}
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device),
+            {name: no_moments(width)._asdict() for name, width in widths.items()},
+        )
+        restored = self._restore(step, {STATISTICS: ocp.args.StandardRestore(wanted)})
+        return _moments(restored[STATISTICS])
 
     def params(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
         """The parameters alone, whole on the first device."""
@@ -96,6 +119,14 @@ def _progress(state: TrainState) -> dict[str, Any]:
     """All of a state but its parameters."""
     progress = {"step": state.step, "optimizer": state.optimizer}
     return progress if state.ema is None else progress | {"ema": state.ema}
+
+
+def _named(statistics: dict[str, Moments]) -> dict[str, dict[str, Any]]:
+    return {name: moments._asdict() for name, moments in statistics.items()}
+
+
+def _moments(named: dict[str, dict[str, Any]] | None) -> dict[str, Moments]:
+    return {name: Moments(**each) for name, each in (named or {}).items()}
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

@@ -3,10 +3,8 @@ with classes, pictures, and the report that shows them.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.console import Console
@@ -19,6 +17,7 @@ from proteus_jax.evaluation.features import Compiled, Reading, Table, compiled_p
 from proteus_jax.evaluation.labels import Scores, scores
 from proteus_jax.evaluation.report import write_report
 from proteus_jax.experiment import Experiment
+from proteus_jax.lessons import FIRST
 from proteus_jax.models.functional import Params
 from proteus_jax.step import TrainState
 
@@ -45,7 +44,9 @@ class Examination:
     def _held_out_views(self, source: Source) -> np.ndarray:
         """The fixed views that agreement is measured on; what of it cannot be read is named."""
         data = self.config.data
-        views, unreadable = held_out_views(source, count=data.held_out.views, size=data.crop)
+        views, unreadable = held_out_views(
+            source, count=data.held_out.views, size=self.experiment.side
+        )
         for index in unreadable:
             self.console.line(f"{source.name(index)} cannot be read; it is not measured on")
         return views
@@ -70,33 +71,40 @@ class Examination:
             if self.leads:
                 snapshots.draw_teacher(self._scene, self.workdir)
         assert self._scene is not None
-        for name, params in state.params.items():
+        for name in state.params:
 
-            def predict(images: np.ndarray, name: str = name, params: Params = params) -> Any:
-                return self.experiment.predictions(name, params, images)
+            def predict(images: np.ndarray, name: str = name) -> agreement.Said:
+                return self.experiment.said(name, state, images)
 
             tokens = agreement.student_tokens(predict, views, batch)
             found = agreement.measure(tokens, self._target)
-            values |= {f"{name}/agreement_class": found.cls, f"{name}/agreement_patch": found.patch}
+            values[f"{name}/agreement_class"] = found.cls
+            if self._says_patches:
+                values[f"{name}/agreement_patch"] = found.patch
             values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
-            guessed = self._guessed(name, params, self._scene)
+            guessed = self._guessed(name, state, self._scene)
             if self.leads:
                 snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
         return values
 
-    def _guessed(self, name: str, params: Params, scene: snapshots.Scene) -> np.ndarray | None:
+    @property
+    def _says_patches(self) -> bool:
+        """Whether the feature head is trained: CLIP's student answers with its class token only."""
+        return self.config.loss.feature > 0
+
+    def _guessed(self, name: str, state: TrainState, scene: snapshots.Scene) -> np.ndarray | None:
         """What the patch head says where the scene hides patches; None where it is not trained."""
         if not self.config.loss.patch or not scene.hidden.any():
             return None
         shown = len(scene.hidden)
         # As many as in a step, so that any number of devices has its share.
         rows = np.arange(self.config.batch) % shown
-        found = self.experiment.hidden_patches(name, params, scene.views[rows], scene.hidden[rows])
+        found = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
         return np.asarray(found, np.float32)[:shown]
 
     def _scores(self, step: int, state: TrainState, pair: Pair) -> dict[str, float]:
         if self._taught is None:
-            self._taught = self._scored("teacher", self.experiment.teacher_params, pair, step)
+            self._taught = self._scored(FIRST, self.experiment.teacher_params[FIRST], pair, step)
         values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
         for name, params in state.params.items():
             found = self._scored(name, params["backbone"], pair, step)
@@ -107,7 +115,7 @@ class Examination:
         """Of the teacher, or of a student's backbone."""
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
-        view = CentreCrop(round(data.crop * MARGIN), data.crop)
+        view = CentreCrop(round(experiment.side * MARGIN), experiment.side)
         reading = Reading(self.config.batch, worker_count(data.workers), max(data.threads, 1))
 
         def tokens(part: Labelled) -> Table:
@@ -129,12 +137,7 @@ class Examination:
         """Class tokens of the teacher, or of a student; compiled once."""
         if name not in self._passes:
             experiment = self.experiment
-            backbone = experiment.backbones[name]
-
-            def tokens(params: Params, images: jax.Array) -> jax.Array:
-                pixels = experiment.teacher_card.normalisation(images)
-                return backbone(params, pixels).cls.astype(jnp.float32)
-
+            tokens = experiment.class_tokens[name]
             self._passes[name] = compiled_pass(tokens, experiment.mesh)
         return self._passes[name]
 
@@ -155,7 +158,7 @@ class Examination:
         rows = min(PICTURE_ROWS, len(batch))
         taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
         said = [
-            (f"{name} {moment}", self.experiment.predictions(name, at.params[name], batch).feature)
+            (f"{name} {moment}", self.experiment.said(name, at, batch).feature)
             for name in self.experiment.students
             for moment, at in moments
         ]

@@ -5,7 +5,7 @@ Everything that can be wrong is found here, before anything is written.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proteus_jax import sharding
-from proteus_jax.assembly import assemble, dtype_of, length
+from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
@@ -24,13 +24,18 @@ from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError, collecting
+from proteus_jax.evaluation.agreement import Said
 from proteus_jax.flops import known_device
+from proteus_jax.lens import resized
+from proteus_jax.lessons import FIRST, lessons, masks, side_of_images
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.specs import SPECS
-from proteus_jax.models.student import Predictions
+from proteus_jax.models.normalisation import Normalisation
+from proteus_jax.models.specs import student_spec
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
-from proteus_jax.step import Metrics, TrainState
+from proteus_jax.standardise import Moments, restored
+from proteus_jax.start import adapted
+from proteus_jax.step import Metrics, Teacher, TrainState, one_grid, seen_by
 from proteus_jax.storage import sha256
 from proteus_jax.teachers import find_teacher, obtain_teacher
 from proteus_jax.workdir import why_no_workdir
@@ -38,11 +43,14 @@ from proteus_jax.workdir import why_no_workdir
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads: images, and the directory of the teacher's weights."""
+    """What a run reads: images, the directories of its teachers' weights by name, and that of the
+    model to start from.
+    """
 
     split: Split
-    teacher: Path
+    teachers: dict[str, Path]
     labelled: Pair | None = None
+    start: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,19 +65,24 @@ class Experiment:
     recipe: Recipe
     total_steps: int
     facts: dict[str, Any]
-    teacher_card: ModelCard
-    teacher_params: Params
+    cards: dict[str, ModelCard]
+    start_card: ModelCard | None
+    teacher_params: dict[str, Params]
+    # Statistics and side of the images that are made for a step.
+    normalisation: Normalisation
+    side: int
     students: dict[str, StudentFunction]
-    # "teacher" and each student's name: the ViT alone.
-    backbones: dict[str, BackboneFunction]
+    # "teacher", the first one, and each student's name: class tokens of images that are made so.
+    class_tokens: dict[str, Callable[[Params, jax.Array], jax.Array]]
     state_shapes: TrainState
     state_shardings: TrainState
     init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Params, jax.Array], tuple[TrainState, Metrics]]
+    train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
+    # The first teacher's, its patches on the students' grid.
     teacher_features: Callable[[np.ndarray], Features]
-    predictions: Callable[[str, Params, np.ndarray], Predictions]
-    # As `predictions`, with the patches under a mask [b, n] hidden: what the patch head says there.
-    hidden_patches: Callable[[str, Params, np.ndarray, np.ndarray], np.ndarray]
+    said: Callable[[str, TrainState, np.ndarray], Said]
+    # As `said`, with the patches under a mask [b, n] hidden: what the patch head says there.
+    hidden_patches: Callable[[str, TrainState, np.ndarray, np.ndarray], np.ndarray]
     # Floating-point operations for an image, and what all devices could do in a second; None where
     # that is not known.
     work: float
@@ -85,7 +98,8 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     misspelt path.
     """
     problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
-    split, teacher, labelled = None, None, None
+    split, labelled = None, None
+    models: dict[str, Path | None] = {}
     if config.eval.root not in ("", pictures.NAME):
         with collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
@@ -94,22 +108,39 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     if not fetched:
         with collecting(problems, "--config.data.root"):
             split = _open_images(config)
-    with collecting(problems, "--config.teacher"):
-        teacher = find_teacher(config.teacher)
-        problems += _check_teacher(config, teacher)
+    for field, source in _sources(config).items():
+        with collecting(problems, f"--config.{field}"):
+            models[field] = find_teacher(source)
+    problems += _check_models(config, models)
     if not problems and split is None:
         with collecting(problems, "--config.data.root"):
             split = _open_images(config)
-    if not problems and teacher is None:
-        with collecting(problems, "--config.teacher"):
-            teacher = obtain_teacher(config.teacher)
-            problems += _check_teacher(config, teacher)
+    if not problems and None in models.values():
+        for field, source in _sources(config).items():
+            with collecting(problems, f"--config.{field}"):
+                models[field] = obtain_teacher(source)
+        problems += [] if problems else _check_models(config, models)
     if not problems and fetched and config.eval.root == pictures.NAME:
         with collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
-    if problems or split is None or teacher is None:
+    found = {field: path for field, path in models.items() if path is not None}
+    if problems or split is None or len(found) < len(models):
         raise InputError(problems)
-    return Inputs(split=split, teacher=teacher, labelled=labelled)
+    teachers = {name: found[_field(name)] for name in lessons(config)}
+    return Inputs(split=split, teachers=teachers, labelled=labelled, start=found.get(START))
+
+
+START = "start"
+
+
+def _field(teacher: str) -> str:
+    return "teacher" if teacher == FIRST else f"more_teachers.{teacher}.teacher"
+
+
+def _sources(config: Any) -> dict[str, str]:
+    """What each field that names a model says."""
+    found = {_field(name): lesson.source for name, lesson in lessons(config).items()}
+    return found | ({START: config.start} if config.start else {})
 
 
 def _open_images(config: Any) -> Split:
@@ -148,7 +179,7 @@ def _check_devices(config: Any) -> list[str]:
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
     # Half of the images is masked, and each device has its share of that half, in every part.
-    unit = (2 if config.loss.patch else 1) * devices * config.accumulate
+    unit = (2 if masks(config) else 1) * devices * config.accumulate
     if config.batch % unit:
         parts = f" and {config.accumulate} parts" if config.accumulate > 1 else ""
         return [
@@ -158,60 +189,119 @@ def _check_devices(config: Any) -> list[str]:
     return []
 
 
-def _check_teacher(config: Any, directory: Path | None) -> list[str]:
-    if directory is None:
-        return []
-    patch = load_card(directory).spec.patch_size
-    return [
-        f"--config.student: {name} has patches of {SPECS[name].patch_size} px, the teacher of "
-        f"{patch} px; they must agree"
-        for name in config.student
-        if SPECS[name].patch_size != patch
-    ]
+def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
+    """What the sizes of the models that are there make wrong."""
+    problems = []
+    for name, lesson in lessons(config).items():
+        directory = models.get(_field(name))
+        if directory is None:
+            continue
+        patch, side = load_card(directory).spec.patch_size, lesson.crop or config.data.crop
+        if side % patch:
+            where = _field(name).removesuffix("teacher") + (
+                "crop" if name != FIRST else "teacher_crop"
+            )
+            problems.append(
+                f"--config.{where}: {lesson.source} has patches of {patch} px, which do not divide "
+                f"images of {side} px"
+            )
+    start = models.get(START)
+    if config.start and start is None:
+        return problems
+    spec = None if start is None else load_card(start).spec
+    students = []
+    for name in config.student:
+        try:
+            students.append(student_spec(name, config.data.crop, spec))
+        except ValueError as error:
+            problems.append(f"--config.student: {error}")
+    if masks(config):
+        problems += [
+            f"--config.mask_ratio: {config.mask_ratio} masks no patch of a {config.data.crop} px "
+            "crop"
+            for student in students[:1]
+            if int(student.grid**2 * config.mask_ratio) < 1
+        ]
+    return problems
 
 
 def build(config: Any, inputs: Inputs) -> Experiment:
-    """Everything that a run needs; the teacher's weights go to the devices here."""
+    """Everything that a run needs; the teachers' weights go to the devices here."""
     weights = tuple(config.data.weights)
     if weights and 0 in shares(sum(inputs.split.parts), weights):
         raise InputError(f"--config.data.weights: {weights} leave nothing of one root")
     mesh = sharding.make_mesh(config.fsdp)
     steps = length(config, config.data.epoch or len(inputs.split.training))
-    card = load_card(inputs.teacher)
-    assembly = assemble(config, card.spec, card.normalisation, steps, jax.default_backend())
-    teacher_params = _teacher_params(config, inputs.teacher, mesh)
-    teacher, students = assembly.teacher, assembly.students
+    cards = {name: load_card(directory) for name, directory in inputs.teachers.items()}
+    start = None if inputs.start is None else load_card(inputs.start)
+    assembly = assemble(
+        config,
+        {name: Known(card.spec, card.normalisation) for name, card in cards.items()},
+        steps,
+        jax.default_backend(),
+        start.spec if start else None,
+    )
+    teacher_params = {
+        name: _teacher_params(assembly.teachers[name], directory, mesh)
+        for name, directory in inputs.teachers.items()
+    }
     init, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
-    features, predictions, hidden = _evaluation_functions(
-        teacher, teacher_params, students, card, mesh
-    )
+    places = sharding.shardings(shapes, mesh)
+    features, said, hidden = _evaluation_functions(config, assembly, teacher_params, mesh)
     return Experiment(
         config=config,
         mesh=mesh,
         split=inputs.split,
         labelled=inputs.labelled,
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
-        recipe=Recipe(config.data.crop, RandAugment(**config.data.randaugment)),
+        recipe=Recipe(side_of_images(config), RandAugment(**config.data.randaugment)),
         total_steps=steps.total,
-        facts=_facts(config, inputs, card),
-        teacher_card=card,
+        facts=_facts(config, inputs, assembly),
+        cards=cards,
+        start_card=start,
         teacher_params=teacher_params,
-        students=students,
-        backbones={
-            "teacher": teacher,
-            **{name: BackboneFunction(s.spec, s.dtype) for name, s in students.items()},
-        },
+        normalisation=assembly.normalisation,
+        side=side_of_images(config),
+        students=assembly.students,
+        class_tokens=_class_tokens(config, assembly),
         state_shapes=shapes,
-        state_shardings=sharding.shardings(shapes, mesh),
-        init=init,
+        state_shardings=places,
+        init=_started(init, inputs.start, assembly, mesh),
         train_step=train_step,
         teacher_features=features,
-        predictions=predictions,
+        said=said,
         hidden_patches=hidden,
         work=assembly.work(config).total,
         peak=_peak(config),
     )
+
+
+def _started(
+    init: Callable[[], TrainState], start: Path | None, assembly: Assembly, mesh: Mesh
+) -> Callable[[], TrainState]:
+    """`init`, with the students' backbones from a model where there is one to start from."""
+    if start is None:
+        return init
+    params, card = load_model(start)
+    backbones = {
+        name: adapted(params, card.spec, student.spec)
+        for name, student in assembly.students.items()
+    }
+
+    def begun() -> TrainState:
+        state = init()
+        placed = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
+        learning = {
+            name: {**values, "backbone": placed[name]} for name, values in state.params.items()
+        }
+        ema = state.ema
+        if ema is not None:
+            # Copies of their own: the state is donated, and no array may be in it twice.
+            ema = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
+        return state._replace(params=learning, ema=ema)
+
+    return begun
 
 
 def _peak(config: Any) -> float | None:
@@ -222,8 +312,17 @@ def _peak(config: Any) -> float | None:
     return device.peak * jax.device_count()
 
 
-def _facts(config: Any, inputs: Inputs, card: ModelCard) -> dict[str, Any]:
+def _facts(config: Any, inputs: Inputs, assembly: Assembly) -> dict[str, Any]:
     """What must be the same for a run to go on."""
+    teachers = {
+        name: {
+            "weights": sha256(inputs.teachers[name] / WEIGHTS),
+            "factors": list(each.weights),
+            "normalisation": _listed(each.normalisation),
+            "side": each.side,
+        }
+        for name, each in assembly.teachers.items()
+    }
     return {
         "data": inputs.split.training.fingerprint,
         "seed": config.seed,
@@ -234,58 +333,103 @@ def _facts(config: Any, inputs: Inputs, card: ModelCard) -> dict[str, Any]:
         "randaugment": dict(config.data.randaugment),
         "erasing": config.data.erasing,
         "student": list(config.student),
-        "teacher": sha256(inputs.teacher / WEIGHTS),
-        "teacher_width": card.spec.width,
+        "student_specs": {name: each.spec.to_json() for name, each in assembly.students.items()},
+        "start": None if inputs.start is None else sha256(inputs.start / WEIGHTS),
+        "normalisation": _listed(assembly.normalisation),
+        "teachers": teachers,
+        "teacher_widths": {
+            name: each.backbone.spec.width for name, each in assembly.teachers.items()
+        },
+        "standardised": [name for name, each in assembly.teachers.items() if each.standardise],
     }
 
 
-def _teacher_params(config: Any, directory: Path, mesh: Mesh) -> Params:
-    """The frozen teacher's weights in their own precision, the position table resized once for the
-    training crops.
+def _listed(normalisation: Normalisation) -> list[list[float]]:
+    return [list(part) for part in normalisation]
+
+
+def _teacher_params(teacher: Teacher, directory: Path, mesh: Mesh) -> Params:
+    """A frozen teacher's weights in their own precision, the position table resized once for the
+    size of its images.
     """
     params, card = load_model(directory)
-    side = config.data.crop // card.spec.patch_size
-    table = resize_position_table(jnp.asarray(params["pos_embed"]), card.spec, (side, side))
-    params["pos_embed"] = np.asarray(table)
-    dtype = dtype_of(config.teacher_precision, jax.default_backend())
-    params = jax.tree.map(lambda array: array.astype(dtype), params)
+    if card.spec.positions == "table":
+        side = teacher.backbone.spec.grid
+        table = resize_position_table(jnp.asarray(params["pos_embed"]), card.spec, (side, side))
+        params["pos_embed"] = np.asarray(table)
+    params = jax.tree.map(lambda array: array.astype(teacher.backbone.dtype), params)
     return sharding.place_tree(params, mesh)
 
 
+def _class_tokens(
+    config: Any, assembly: Assembly
+) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
+    crop, teacher = config.data.crop, assembly.teachers[FIRST]
+    grid = one_grid(assembly.students)
+
+    def taught(params: Params, images: jax.Array) -> jax.Array:
+        pixels = assembly.normalisation(images)
+        said = seen_by(teacher, params, pixels, assembly.normalisation, crop, grid)
+        return said.cls.astype(jnp.float32)
+
+    def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
+        backbone = BackboneFunction(student.spec, student.dtype)
+
+        def learnt(params: Params, images: jax.Array) -> jax.Array:
+            pixels = resized(assembly.normalisation(images), crop)
+            return backbone(params, pixels).cls.astype(jnp.float32)
+
+        return learnt
+
+    return {FIRST: taught, **{name: of(student) for name, student in assembly.students.items()}}
+
+
 def _evaluation_functions(
-    teacher: BackboneFunction,
-    teacher_params: Params,
-    students: dict[str, StudentFunction],
-    card: ModelCard,
-    mesh: Mesh,
+    config: Any, assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
 ) -> tuple[Callable, Callable, Callable]:
-    """Teacher and students as functions from a host batch to host arrays."""
+    """First teacher and students as functions from a host batch to host arrays."""
     whole = sharding.replicated(mesh)
+    crop, grid = config.data.crop, one_grid(assembly.students)
+    teacher, normalise = assembly.teachers[FIRST], assembly.normalisation
 
     @jax.jit(out_shardings=whole)
     def taught(params: Params, images: jax.Array) -> Features:
-        return teacher(params, card.normalisation(images))
+        return seen_by(teacher, params, normalise(images), normalise, crop, grid)
+
+    def in_its_scale(features: Features, statistics: dict[str, Moments]) -> Features:
+        return restored(features, statistics[FIRST]) if FIRST in statistics else features
 
     @jax.jit(static_argnums=0, out_shardings=whole)
-    def learnt(name: str, params: Params, images: jax.Array) -> Predictions:
-        return students[name](params, card.normalisation(images))
+    def learnt(name: str, params: Params, statistics: Any, images: jax.Array) -> Said:
+        found = assembly.students[name](params, resized(normalise(images), crop))
+        answers = found.answers[FIRST]
+        spoken = in_its_scale(
+            Features(answers.token, answers.feature, found.features.registers), statistics
+        )
+        return Said(found.features, spoken.cls, spoken.patches)
 
     @jax.jit(static_argnums=0, out_shardings=whole)
-    def guessed(name: str, params: Params, images: jax.Array, mask: jax.Array) -> jax.Array | None:
-        pixels = card.normalisation(images)
-        return students[name](params, pixels, pixels, mask).patch
+    def guessed(
+        name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        pixels = resized(normalise(images), crop)
+        answers = assembly.students[name](params, pixels, pixels, mask).answers[FIRST]
+        assert answers.patch is not None
+        spoken = Features(answers.token, answers.patch, answers.patch[:, :0])
+        return in_its_scale(spoken, statistics).patches
 
     def features(images: np.ndarray) -> Features:
-        return jax.device_get(taught(teacher_params, _share(images, mesh)))
+        return jax.device_get(taught(teacher_params[FIRST], _share(images, mesh)))
 
-    def predictions(name: str, params: Params, images: np.ndarray) -> Predictions:
-        return jax.device_get(learnt(name, params, _share(images, mesh)))
+    def said(name: str, state: TrainState, images: np.ndarray) -> Said:
+        known = state.params[name], state.statistics
+        return jax.device_get(learnt(name, *known, _share(images, mesh)))
 
-    def hidden(name: str, params: Params, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def hidden(name: str, state: TrainState, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
         shares = (_share(part, mesh) for part in (images, mask))
-        return jax.device_get(guessed(name, params, *shares))
+        return jax.device_get(guessed(name, state.params[name], state.statistics, *shares))
 
-    return features, predictions, hidden
+    return features, said, hidden
 
 
 def _share(images: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from proteus_jax.models.specs import SPECS
+from proteus_jax.lessons import FIRST, OWN, lessons, masks
+from proteus_jax.models.normalisation import STATISTICS
+from proteus_jax.models.specs import SPECS, named_spec
 from proteus_jax.models.vit import REMAT
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -15,6 +17,7 @@ FINEGRAINED = (
 PROTOCOLS = ("knn", "linear", "finegrained", "robustness", "analysis")
 # Fields that may be left without a value: another one decides then.
 OPTIONAL = (
+    "teacher_crop",
     "steps",
     "learning_rate",
     "warmup_steps",
@@ -63,9 +66,19 @@ def _numbers(least: float, *, whole: bool = False) -> Rule:
 _ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "above 0")
 _TRAINING: dict[str, Rule] = {
     "student": Rule(
-        lambda names: 0 < len(names) == len(set(names)) and all(name in SPECS for name in names),
-        f"one or more different names out of {', '.join(SPECS)}",
+        lambda names: (
+            0 < len(names) == len(set(names))
+            and all(isinstance(name, str) and named_spec(name) for name in names)
+        ),
+        f"one or more different names out of {', '.join(SPECS)}, each perhaps with _<n>blocks",
     ),
+    "start": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
+    "teacher": Rule(lambda value: isinstance(value, str) and bool(value), "a model"),
+    "teacher_normalisation": Rule(
+        lambda value: value in (OWN, *STATISTICS), f"one of {', '.join((OWN, *STATISTICS))}"
+    ),
+    "teacher_crop": _at_least(1),
+    "standardise": Rule(lambda value: isinstance(value, bool), "true or false"),
     "seed": Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "batch": _at_least(1),
     "epochs": _ABOVE_ZERO,
@@ -187,24 +200,35 @@ def _check_evaluation(config: Any) -> list[str]:
 
 def _check_training(config: Any) -> list[str]:
     """What only two fields together make wrong."""
-    problems = []
-    patch = SPECS[config.student[0]].patch_size
-    if config.data.crop % patch:
+    problems = _check_more_teachers(config.more_teachers)
+    if problems:
+        return problems
+    specs = [named_spec(name) for name in config.student]
+    patches = {spec.patch_size for spec in specs if spec is not None}
+    # With a model to start from the patches are that model's, which is not open yet.
+    if not config.start and len(patches) > 1:
+        problems.append(
+            "--config.student: expected one patch size of all, to mask the same patches"
+        )
+    patch = min(patches)
+    if not config.start and config.data.crop % patch:
         problems.append(
             f"--config.data.crop: expected a multiple of the patch size {patch}, found "
             f"{config.data.crop}"
         )
-    if not any((config.loss.token, config.loss.feature, config.loss.patch)):
-        problems.append(
-            "--config.loss: expected a factor above 0 for one of token, feature and patch"
-        )
-    if config.loss.patch:
+    for name, lesson in lessons(config).items():
+        if not any(lesson.weights):
+            where = "loss" if name == FIRST else f"more_teachers.{name}.loss"
+            problems.append(
+                f"--config.{where}: expected a factor above 0 for one of token, feature and patch"
+            )
+    if masks(config):
         if config.batch % 2:
             problems.append(
                 "--config.batch: expected an even number, as half of the images are masked, "
                 f"found {config.batch}"
             )
-        if int((config.data.crop // patch) ** 2 * config.mask_ratio) < 1:
+        if not config.start and int((config.data.crop // patch) ** 2 * config.mask_ratio) < 1:
             problems.append(
                 f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
                 f"{config.data.crop} px crop"
@@ -216,4 +240,44 @@ def _check_training(config: Any) -> list[str]:
         )
     if config.data.held_out.minimum > config.data.held_out.maximum:
         problems.append("--config.data.held_out: expected minimum to be at most maximum")
+    return problems
+
+
+# A further teacher's fields, by the rules of the first's.
+_MORE = {
+    "teacher": "teacher",
+    "normalisation": "teacher_normalisation",
+    "crop": "teacher_crop",
+    "standardise": "standardise",
+    "loss.token": "loss.token",
+    "loss.feature": "loss.feature",
+    "loss.patch": "loss.patch",
+}
+
+
+def _check_more_teachers(more: Any) -> list[str]:
+    problems = []
+    for name in more:
+        if name == FIRST or not name.isidentifier():
+            problems.append(f"--config.more_teachers: {name!r} is no name for one")
+        for field, rule in _MORE.items():
+            value = more[name]
+            try:
+                for part in field.split("."):
+                    value = value[part]
+                wrong = (
+                    None
+                    if rule in OPTIONAL and value is None
+                    else fault(
+                        f"more_teachers.{name}.{field}",
+                        value,
+                        {f"more_teachers.{name}.{field}": _TRAINING[rule]},
+                    )
+                )
+            except (KeyError, TypeError):
+                wrong = (
+                    f"--config.more_teachers.{name}.{field}: missing or of another type; make one "
+                    "with base.add_teacher"
+                )
+            problems += [wrong] if wrong else []
     return problems

@@ -30,16 +30,22 @@ class Work(NamedTuple):
 def forward(spec: ViTSpec, crop: int) -> float:
     """One pass of a ViT over one square crop."""
     patches = (crop // spec.patch_size) ** 2
-    tokens, width = 1 + spec.registers + patches, spec.width
+    tokens, width = spec.prefix + patches, spec.width
     linears = 3 if spec.feed_forward == "swiglu" else 2
     block = tokens * (4 * width**2 + linears * width * spec.hidden) + 2 * tokens**2 * width
     embedding = patches * 3 * spec.patch_size**2 * width
     return 2.0 * (embedding + spec.depth * block)
 
 
-def training(teacher: ViTSpec, students: Sequence[ViTSpec], crop: int, *, masked: bool) -> Work:
-    """A step's work for each image: the teacher looks once, every student learns from all of it
-    and, masked, from half.
+def training(
+    teachers: Sequence[tuple[ViTSpec, int]],
+    students: Sequence[ViTSpec],
+    crop: int,
+    *,
+    masked: bool,
+) -> Work:
+    """A step's work for each image: each teacher looks once, at crops of its own side; every
+    student learns from all of it and, masked, from half.
     """
     student = heads = 0.0
     for spec in students:
@@ -47,8 +53,10 @@ def training(teacher: ViTSpec, students: Sequence[ViTSpec], crop: int, *, masked
         patches = (crop // spec.patch_size) ** 2
         # The patch head sees the patches of every second image.
         tokens = 1 + patches + (patches / 2 if masked else 0)
-        heads += TRAINING_PASSES * 2.0 * tokens * spec.width * teacher.width
-    return Work(forward(teacher, crop), student, student / 2 if masked else 0.0, heads)
+        width = sum(teacher.width for teacher, _ in teachers)
+        heads += TRAINING_PASSES * 2.0 * tokens * spec.width * width
+    taught = sum(forward(teacher, side) for teacher, side in teachers)
+    return Work(taught, student, student / 2 if masked else 0.0, heads)
 
 
 class Device(NamedTuple):

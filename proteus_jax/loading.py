@@ -1,19 +1,24 @@
 """Whatever holds a backbone, loaded: a model directory, a known teacher, a run."""
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
+from proteus_jax.lessons import FIRST
 from proteus_jax.models.functional import Params, StudentFunction
-from proteus_jax.models.specs import SPECS
+from proteus_jax.models.normalisation import Normalisation
+from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_card, load_model
+from proteus_jax.standardise import Moments, restored
 from proteus_jax.teachers import find_teacher, obtain_teacher
 from proteus_jax.workdir import CHECKPOINTS, Workdir, fetched, is_remote
 
@@ -49,9 +54,8 @@ def _run_config(workdir: Path) -> dict[str, Any]:
     path = workdir / CARD
     try:
         config = json.loads(path.read_text())
-        known = all(name in SPECS for name in config["student"])
-        if not known or not isinstance(config["data"]["crop"], int):
-            raise ValueError("student or data.crop")
+        if not all(isinstance(name, str) for name in config["student"]):
+            raise ValueError("student")
         config["teacher"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the configuration of a run: {error!r}") from None
@@ -59,11 +63,38 @@ def _run_config(workdir: Path) -> dict[str, Any]:
 
 
 class Heads(NamedTuple):
-    """A student with its heads, as the newest checkpoint of its run has it."""
+    """A student with its heads, as the newest checkpoint of its run has it, and the statistics of
+    the images that it saw. `statistics` has the moments of the teachers whose tokens were
+    standardised.
+    """
 
     student: StudentFunction
     params: Params
     step: int
+    normalisation: Normalisation
+    statistics: dict[str, Moments]
+
+    @property
+    def teacher_width(self) -> int:
+        """The first teacher's."""
+        return self.params["heads"][FIRST]["token"]["linear"]["bias"].size
+
+    @property
+    def moments(self) -> Moments | None:
+        """The first teacher's."""
+        return self.statistics.get(FIRST)
+
+    def answers(self, images: np.ndarray | jax.Array) -> dict[str, Features]:
+        """What the student says of uint8 images [B, H, W, 3] in the space of each of its teachers:
+        class token [B, T] and patches [B, N, T], in the teacher's own scale.
+        """
+        said = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
+        nothing = jnp.zeros((len(images), 0, 1))
+        found = {name: Features(each.token, each.feature, nothing) for name, each in said.items()}
+        return {
+            name: restored(each, self.statistics[name]) if name in self.statistics else each
+            for name, each in found.items()
+        }
 
 
 def load_heads(source: str | Path) -> Heads | None:
@@ -77,13 +108,22 @@ def load_heads(source: str | Path) -> Heads | None:
     if len(config["student"]) != 1:
         return None
     (name,) = config["student"]
-    spec = dataclasses.replace(SPECS[name], grid=config["data"]["crop"] // SPECS[name].patch_size)
     with contextlib.closing(Checkpoints(Workdir(workdir).checkpoints)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             return None
-        student = StudentFunction(spec, checkpoints.facts(step)["teacher_width"])
-        return Heads(student, checkpoints.params(step, {name: student.shapes})[name], step)
+        facts = checkpoints.facts(step)
+        spec = ViTSpec.from_json(facts["student_specs"][name])
+        student = StudentFunction(spec, facts["teacher_widths"])
+        mean, deviation = (tuple(part) for part in facts["normalisation"])
+        widths = {key: facts["teacher_widths"][key] for key in facts["standardised"]}
+        return Heads(
+            student,
+            checkpoints.params(step, {name: student.shapes})[name],
+            step,
+            Normalisation(mean, deviation),
+            checkpoints.statistics(step, widths),
+        )
 
 
 def _from_checkpoint(workdir: Path) -> Model:
@@ -97,7 +137,7 @@ def _from_checkpoint(workdir: Path) -> Model:
     teacher = load_card(obtain_teacher(config["teacher"]))
     card = ModelCard(
         spec=found.student.spec,
-        normalisation=teacher.normalisation,
+        normalisation=found.normalisation,
         licence=f"that of its teacher: {teacher.licence}",
         source={"run": str(workdir), "step": found.step, "teacher": config["teacher"]},
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from proteus_jax.models.student import Predictions
+from proteus_jax.models.student import Answers
 from proteus_jax.models.vit import Features
 
 
@@ -65,20 +65,20 @@ def patch_loss(
 
 
 def distillation_losses(
-    predictions: Predictions,
+    answers: Answers,
     target: Features,
     masked_target: Float[Array, "m n t"] | None,
     mask: Bool[Array, "m n"] | None,
     weights: LossWeights,
 ) -> Losses:
-    """The objectives of a batch. Without a masked pass the patch loss is 0 and must have the weight
-    0.
+    """The objectives of a batch for one teacher. Without a masked pass the patch loss is 0 and must
+    have the weight 0.
     """
-    token = token_loss(predictions.token, target.cls)
-    feature = feature_loss(predictions.token, predictions.feature, target)
-    if predictions.patch is None or masked_target is None or mask is None:
+    token = token_loss(answers.token, target.cls)
+    feature = feature_loss(answers.token, answers.feature, target)
+    if answers.patch is None or masked_target is None or mask is None:
         patch = jnp.zeros(())
     else:
-        patch = patch_loss(predictions.patch, masked_target, mask)
+        patch = patch_loss(answers.patch, masked_target, mask)
     loss = weights.token * token + weights.feature * feature + weights.patch * patch
     return Losses(loss, token, feature, patch)

@@ -11,19 +11,22 @@ import proteus_jax
 from proteus_jax.console import Console
 from proteus_jax.evaluation.agreement import NEIGHBOURS
 from proteus_jax.experiment import Experiment, found_devices
+from proteus_jax.lessons import OWN, Lesson, lessons
 from proteus_jax.metrics import read_metrics
 
 
 def introduce(experiment: Experiment, workdir: str, resumed: int | None, console: Console) -> None:
     """Who teaches whom with which images, and how far it is."""
-    config, card = experiment.config, experiment.teacher_card
-    teacher_size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params))
+    config = experiment.config
     kind = jax.devices()[0].device_kind
     console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
-    console.line(
-        f"teacher  {config.teacher}: {card.spec.depth} blocks, {card.spec.width} wide, "
-        f"{teacher_size / 1e6:.1f} M parameters"
-    )
+    for name, lesson in lessons(config).items():
+        spec = experiment.cards[name].spec
+        size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params[name]))
+        console.line(
+            f"teacher  {lesson.source}: {spec.depth} blocks, {spec.width} wide, "
+            f"{size / 1e6:.1f} M parameters{_given(lesson)}"
+        )
     for name, shapes in experiment.state_shapes.params.items():
         size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
         spec = experiment.students[name].spec
@@ -44,6 +47,18 @@ def introduce(experiment: Experiment, workdir: str, resumed: int | None, console
     )
     if resumed is not None:
         console.line(f"resuming at step {resumed}")
+
+
+def _given(lesson: Lesson) -> str:
+    """What of its images and tokens is not as usual."""
+    facts = []
+    if lesson.crop is not None:
+        facts.append(f"images of {lesson.crop} px")
+    if lesson.normalisation != OWN:
+        facts.append(f"{lesson.normalisation} statistics")
+    if lesson.standardise:
+        facts.append("standardised")
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def conclude(

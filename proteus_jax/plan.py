@@ -14,13 +14,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from proteus_jax import sharding
-from proteus_jax.assembly import Assembly, assemble, dtype_of, length
+from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.rate import views_per_second
 from proteus_jax.errors import InputError
+from proteus_jax.lessons import lessons, masks, side_of_images
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import ViTSpec
+from proteus_jax.step import Teacher
 from proteus_jax.teachers import teacher_spec
 from proteus_jax.topology import Topology, local_topology, named_topology
 
@@ -63,9 +65,16 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     """Lines "name: value unit". InputError where batch and devices do not fit together."""
     topology = named_topology(settings.topology) if settings.topology else local_topology()
     _check(config, topology)
-    spec = teacher_spec(config.teacher)
+    teachers = {
+        name: Known(teacher_spec(lesson.source), IMAGENET)
+        for name, lesson in lessons(config).items()
+    }
+    start = teacher_spec(config.start) if config.start else None
     steps = length(config, config.data.epoch or IMAGENET_IMAGES)
-    assembly = assemble(config, spec, IMAGENET, steps, topology.platform)
+    try:
+        assembly = assemble(config, teachers, steps, topology.platform, start)
+    except ValueError as error:
+        raise InputError(f"--config.student: {error}") from None
     work = assembly.work(config)
     yield f"devices: {topology.description}"
     yield from _sizes(assembly)
@@ -84,7 +93,7 @@ def _check(config: Any, topology: Topology) -> None:
             f"--config.fsdp: expected a divisor of the {topology.devices} devices, found "
             f"{config.fsdp}"
         )
-    unit = (2 if config.loss.patch else 1) * topology.devices * config.accumulate
+    unit = (2 if masks(config) else 1) * topology.devices * config.accumulate
     if config.batch % unit:
         raise InputError(
             f"--config.batch: expected a multiple of {unit} for {topology.devices} devices and "
@@ -111,39 +120,49 @@ def _sizes(assembly: Assembly) -> Iterator[str]:
     yield f"trainable parameters: {sum(map(_elements, shapes)) / 1e6:.2f} M"
     for name, student in assembly.students.items():
         yield f"student parameters, {name}: {_elements(student.shapes['backbone']) / 1e6:.2f} M"
-    yield f"teacher parameters: {_elements(assembly.teacher.shapes) / 1e6:.2f} M"
+    teachers = sum(_elements(each.backbone.shapes) for each in assembly.teachers.values())
+    yield f"teacher parameters: {teachers / 1e6:.2f} M"
 
 
 def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
     """What a device must hold while it trains with a global batch on so many devices."""
     state, parts = assembly.state_shapes(), config.fsdp
-    teacher, precision = assembly.teacher, assembly.teacher.dtype
     images = batch / devices / config.accumulate
-    rows = images * (1.5 if config.loss.patch else 1.0)
+    rows = images * (1.5 if masks(config) else 1.0)
     side = config.data.crop
     kept = [
         _kept(student.spec, side, rows, student.dtype.itemsize, config.remat)
         for student in assembly.students.values()
     ]
-    tokens = _tokens(teacher.spec, side)
-    # Of one block of the teacher: scores and their exponentials, or the feed-forward layer.
-    scores = images * teacher.spec.heads * tokens**2 * (4 + precision.itemsize)
-    wide = images * tokens * teacher.spec.hidden * 2 * (4 + precision.itemsize)
+    taught = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
+    largest = max([side, *(each.side or 0 for each in assembly.teachers.values())])
     params = _bytes(state.params, parts)
     return Memory(
         student=params,
         gradients=params * (2 if config.accumulate > 1 else 1),
         optimizer=_bytes(state.optimizer, parts),
         average=_bytes(state.ema, parts),
-        teacher=_bytes(teacher.shapes, parts) / 4 * precision.itemsize,
+        teacher=sum(weights for weights, _ in taught),
         activations=max(kept),
-        teacher_activations=max(scores, wide),
-        images=batch / devices * side**2 * 3 * (1 + 4),
+        # They look one after the other.
+        teacher_activations=max(working for _, working in taught),
+        images=batch / devices * largest**2 * 3 * (1 + 4),
     )
 
 
+def _teaching(teacher: Teacher, crop: int, images: float, parts: int) -> tuple[float, float]:
+    """Bytes of a teacher's weights, and of what one of its blocks works with: scores and their
+    exponentials, or the feed-forward layer.
+    """
+    spec, precision = teacher.backbone.spec, teacher.backbone.dtype
+    tokens = _tokens(spec, teacher.side or crop)
+    scores = images * spec.heads * tokens**2 * (4 + precision.itemsize)
+    wide = images * tokens * spec.hidden * 2 * (4 + precision.itemsize)
+    return _bytes(teacher.backbone.shapes, parts) / 4 * precision.itemsize, max(scores, wide)
+
+
 def _tokens(spec: ViTSpec, side: int) -> int:
-    return 1 + spec.registers + (side // spec.patch_size) ** 2
+    return spec.prefix + (side // spec.patch_size) ** 2
 
 
 def _kept(spec: ViTSpec, side: int, rows: float, itemsize: int, remat: str) -> float:
@@ -166,7 +185,7 @@ def _memory_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterat
     limit = topology.device.memory * USABLE
     yield f"memory of a device: {topology.device.memory / GB:.1f} GB"
     yield f"fits: {'yes' if needed.total <= limit else 'no'} by this estimate"
-    unit = (2 if config.loss.patch else 1) * topology.devices * config.accumulate
+    unit = (2 if masks(config) else 1) * topology.devices * config.accumulate
 
     def fits(units: int) -> bool:
         return memory(config, assembly, topology.devices, units * unit).total <= limit
@@ -181,7 +200,7 @@ def _time_lines(
     config: Any, work: float, steps: int, topology: Topology, settings: Settings
 ) -> Iterator[str]:
     rate = views_per_second(
-        Recipe(config.data.crop, RandAugment(**config.data.randaugment)), config.data.repeats
+        Recipe(side_of_images(config), RandAugment(**config.data.randaugment)), config.data.repeats
     )
     bfloat16 = dtype_of(config.precision, topology.platform) == jnp.bfloat16
     if settings.topology and not bfloat16:
@@ -259,13 +278,16 @@ def compiled_memory(config: Any, assembly: Assembly, topology: str) -> CompiledM
             sharding.shardings(tree, mesh),
         )
 
-    side = config.data.crop
+    side = side_of_images(config)
     images = jax.ShapeDtypeStruct(
         (config.batch, side, side, 3), jnp.uint8, sharding=sharding.over_batch(mesh)
     )
     _, step = assembly.compiled_on(mesh)
-    teacher = placed(assembly.teacher.shapes, assembly.teacher.dtype)
-    compiled = step.lower(placed(assembly.state_shapes()), teacher, images).compile()
+    teachers = {
+        name: placed(each.backbone.shapes, each.backbone.dtype)
+        for name, each in assembly.teachers.items()
+    }
+    compiled = step.lower(placed(assembly.state_shapes()), teachers, images).compile()
     found = compiled.memory_analysis()
     assert found is not None
     return CompiledMemory(found.argument_size_in_bytes, found.temp_size_in_bytes)

@@ -27,7 +27,7 @@ from proteus_jax.storage import atomic_directory, sha256, write_atomically
 
 FORMAT = "proteus_jax model 1"
 WEIGHTS, CARD = "model.safetensors", "config.json"
-NO_LICENCE = "not stated"
+README, NO_LICENCE = "README.md", "not stated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,14 +88,23 @@ class ModelCard:
         )
 
 
-def save_model(directory: Path, params: Params, card: ModelCard, *, replace: bool = False) -> None:
-    """Writes a model directory, whole or not at all."""
+def save_model(
+    directory: Path,
+    params: Params,
+    card: ModelCard,
+    *,
+    replace: bool = False,
+    readme: str | None = None,
+) -> None:
+    """Writes a model directory, whole or not at all; `readme` is what README.md says of it."""
     arrays = canonical.from_params(jax.device_get(params), card.spec)
     with atomic_directory(directory, replace=replace) as temporary:
         weights = temporary / WEIGHTS
         safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in arrays.items()}, weights)
         text = json.dumps(card.to_json() | {"weights_sha256": sha256(weights)}, indent=2)
         (temporary / CARD).write_text(text + "\n")
+        if readme is not None:
+            (temporary / README).write_text(readme)
 
 
 def update_card(directory: Path, **changes: Any) -> None:

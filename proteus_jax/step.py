@@ -1,4 +1,4 @@
-"""One training step: what Proteus is. A frozen teacher and a student see the same images; the
+"""One training step: what Proteus is. Frozen teachers and a student see the same images; the
 student follows.
 
 Source: arXiv 2407.10366, section 3, and the authors' pretrain/models_proteus_dinov2.py.
@@ -13,24 +13,42 @@ import optax
 from jaxtyping import Array, Bool, Float, UInt8
 
 from proteus_jax.erasing import erase
+from proteus_jax.lens import regridded, renormalised, resized
 from proteus_jax.losses import Losses, LossWeights, distillation_losses
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.vit import Features
+from proteus_jax.standardise import Moments, known_at, moments_of, no_moments, standardised, updated
 
 Metrics = dict[str, jax.Array]
 
 
-class TrainState(NamedTuple):
-    """All that a checkpoint keeps. The teacher is not in it; `ema` is None where it is off.
+class Teacher(NamedTuple):
+    """Who is followed: a frozen ViT, the statistics and size of the images that it sees, and what
+    its objectives weigh. With `standardise` its tokens are brought to mean 0 and deviation 1 first.
 
-    Params and the rest are dicts by student name, one entry a student.
+    `side` is None where it sees images of the students' size.
+    """
+
+    backbone: BackboneFunction
+    normalisation: Normalisation
+    weights: LossWeights = LossWeights()
+    side: int | None = None
+    standardise: bool = False
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint keeps. Teachers are not in it; `ema` is None where it is off.
+
+    Params, optimizer and averages are dicts by student name; `statistics` has the running moments
+    of each teacher whose tokens are standardised.
     """
 
     step: jax.Array
     params: dict[str, Params]
     optimizer: dict[str, Any]
     ema: dict[str, Params] | None
+    statistics: dict[str, Moments]
 
 
 def random_masks(key: jax.Array, count: int, patches: int, ratio: float) -> Bool[Array, "m n"]:
@@ -47,15 +65,15 @@ def student_losses(
     student: StudentFunction,
     params: Params,
     images: Float[Array, "b h w 3"],
-    target: Features,
+    targets: Mapping[str, Features],
     mask: Bool[Array, "m n"] | None,
-    weights: LossWeights,
+    weights: Mapping[str, LossWeights],
     *,
     masked_rows: slice = slice(None, None, 2),
     key: jax.Array | None = None,
-) -> Losses:
-    """The objectives of one student on one batch; `masked_rows` are the half of the batch that
-    `mask` covers.
+) -> dict[str, Losses]:
+    """The objectives of one student on one batch, by teacher; `masked_rows` are the half of the
+    batch that `mask` covers.
 
     The masked pass runs those rows only. The reference runs the whole batch through it and uses
     half: without stochastic depth the losses and gradients are the same, at three quarters of the
@@ -64,89 +82,156 @@ def student_losses(
     """
     masked_images = None if mask is None else images[masked_rows]
     predictions = student(params, images, masked_images, mask, key)
-    masked_target = None if mask is None else target.patches[masked_rows]
-    return distillation_losses(predictions, target, masked_target, mask, weights)
+    losses = {}
+    for name, target in targets.items():
+        # A teacher whose patches count for nothing is not asked for them.
+        asked = mask is not None and weights[name].patch > 0
+        masked_target = target.patches[masked_rows] if asked else None
+        losses[name] = distillation_losses(
+            predictions.answers[name], target, masked_target, mask, weights[name]
+        )
+    return losses
+
+
+def seen_by(
+    teacher: Teacher,
+    params: Params,
+    pixels: Float[Array, "b h w 3"],
+    normalisation: Normalisation,
+    crop: int,
+    grid: int,
+) -> Features:
+    """A teacher's features, without gradient, of images that have a student's `normalisation`:
+    at the teacher's own size and statistics, its patches on the students' `grid`.
+    """
+    pixels = resized(pixels, teacher.side or crop)
+    pixels = renormalised(pixels, normalisation, teacher.normalisation)
+    return regridded(jax.lax.stop_gradient(teacher.backbone(params, pixels)), grid)
 
 
 def make_train_step(
     *,
-    teacher: BackboneFunction,
+    teachers: Mapping[str, Teacher],
     students: Mapping[str, StudentFunction],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     normalisation: Normalisation,
-    weights: LossWeights,
     mask_ratio: float,
     ema_decay: float,
     seed: int,
     erasing: float = 0.0,
     accumulate: int = 1,
-) -> Callable[[TrainState, Params, UInt8[Array, "b h w 3"]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, dict[str, Params], UInt8[Array, "b h w 3"]], tuple[TrainState, Metrics]]:
     """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state
     donated.
 
+    Images are as large as the largest that a model wants; `normalisation` is the students'.
     `erasing` is the share of the images that get a box of noise. The batch goes through in
     `accumulate` parts, one after the other, for one update. Randomness is a function of
     (seed, state.step) alone. Metrics are float32 scalars: `<student>/loss`,
-    `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss` and `learning_rate`.
+    `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss`, those of a second
+    teacher as `<student>/<teacher>_token_loss`, and `learning_rate`.
     """
+    grid = one_grid(students)
+    crop = grid * next(iter(students.values())).spec.patch_size
+    weights = {name: teacher.weights for name, teacher in teachers.items()}
+    masked = any(factors.patch for factors in weights.values())
 
-    def gradients_of(
-        params: dict[str, Params], teacher_params: Params, part: _Part
-    ) -> dict[str, tuple[Params, Losses]]:
-        """Gradients and losses of every student, from one pass of the teacher."""
-        target = jax.lax.stop_gradient(teacher(teacher_params, part.pixels))
+    def targets_of(
+        state: TrainState, teacher_params: dict[str, Params], pixels: jax.Array
+    ) -> tuple[dict[str, Features], dict[str, Moments]]:
+        """What every teacher says, and the moments of those who are standardised."""
+        targets, moments = {}, {}
+        for name, teacher in teachers.items():
+            said = seen_by(teacher, teacher_params[name], pixels, normalisation, crop, grid)
+            if teacher.standardise:
+                moments[name] = moments_of(said)
+                known = known_at(state.step, state.statistics[name], moments[name])
+                said = standardised(said, known)
+            targets[name] = said
+        return targets, moments
 
-        def objective(values: Params, student: StudentFunction) -> tuple[jax.Array, Losses]:
-            losses = student_losses(
-                student,
-                values,
-                part.pixels,
-                target,
-                part.mask,
-                weights,
-                key=part.key if student.drop_path else None,
-            )
-            return losses.loss, losses
+    def gradients_of(state: TrainState, teacher_params: dict[str, Params], part: _Part) -> _Found:
+        """Gradients and losses of every student, from one pass of the teachers."""
+        targets, moments = targets_of(state, teacher_params, part.pixels)
+        images = resized(part.pixels, crop)
+
+        def objective(
+            values: Params, student: StudentFunction
+        ) -> tuple[jax.Array, dict[str, Losses]]:
+            key = part.key if student.drop_path else None
+            losses = student_losses(student, values, images, targets, part.mask, weights, key=key)
+            return sum((each.loss for each in losses.values()), jnp.zeros(())), losses
 
         gradients = jax.grad(objective, has_aux=True)
-        return {name: gradients(params[name], student) for name, student in students.items()}
+        found = {name: gradients(state.params[name], s) for name, s in students.items()}
+        return _Found(found, moments)
 
     def train_step(
-        state: TrainState, teacher_params: Params, images: jax.Array
+        state: TrainState, teacher_params: dict[str, Params], images: jax.Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mask_key, drop_key, erasing_key = jax.random.split(key, 3)
         pixels = normalisation(images)
         if erasing:
             pixels = erase(erasing_key, pixels, erasing)
-        mask = None
-        if weights.patch:
-            patches = (images.shape[1] // teacher.spec.patch_size) ** 2
-            mask = random_masks(mask_key, len(images) // 2, patches, mask_ratio)
+        mask = random_masks(mask_key, len(images) // 2, grid**2, mask_ratio) if masked else None
         found = _mean_over_parts(
-            lambda part: gradients_of(state.params, teacher_params, part),
+            lambda part: gradients_of(state, teacher_params, part),
             _Part(pixels, mask, drop_key),
             accumulate,
         )
 
         params, optimizer_state, ema = {}, {}, {}
         metrics: Metrics = {"learning_rate": jnp.asarray(schedule(state.step))}
-        for name, (gradients, losses) in found.items():
+        for name, (gradients, losses) in found.students.items():
             updates, optimizer_state[name] = optimizer.update(
                 gradients, state.optimizer[name], state.params[name]
             )
             params[name] = optax.apply_updates(state.params[name], updates)
-            metrics |= {f"{name}/{key}": value for key, value in losses._asdict().items()}
+            metrics |= _named(name, losses)
             if state.ema is not None:
                 ema[name] = optax.incremental_update(
                     params[name]["backbone"], state.ema[name], 1.0 - ema_decay
                 )
-        return TrainState(
-            state.step + 1, params, optimizer_state, ema if state.ema is not None else None
-        ), metrics
+        statistics = {
+            name: updated(state.step, state.statistics[name], moments)
+            for name, moments in found.moments.items()
+        }
+        averages = ema if state.ema is not None else None
+        return TrainState(state.step + 1, params, optimizer_state, averages, statistics), metrics
 
     return train_step
+
+
+def one_grid(students: Mapping[str, StudentFunction]) -> int:
+    """The side of the patch grid that all students have; ValueError where they differ."""
+    grids = {name: student.spec.grid for name, student in students.items()}
+    if len(set(grids.values())) != 1:
+        raise ValueError(f"students that learn together need one grid of patches, found {grids}")
+    return next(iter(grids.values()))
+
+
+def _named(student: str, losses: dict[str, Losses]) -> Metrics:
+    """Rows of metrics: the sum of all losses, then each teacher's own; the first's without its
+    name.
+    """
+    named: Metrics = {}
+    for number, (teacher, each) in enumerate(losses.items()):
+        before = f"{teacher}_" if number else ""
+        named |= {
+            f"{student}/{before}{key}": value
+            for key, value in each._asdict().items()
+            if key != "loss"
+        }
+    return {f"{student}/loss": sum((each.loss for each in losses.values()), jnp.zeros(()))} | named
+
+
+class _Found(NamedTuple):
+    """What a part of a batch gives: by student (gradients, losses), by teacher moments."""
+
+    students: dict[str, tuple[Params, dict[str, Losses]]]
+    moments: dict[str, Moments]
 
 
 class _Part(NamedTuple):
@@ -193,8 +278,11 @@ def init_state(
     *,
     ema: bool,
     seed: int,
+    standardise: Mapping[str, int] | None = None,
 ) -> TrainState:
-    """Step 0: every student from the same seed, so that one among several equals one alone."""
+    """Step 0: every student from the same seed, so that one among several equals one alone.
+    `standardise` has the widths of the teachers whose tokens are.
+    """
     key = jax.random.key(seed)
     params = {name: student.init(key) for name, student in students.items()}
     averages = {name: jax.tree.map(jnp.copy, values["backbone"]) for name, values in params.items()}
@@ -203,4 +291,5 @@ def init_state(
         params=params,
         optimizer={name: optimizer.init(values) for name, values in params.items()},
         ema=averages if ema else None,
+        statistics={name: no_moments(width) for name, width in (standardise or {}).items()},
     )

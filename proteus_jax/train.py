@@ -25,8 +25,10 @@ from proteus_jax.data.pipeline import training_batches, worker_count
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
+from proteus_jax.lessons import FIRST, lessons
 from proteus_jax.messages import conclude, introduce
-from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
+from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table, read_metrics
+from proteus_jax.modelcard import licence_of, text_of
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
@@ -316,20 +318,8 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
     """
     several = len(experiment.students) > 1
     directories = []
-    for name, student in experiment.students.items():
-        card = ModelCard(
-            spec=student.spec,
-            normalisation=experiment.teacher_card.normalisation,
-            licence=f"that of its teacher: {experiment.teacher_card.licence}",
-            source={
-                "student": name,
-                "teacher": experiment.config.teacher,
-                "teacher_sha256": experiment.facts["teacher"],
-                "steps": experiment.total_steps,
-                "crop": experiment.config.data.crop,
-                "proteus_jax": proteus_jax.__version__,
-            },
-        )
+    for name in experiment.students:
+        card, readme = _card(experiment, name, workdir)
         copies = {"student": state.params[name]["backbone"]}
         if state.ema is not None:
             copies["student_ema"] = state.ema[name]
@@ -338,6 +328,49 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
             # Of all hosts: each may hold a part.
             whole = sharding.gather(params, experiment.mesh)
             if jax.process_index() == 0:
-                save_model(target, whole, card, replace=True)
+                save_model(target, whole, card, replace=True, readme=readme)
         directories.append(workdir / "student" / name if several else workdir / "student")
     return directories
+
+
+def _card(experiment: Experiment, name: str, workdir: Path) -> tuple[ModelCard, str]:
+    """What config.json and README.md say of a student."""
+    config, student = experiment.config, experiment.students[name]
+    taught = {key: lesson.source for key, lesson in lessons(config).items()}
+    start = {"start": config.start, "start_sha256": experiment.facts["start"]}
+    recipe = {
+        "steps": experiment.total_steps,
+        "batch": config.batch,
+        "crop": config.data.crop,
+        "images": ", ".join(config.data.root),
+        "proteus_jax": proteus_jax.__version__,
+        **(start if config.start else {}),
+    }
+    digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
+    card = ModelCard(
+        spec=student.spec,
+        family=_family(experiment, name),
+        normalisation=experiment.normalisation,
+        licence=licence_of(experiment.cards),
+        source={
+            "student": name,
+            "teacher": taught[FIRST],
+            "teacher_sha256": digests[FIRST],
+            **({"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}),
+            **recipe,
+        },
+    )
+    rows = list(read_metrics(workdir)) if jax.process_index() == 0 else []
+    prefix = f"{name}/" if len(experiment.students) > 1 else ""
+    results = {
+        key.removeprefix(prefix): value for row in rows for key, value in row.items() if value
+    }
+    teachers = {key: (source, experiment.cards[key]) for key, source in taught.items()}
+    return card, text_of(card, name, teachers, recipe, results)
+
+
+def _family(experiment: Experiment, name: str) -> str:
+    """Whose code has a place for the student: that of what it started from, or of its name."""
+    if experiment.start_card is not None:
+        return experiment.start_card.family
+    return next((family for family in ("synclr", "clip") if family in name.split("_")), "dinov2")

@@ -41,7 +41,7 @@ GRADIENT_TOLERANCE = 1e-4
 WITHIN_LEARNING_RATE, OUTSIDE_TOLERANCE = 0.02, 0.02
 COLOUR_TOLERANCE, GEOMETRY_TOLERANCE = 1.0, 2.0
 GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-HEADS = {"token_head": "token_head", "fea_head": "feature_head", "patch_head": "patch_head"}
+HEADS = {"token_head": "token", "fea_head": "feature", "patch_head": "patch"}
 HEAD_ARRAYS = {
     "0.weight": ("norm", "scale"),
     "0.bias": ("norm", "bias"),
@@ -188,13 +188,13 @@ def _outputs(
 
 
 def _student_params(arrays: Arrays, model: Recognised) -> Params:
-    params = {"backbone": canonical.to_params(model.arrays, model.spec)}
+    heads: Params = {head: {"norm": {}, "linear": {}} for head in HEADS.values()}
     for name, head in HEADS.items():
-        params[head] = {"norm": {}, "linear": {}}
         for array, (layer, leaf) in HEAD_ARRAYS.items():
             value = arrays[f"student/{name}/{array}"]
-            params[head][layer][leaf] = value.T if leaf == "kernel" else value
-    return params
+            heads[head][layer][leaf] = value.T if leaf == "kernel" else value
+    backbone = canonical.to_params(model.arrays, model.spec)
+    return {"backbone": backbone, "heads": {"teacher": heads}}
 
 
 def _original_names(params: Params, model: Recognised) -> Arrays:
@@ -205,7 +205,7 @@ def _original_names(params: Params, model: Recognised) -> Arrays:
     }
     for name, head in HEADS.items():
         for array, (layer, leaf) in HEAD_ARRAYS.items():
-            value = np.asarray(params[head][layer][leaf])
+            value = np.asarray(params["heads"]["teacher"][head][layer][leaf])
             named[f"{name}/{array}"] = value.T if leaf == "kernel" else value
     return named
 
@@ -222,7 +222,7 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     learning = _model(_under(arrays, "student/backbone/"), meta, "student_heads")
     teacher_spec, student_spec = taught.spec, learning.spec
     teacher = BackboneFunction(teacher_spec)
-    student = StudentFunction(student_spec, teacher_spec.width)
+    student = StudentFunction(student_spec, {"teacher": teacher_spec.width})
     frozen = canonical.to_params(taught.arrays, teacher_spec, optional=("mask_token",))
     teacher_params = jax.tree.map(jnp.asarray, frozen)
     params = jax.tree.map(jnp.asarray, _student_params(arrays, learning))
@@ -234,10 +234,12 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     def losses_and_gradients(
         params: Params, images: Any, mask: Any, rows: slice
     ) -> tuple[Params, Losses]:
-        target = teacher(teacher_params, images)
+        targets, factors = {"teacher": teacher(teacher_params, images)}, {"teacher": weights}
 
         def objective(params: Params) -> tuple[jax.Array, Losses]:
-            found = student_losses(student, params, images, target, mask, weights, masked_rows=rows)
+            found = student_losses(
+                student, params, images, targets, mask, factors, masked_rows=rows
+            )["teacher"]
             return found.loss, found
 
         return jax.grad(objective, has_aux=True)(params)

@@ -4,6 +4,7 @@ import pytest
 
 from proteus_jax.evaluation.agreement import (
     Agreement,
+    Said,
     TeacherTokens,
     centred_cosine,
     measure,
@@ -12,7 +13,6 @@ from proteus_jax.evaluation.agreement import (
     teacher_tokens,
 )
 from proteus_jax.evaluation.picture import CELL, GAP, HEADING, agreement_picture
-from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features
 
 
@@ -64,10 +64,10 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
         cls, patches = tokens(images, 0.0)
         return Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
 
-    def student(images: np.ndarray) -> Predictions:
+    def student(images: np.ndarray) -> Said:
         cls, patches = tokens(images, 0.3)
         features = Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
-        return Predictions(features, jnp.asarray(cls), jnp.asarray(patches), None)
+        return Said(features, cls, patches)
 
     found: list[Agreement] = []
     for batch in (4, 10):

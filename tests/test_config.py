@@ -15,7 +15,7 @@ from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS, ViTSpec
 from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import init_state, make_train_step
+from proteus_jax.step import Teacher, init_state, make_train_step
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -44,16 +44,17 @@ def test_every_config_builds(name: str) -> None:
     assert settings.teacher in KNOWN
     teacher = BackboneFunction(TEACHERS[settings.teacher])
     students = {
-        student: StudentFunction(SPECS[student], teacher.spec.width) for student in settings.student
+        student: StudentFunction(SPECS[student], {"teacher": teacher.spec.width})
+        for student in settings.student
     }
     schedule = warmup_cosine(1e-3, 1, 10)
+    factors = settings.loss.token, settings.loss.feature, settings.loss.patch
     step = make_train_step(
-        teacher=teacher,
+        teachers={"teacher": Teacher(teacher, IMAGENET, LossWeights(*factors))},
         students=students,
         optimizer=adamw(schedule, settings.weight_decay),
         schedule=schedule,
         normalisation=IMAGENET,
-        weights=LossWeights(settings.loss.token, settings.loss.feature, settings.loss.patch),
         mask_ratio=settings.mask_ratio,
         ema_decay=settings.ema_decay,
         seed=settings.seed,
@@ -61,7 +62,7 @@ def test_every_config_builds(name: str) -> None:
     crop = settings.data.crop
     images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)
     state = jax.eval_shape(lambda: init_state(students, adamw(schedule), ema=False, seed=0))
-    after, metrics = jax.eval_shape(step, state, teacher.shapes, images)
+    after, metrics = jax.eval_shape(step, state, {"teacher": teacher.shapes}, images)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
         lambda a: (a.shape, a.dtype), state
     )
@@ -121,7 +122,7 @@ def test_all_problems_come_in_one_list() -> None:
         "--config.learning_rate: expected a number, found 'fast'",
         "--config.seed: expected a whole number after it, found nothing",
         f"--config.student: expected one or more different names out of {', '.join(SPECS)}, "
-        "found ('vit_tiny', 'vit_mini')",
+        "each perhaps with _<n>blocks, found ('vit_tiny', 'vit_mini')",
         "--config.loss: expected one of its fields: loss.feature, loss.patch, loss.token",
         "--config.epochs: expected above 0, found nan",
         "--config.precision: expected one of auto, float32, bfloat16, found 'float16'",

@@ -17,8 +17,10 @@ LAYERS = [
     ("rendezvous",),
     ("cluster", "compiled"),
     ("models",),
+    ("standardise", "start", "lens"),
     ("losses", "erasing", "optim", "sharding", "flops"),
     ("step",),
+    ("lessons",),
     ("assembly",),
     ("convert.onnx_file", "convert.formats", "convert.directory", "convert.canonical"),
     ("convert.layouts",),
@@ -36,7 +38,7 @@ LAYERS = [
     ("topology",),
     ("experiment", "checkup", "plan"),
     ("examination",),
-    ("messages", "visualize"),
+    ("messages", "visualize", "modelcard"),
     ("train",),
 ]
 # Where an outside library may be named.

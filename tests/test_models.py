@@ -87,7 +87,7 @@ def test_a_table_resized_once_equals_one_resized_each_time(params: dict) -> None
 
 def test_initialisation_is_the_references() -> None:
     """Normal of 0.02 without a cut, tiny tokens, PyTorch's uniform for patches and heads."""
-    params = StudentFunction(SPECS["vit_tiny"], 384).init(jax.random.key(0))
+    params = StudentFunction(SPECS["vit_tiny"], {"teacher": 384}).init(jax.random.key(0))
     backbone = params["backbone"]
     kernel = np.asarray(backbone["blocks"]["mlp"]["fc1"]["kernel"])
     assert kernel.std() == pytest.approx(0.02, rel=0.01)
@@ -101,7 +101,7 @@ def test_initialisation_is_the_references() -> None:
     assert np.all(backbone["blocks"]["ls1"]["gamma"] == 1)
     for layer, fan_in in (
         (backbone["patch_embed"]["proj"], 588),
-        (params["token_head"]["linear"], 192),
+        (params["heads"]["teacher"]["token"]["linear"], 192),
     ):
         for array in (layer["kernel"], layer["bias"]):
             limit = fan_in**-0.5
@@ -110,7 +110,7 @@ def test_initialisation_is_the_references() -> None:
 
 
 def test_drop_path_drops_a_branch_of_a_sample(images: jax.Array) -> None:
-    student = StudentFunction(TINY, 16, drop_path=0.5)
+    student = StudentFunction(TINY, {"teacher": 16}, drop_path=0.5)
     params = student.init(jax.random.key(0))
     still = student(params, images).features.cls
     np.testing.assert_array_equal(still, student(params, images).features.cls)
@@ -119,7 +119,7 @@ def test_drop_path_drops_a_branch_of_a_sample(images: jax.Array) -> None:
     # The last block's two branches are each kept or dropped: four outcomes for a sample.
     for sample in range(2):
         assert len(np.unique(drawn[:, sample].round(4), axis=0)) == 4
-    none = StudentFunction(TINY, 16, drop_path=0.0)
+    none = StudentFunction(TINY, {"teacher": 16}, drop_path=0.0)
     np.testing.assert_array_equal(none(params, images, key=jax.random.key(0)).features.cls, still)
 
 
@@ -138,7 +138,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 def test_precision_table() -> None:
     """Matmuls in bfloat16; LayerNorm, softmax and a float32 student's stream in float32."""
-    student = StudentFunction(TINY, 16, dtype=jnp.bfloat16)
+    student = StudentFunction(TINY, {"teacher": 16}, dtype=jnp.bfloat16)
     params = student.init(jax.random.key(0))
     pixels = jnp.zeros((2, 56, 56, 3))
     inputs: dict[str, set[str]] = {}

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from proteus_jax import config, flops, plan
-from proteus_jax.assembly import assemble, length
+from proteus_jax.assembly import Known, assemble, length
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
 from proteus_jax.models.normalisation import IMAGENET
@@ -37,15 +37,15 @@ def test_forward_work(name: str, giga_multiplications: float) -> None:
 
 def test_training_work_is_the_teachers_once_and_the_students_by_half_more() -> None:
     teacher, student = SPECS["vit_base"], SPECS["vit_small"]
-    work = flops.training(teacher, [student], 224, masked=True)
+    work = flops.training([(teacher, 224)], [student], 224, masked=True)
     assert work.teacher == flops.forward(teacher, 224)
     assert work.student == 3 * flops.forward(student, 224)
     assert work.masked_half == work.student / 2
     assert work.heads < 0.01 * work.total
-    unmasked = flops.training(teacher, [student], 224, masked=False)
+    unmasked = flops.training([(teacher, 224)], [student], 224, masked=False)
     assert unmasked.masked_half == 0
     assert unmasked.heads < work.heads
-    both = flops.training(teacher, [student, student], 224, masked=True)
+    both = flops.training([(teacher, 224)], [student, student], 224, masked=True)
     assert both.student == 2 * work.student
     assert both.teacher == work.teacher
 
@@ -87,9 +87,9 @@ def assembled(*overrides: str) -> tuple:
     configuration: Any
     configuration, problems = config.load(str(ROOT / "configs" / "vitb14.py"), changes)
     assert not problems
-    spec = teacher_spec(configuration.teacher)
+    known = Known(teacher_spec(configuration.teacher), IMAGENET)
     steps = length(configuration, plan.IMAGENET_IMAGES)
-    return configuration, assemble(configuration, spec, IMAGENET, steps, "tpu")
+    return configuration, assemble(configuration, {"teacher": known}, steps, "tpu")
 
 
 def test_memory_follows_what_a_configuration_asks_for() -> None:

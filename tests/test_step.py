@@ -16,6 +16,7 @@ from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.optim import adamw, decay_mask, scaled_learning_rate, warmup_cosine
 from proteus_jax.step import (
+    Teacher,
     TrainState,
     init_state,
     make_train_step,
@@ -25,8 +26,8 @@ from proteus_jax.step import (
 
 TEACHER = BackboneFunction(TINY)
 STUDENTS = {
-    "small": StudentFunction(ViTSpec(width=16, depth=2, heads=2, grid=4), TINY.width),
-    "large": StudentFunction(ViTSpec(width=24, depth=1, heads=2, grid=4), TINY.width),
+    "small": StudentFunction(ViTSpec(width=16, depth=2, heads=2, grid=4), {"teacher": TINY.width}),
+    "large": StudentFunction(ViTSpec(width=24, depth=1, heads=2, grid=4), {"teacher": TINY.width}),
 }
 BATCH = 16
 
@@ -37,12 +38,11 @@ def make(names: tuple[str, ...] = ("small",), **changes):
     schedule = warmup_cosine(1e-2, 2, 10)
     optimizer = adamw(schedule)
     settings = {
-        "teacher": TEACHER,
+        "teachers": {"teacher": Teacher(TEACHER, IMAGENET)},
         "students": students,
         "optimizer": optimizer,
         "schedule": schedule,
         "normalisation": IMAGENET,
-        "weights": LossWeights(),
         "mask_ratio": 0.5,
         "ema_decay": 0.0,
         "seed": 3,
@@ -67,7 +67,7 @@ def run(step, state: TrainState, teacher_params: dict, batches) -> tuple[TrainSt
     rows = []
     compiled = jax.jit(step)
     for images in batches:
-        state, metrics = compiled(state, teacher_params, images)
+        state, metrics = compiled(state, {"teacher": teacher_params}, images)
         rows.append(jax.device_get(metrics))
     return state, rows
 
@@ -110,9 +110,15 @@ def test_masked_half_equals_the_whole_batch_as_the_reference_runs_it(
     whole = jnp.zeros((BATCH, 16), bool).at[::2].set(half)
 
     def losses(params: dict, mask: jax.Array, rows: slice):
-        found = student_losses(
-            student, params, pixels, target, mask, LossWeights(), masked_rows=rows
-        )
+        (found,) = student_losses(
+            student,
+            params,
+            pixels,
+            {"teacher": target},
+            mask,
+            {"teacher": LossWeights()},
+            masked_rows=rows,
+        ).values()
         return found.loss, found
 
     def grad(params: dict, mask: jax.Array, rows: slice):
@@ -138,8 +144,9 @@ def test_losses_against_numpy(teacher_params: dict, batches: np.ndarray) -> None
     target = jax.device_get(TEACHER(teacher_params, pixels))
     mask = random_masks(jax.random.key(5), BATCH // 2, 16, 0.3)
     weights = LossWeights(2.0, 0.5, 3.0)
-    found = student_losses(student, params, pixels, TEACHER(teacher_params, pixels), mask, weights)
-    said = jax.device_get(student(params, pixels, pixels[::2], mask))
+    targets = {"teacher": TEACHER(teacher_params, pixels)}
+    (found,) = student_losses(student, params, pixels, targets, mask, {"teacher": weights}).values()
+    said = jax.device_get(student(params, pixels, pixels[::2], mask)).answers["teacher"]
     token = np.mean((said.token - target.cls) ** 2)
     everything = np.concatenate([said.token[:, None], said.feature], axis=1)
     taught = np.concatenate([target.cls[:, None], target.patches], axis=1)
@@ -179,11 +186,15 @@ def test_cheaper_in_memory_and_the_same(
 def test_precisions(batches: np.ndarray) -> None:
     """Matmuls bfloat16; LayerNorm, softmax, losses, stream, parameters and optimizer float32."""
     teacher = BackboneFunction(TINY, jnp.bfloat16)
-    student = StudentFunction(STUDENTS["small"].spec, TINY.width, jnp.bfloat16)
+    student = StudentFunction(STUDENTS["small"].spec, {"teacher": TINY.width}, jnp.bfloat16)
     optimizer = adamw(1e-3, first_moment=jnp.bfloat16)
-    step, _ = make(teacher=teacher, students={"small": student}, optimizer=optimizer)
+    teachers = {"teacher": Teacher(teacher, IMAGENET)}
+    step, _ = make(teachers=teachers, students={"small": student}, optimizer=optimizer)
     state = init_state({"small": student}, optimizer, ema=False, seed=0)
-    params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), teacher.init(jax.random.key(0)))
+    weights = jax.tree.map(
+        lambda array: array.astype(jnp.bfloat16), teacher.init(jax.random.key(0))
+    )
+    params = {"teacher": weights}
     shapes = jax.eval_shape(step, state, params, batches[0])
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes[0].params)} == {jnp.dtype("float32")}
     moments = shapes[0].optimizer["small"][0]
@@ -233,7 +244,7 @@ def test_many_devices_equal_one(
     step, init = make()
     places = sharding.shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=places)()
-    placed = sharding.place_tree(teacher_params, mesh)
+    placed = {"teacher": sharding.place_tree(teacher_params, mesh)}
     kernel = state.params["small"]["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.is_fully_replicated == (fsdp == 1)
     rows = []
@@ -286,7 +297,7 @@ def test_average_follows_the_backbone(teacher_params: dict, batches: np.ndarray)
     expected = init().params["small"]["backbone"]
     now = init()
     for images in batches[:2]:
-        now, _ = jax.jit(step)(now, teacher_params, images)
+        now, _ = jax.jit(step)(now, {"teacher": teacher_params}, images)
         expected = jax.tree.map(
             lambda old, new: 0.9 * old + 0.1 * new, expected, now.params["small"]["backbone"]
         )
@@ -295,12 +306,14 @@ def test_average_follows_the_backbone(teacher_params: dict, batches: np.ndarray)
 
 
 def test_without_a_patch_loss_nothing_is_masked(teacher_params: dict, batches: np.ndarray) -> None:
-    step, init = make(weights=LossWeights(1.0, 1.0, 0.0))
+    step, init = make(teachers={"teacher": Teacher(TEACHER, IMAGENET, LossWeights(1.0, 1.0, 0.0))})
     # An odd batch: nothing is halved.
     state, (row,) = run(step, init(), teacher_params, batches[:1, :15])
     assert row["small/patch_loss"] == 0
-    before = init().params["small"]["patch_head"]["norm"]["bias"]
-    np.testing.assert_array_equal(state.params["small"]["patch_head"]["norm"]["bias"], before)
+    before, after = (
+        at.params["small"]["heads"]["teacher"]["patch"]["norm"]["bias"] for at in (init(), state)
+    )
+    np.testing.assert_array_equal(after, before)
 
 
 def test_schedule_is_timms_by_step() -> None:
@@ -324,7 +337,7 @@ def test_vectors_and_biases_are_not_decayed() -> None:
     assert backbone["blocks"]["norm1"] == {"scale": False, "bias": False}
     assert backbone["blocks"]["ls1"] == {"gamma": False}
     assert backbone["pos_embed"] is backbone["cls_token"] is backbone["mask_token"] is True
-    assert mask["token_head"]["linear"] == {"kernel": True, "bias": False}
+    assert mask["heads"]["teacher"]["token"]["linear"] == {"kernel": True, "bias": False}
 
 
 def test_optimizer_is_pytorchs() -> None:

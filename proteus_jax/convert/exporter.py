@@ -27,12 +27,11 @@ from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import resize_position_table
-from proteus_jax.pretrained import ModelCard, load_model
+from proteus_jax.pretrained import README, ModelCard, load_model
 from proteus_jax.storage import atomic_directory
 
 # Largest error of an export that counts as done, in standard deviations of our own tokens.
 TOLERANCE = 1e-4
-README = "README.md"
 
 
 class Subject(NamedTuple):

@@ -9,10 +9,10 @@ sides first.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from proteus_jax.evaluation.similarity import linear_cka
-from proteus_jax.models.student import Predictions
 from proteus_jax.models.vit import Features
 
 NEIGHBOURS = 5
@@ -38,6 +38,16 @@ class TeacherTokens(NamedTuple):
     patches: np.ndarray
 
 
+class Said(NamedTuple):
+    """What a student says of a batch: its own features, and its answers to the first teacher in
+    that teacher's own scale.
+    """
+
+    features: Features
+    token: jax.Array | np.ndarray
+    feature: jax.Array | np.ndarray
+
+
 class StudentTokens(NamedTuple):
     """What a student says of the views in the teacher's space, [M, T] and [M, N, T], and its own
     class tokens [M, D]; float32 on the host.
@@ -60,7 +70,7 @@ def teacher_tokens(
 
 
 def student_tokens(
-    student: Callable[[np.ndarray], Predictions], views: np.ndarray, batch: int
+    student: Callable[[np.ndarray], Said], views: np.ndarray, batch: int
 ) -> StudentTokens:
     """Views through a student and its heads, `batch` at a time."""
     parts = [student(images) for images in _batches(views, batch)]

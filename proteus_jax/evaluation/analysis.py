@@ -21,9 +21,11 @@ from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Table, compiled_pass, feature_pass
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.similarity import effective_rank, linear_cka, spectrum
+from proteus_jax.lessons import FIRST
 from proteus_jax.loading import Heads, load_any, load_heads
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.pretrained import Model
+from proteus_jax.standardise import standardised
 
 QUERIES, NEIGHBOURS = 6, 5
 # So many shares of the spectrum are written down.
@@ -84,7 +86,7 @@ def _refuse_crop(config: Any, teacher: Model) -> None:
 def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
     if heads is None:
         return
-    learnt = heads.params["token_head"]["linear"]["bias"].size, heads.student.spec.patch_size
+    learnt = heads.teacher_width, heads.student.spec.patch_size
     found = teacher.spec.width, teacher.spec.patch_size
     if learnt != found:
         raise InputError(
@@ -200,10 +202,12 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict
     mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 
     def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        pixels = teacher.normalisation(images)
-        target = teacher.backbone(params[1], pixels)
+        target = teacher.backbone(params[1], teacher.normalisation(images))
+        if heads.moments is not None:
+            target = standardised(target, heads.moments)
         masks = jnp.broadcast_to(mask, (len(images), len(mask)))
-        said = student(params[0], pixels, pixels, masks)
+        pixels = heads.normalisation(images)
+        said = student(params[0], pixels, pixels, masks).answers[FIRST]
         assert said.patch is not None
         return {
             "token": jnp.mean((said.token - target.cls) ** 2, axis=-1),

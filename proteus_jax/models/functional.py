@@ -5,7 +5,7 @@ stacked: every array under "blocks" has a leading layer axis. Why plain dicts:
 docs/decisions/0001-plain-arrays.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,14 +77,14 @@ class BackboneFunction(_Functional):
 
 
 class StudentFunction(_Functional):
-    """A student with its heads; params have "backbone", "token_head", "feature_head" and
-    "patch_head".
+    """A student with its heads; params have "backbone" and "heads", by teacher and then "token",
+    "feature" and "patch".
     """
 
     def __init__(
         self,
         spec: ViTSpec,
-        teacher_width: int,
+        teacher_widths: Mapping[str, int],
         dtype: DTypeLike = jnp.float32,
         drop_path: float = 0.0,
         remat: str = "off",
@@ -92,7 +92,7 @@ class StudentFunction(_Functional):
         self.spec, self.dtype = spec, jnp.dtype(dtype)
         self.drop_path = drop_path
         self.remat = remat
-        super().__init__(lambda rngs: Student(spec, teacher_width, dtype=dtype, rngs=rngs))
+        super().__init__(lambda rngs: Student(spec, teacher_widths, dtype=dtype, rngs=rngs))
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ or those of SynCLR and CLIP where a name ends so.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,3 +157,41 @@ for _name in ("vit_small", "vit_base", "vit_large"):
 # Other patch sizes than the paper's 14.
 for _name in _SIZES:
     SPECS[f"{_name}_patch16"] = dataclasses.replace(SPECS[_name], patch_size=16, grid=14)
+
+
+def named_spec(name: str) -> ViTSpec | None:
+    """The spec of a student's name; NAME_<n>blocks is NAME with fewer blocks. None for no such
+    name.
+    """
+    shortened = re.fullmatch(r"(.+)_([1-9]\d*)blocks", name)
+    base = SPECS.get(shortened[1] if shortened else name)
+    if base is None or shortened is None:
+        return base
+    depth = int(shortened[2])
+    return dataclasses.replace(base, depth=depth) if depth <= base.depth else None
+
+
+def student_spec(name: str, crop: int, start: ViTSpec | None = None) -> ViTSpec:
+    """The student of a name for square crops. One that starts from a model has that model's
+    choices: its name tells the sizes alone. ValueError where they do not fit together.
+    """
+    spec = named_spec(name)
+    if spec is None:
+        raise ValueError(f"{name}: no student has that name")
+    if start is not None:
+        if (start.width, start.heads) != (spec.width, spec.heads):
+            raise ValueError(
+                f"{name} is {spec.width} wide with {spec.heads} heads, the model to start from "
+                f"{start.width} with {start.heads}"
+            )
+        if start.depth % spec.depth:
+            raise ValueError(
+                f"{name} has {spec.depth} blocks, the model to start from {start.depth}: expected "
+                "a divisor"
+            )
+        spec = dataclasses.replace(start, depth=spec.depth)
+    if crop % spec.patch_size:
+        raise ValueError(
+            f"{name} has patches of {spec.patch_size} px, which do not divide crops of {crop} px"
+        )
+    return dataclasses.replace(spec, grid=crop // spec.patch_size)

@@ -1,8 +1,9 @@
-"""The student in training: a ViT and the three heads that speak the teacher's language.
+"""The student in training: a ViT and, for each teacher, three heads that speak its language.
 
 Source: arXiv 2407.10366 and the authors' pretrain/models_proteus_dinov2.py.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +20,21 @@ from proteus_jax.models.vit import Features, VisionTransformer
 HEAD_NORM_EPSILON = 1e-5
 
 
-class Predictions(NamedTuple):
-    """What the student says of a batch, in the teacher's space; `patch` is None without a masked
+class Answers(NamedTuple):
+    """What the student says of a batch in one teacher's space; `patch` is None without a masked
     pass.
     """
 
-    features: Features
     token: Float[Array, "b t"]
     feature: Float[Array, "b n t"]
     patch: Float[Array, "m n t"] | None
+
+
+class Predictions(NamedTuple):
+    """The student's own features of a batch, and its answers to each teacher by name."""
+
+    features: Features
+    answers: dict[str, Answers]
 
 
 class Head(nnx.Module):
@@ -45,16 +52,38 @@ class Head(nnx.Module):
         return self.linear(self.norm(tokens))
 
 
+class Heads(nnx.Module):
+    """Token head, feature head and patch head for one teacher."""
+
+    def __init__(self, width: int, teacher_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.token = Head(width, teacher_width, dtype=dtype, rngs=rngs)
+        self.feature = Head(width, teacher_width, dtype=dtype, rngs=rngs)
+        self.patch = Head(width, teacher_width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, features: Features, masked: Features | None) -> Answers:
+        """Answers from the features of the unmasked pass and, where there is one, the masked."""
+        patch = None if masked is None else self.patch(masked.patches)
+        return Answers(self.token(features.cls), self.feature(features.patches), patch)
+
+
 class Student(nnx.Module):
-    """Backbone, token head, feature head and patch head."""
+    """Backbone, and heads by the name of their teacher."""
 
     def __init__(
-        self, spec: ViTSpec, teacher_width: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        spec: ViTSpec,
+        teacher_widths: Mapping[str, int],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.backbone = VisionTransformer(spec, dtype=dtype, rngs=rngs)
-        self.token_head = Head(spec.width, teacher_width, dtype=dtype, rngs=rngs)
-        self.feature_head = Head(spec.width, teacher_width, dtype=dtype, rngs=rngs)
-        self.patch_head = Head(spec.width, teacher_width, dtype=dtype, rngs=rngs)
+        self.heads = nnx.Dict(
+            {
+                name: Heads(spec.width, width, dtype=dtype, rngs=rngs)
+                for name, width in teacher_widths.items()
+            }
+        )
 
     def __call__(
         self,
@@ -68,14 +97,13 @@ class Student(nnx.Module):
     ) -> Predictions:
         """Unmasked predictions for `images`, masked ones for `masked_images` under `mask`."""
         training = {"drop_path": drop_path, "key": key, "remat": remat}
+        masked: Features | None = None
         if masked_images is None or mask is None:
             features = self.backbone(images, **training)
-            return Predictions(
-                features, self.token_head(features.cls), self.feature_head(features.patches), None
-            )
-        features, masked = self._both_passes(images, masked_images, mask, training)
-        token, feature = self.token_head(features.cls), self.feature_head(features.patches)
-        return Predictions(features, token, feature, self.patch_head(masked.patches))
+        else:
+            features, masked = self._both_passes(images, masked_images, mask, training)
+        answers = {name: heads(features, masked) for name, heads in self.heads.items()}
+        return Predictions(features, answers)
 
     def _both_passes(
         self,

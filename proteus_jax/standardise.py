@@ -1,0 +1,84 @@
+"""A teacher's tokens with mean 0 and deviation 1 in every channel: teachers of different scales can
+then be learnt from at once.
+
+Running statistics in the manner of UNIC (arXiv 2408.05088): class tokens and patches apart.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from proteus_jax.models.vit import Features
+
+# The share that a batch has in the statistics once there have been many.
+LEAST_SHARE = 1e-3
+_EPSILON = 1e-6
+
+
+class Moments(NamedTuple):
+    """Means of tokens and of their squares, float32."""
+
+    cls: Float[Array, "d"]
+    cls_square: Float[Array, "d"]
+    patches: Float[Array, "d"]
+    patches_square: Float[Array, "d"]
+
+
+def no_moments(width: int) -> Moments:
+    """Before the first batch: mean 0, deviation 1."""
+    return Moments(*(jnp.full(width, value) for value in (0.0, 1.0, 0.0, 1.0)))
+
+
+def moments_of(features: Features) -> Moments:
+    """Of one batch."""
+    cls = features.cls.astype(jnp.float32)
+    patches = features.patches.astype(jnp.float32)
+    return Moments(
+        jnp.mean(cls, axis=0),
+        jnp.mean(jnp.square(cls), axis=0),
+        jnp.mean(patches, axis=(0, 1)),
+        jnp.mean(jnp.square(patches), axis=(0, 1)),
+    )
+
+
+def known_at(step: jax.Array, running: Moments, found: Moments) -> Moments:
+    """What a step may use: the running moments or, before there are any, the batch's own."""
+    return jax.tree.map(lambda old, new: jnp.where(step == 0, new, old), running, found)
+
+
+def updated(step: jax.Array, running: Moments, found: Moments) -> Moments:
+    """A plain mean over the first batches, then an average that forgets slowly."""
+    share = jnp.maximum(1.0 / (step + 1.0), LEAST_SHARE)
+    return jax.tree.map(lambda old, new: old + share * (new - old), running, found)
+
+
+def standardised(features: Features, moments: Moments) -> Features:
+    """Float32 tokens; registers stay as they are."""
+    return Features(
+        _apart(features.cls, moments.cls, moments.cls_square),
+        _apart(features.patches, moments.patches, moments.patches_square),
+        features.registers,
+    )
+
+
+def restored(features: Features, moments: Moments) -> Features:
+    """The inverse: standardised tokens in the teacher's own scale."""
+    return Features(
+        _together(features.cls, moments.cls, moments.cls_square),
+        _together(features.patches, moments.patches, moments.patches_square),
+        features.registers,
+    )
+
+
+def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0) + _EPSILON)
+
+
+def _apart(tokens: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
+    return (tokens.astype(jnp.float32) - mean) / _deviation(mean, square)
+
+
+def _together(tokens: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
+    return tokens.astype(jnp.float32) * _deviation(mean, square) + mean
