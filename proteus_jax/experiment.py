@@ -30,7 +30,7 @@ from proteus_jax.lens import resized
 from proteus_jax.lessons import FIRST, lessons, masks, side_of_images
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
-from proteus_jax.models.specs import student_spec
+from proteus_jax.models.specs import ViTSpec, student_spec
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
 from proteus_jax.standardise import Moments, restored
@@ -198,30 +198,31 @@ def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
             continue
         patch, side = load_card(directory).spec.patch_size, lesson.crop or config.data.crop
         if side % patch:
-            where = _field(name).removesuffix("teacher") + (
-                "crop" if name != FIRST else "teacher_crop"
-            )
+            own = "teacher_crop" if name == FIRST else f"more_teachers.{name}.crop"
             problems.append(
-                f"--config.{where}: {lesson.source} has patches of {patch} px, which do not divide "
-                f"images of {side} px"
+                f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
+                f"{patch} px, which do not divide images of {side} px"
             )
     start = models.get(START)
-    if config.start and start is None:
-        return problems
-    spec = None if start is None else load_card(start).spec
-    students = []
+    if start is not None:
+        problems += _check_students(config, load_card(start).spec)
+    return problems
+
+
+def _check_students(config: Any, start: ViTSpec) -> list[str]:
+    """Whether the students can start from a model, whose patches they then have."""
+    problems = []
     for name in config.student:
         try:
-            students.append(student_spec(name, config.data.crop, spec))
+            student = student_spec(name, config.data.crop, start)
         except ValueError as error:
             problems.append(f"--config.student: {error}")
-    if masks(config):
-        problems += [
-            f"--config.mask_ratio: {config.mask_ratio} masks no patch of a {config.data.crop} px "
-            "crop"
-            for student in students[:1]
-            if int(student.grid**2 * config.mask_ratio) < 1
-        ]
+            continue
+        if masks(config) and int(student.grid**2 * config.mask_ratio) < 1:
+            problems.append(
+                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
+                f"{config.data.crop} px crop"
+            )
     return problems
 
 

@@ -189,7 +189,8 @@ def make_train_step(
                 gradients, state.optimizer[name], state.params[name]
             )
             params[name] = optax.apply_updates(state.params[name], updates)
-            metrics |= _named(name, losses)
+            # In the configuration's order: JAX sorts a dict that goes through it.
+            metrics |= _named(name, {teacher: losses[teacher] for teacher in teachers})
             if state.ema is not None:
                 ema[name] = optax.incremental_update(
                     params[name]["backbone"], state.ema[name], 1.0 - ema_decay

@@ -6,26 +6,16 @@ import pytest
 from conftest import ROOT
 
 from proteus_jax import config
+from proteus_jax.assembly import Known, Length, assemble
 from proteus_jax.config import Override
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
-from proteus_jax.losses import LossWeights
-from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.models.specs import SPECS, ViTSpec
-from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import Teacher, init_state, make_train_step
+from proteus_jax.lessons import lessons
+from proteus_jax.models.specs import SPECS
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-TEACHERS = {
-    "dinov2_vits14": SPECS["vit_small"],
-    "dinov2_vits14_imgfocus": SPECS["vit_small"],
-    "dinov2_vitb14": SPECS["vit_base"],
-    "dinov2_vitl14": SPECS["vit_large"],
-    "dinov2_vitg14": ViTSpec(width=1536, depth=40, heads=24, feed_forward="swiglu"),
-}
 
 
 def problems(*overrides: tuple[str, str | None]) -> list[str]:
@@ -42,27 +32,17 @@ def test_every_config_builds(name: str) -> None:
     settings: Any = loaded
     assert faults == []
     assert settings.teacher in KNOWN
-    teacher = BackboneFunction(TEACHERS[settings.teacher])
-    students = {
-        student: StudentFunction(SPECS[student], {"teacher": teacher.spec.width})
-        for student in settings.student
+    known = {
+        name: Known(KNOWN[lesson.source].spec, KNOWN[lesson.source].normalisation)
+        for name, lesson in lessons(settings).items()
     }
-    schedule = warmup_cosine(1e-3, 1, 10)
-    factors = settings.loss.token, settings.loss.feature, settings.loss.patch
-    step = make_train_step(
-        teachers={"teacher": Teacher(teacher, IMAGENET, LossWeights(*factors))},
-        students=students,
-        optimizer=adamw(schedule, settings.weight_decay),
-        schedule=schedule,
-        normalisation=IMAGENET,
-        mask_ratio=settings.mask_ratio,
-        ema_decay=settings.ema_decay,
-        seed=settings.seed,
-    )
+    start = KNOWN[settings.start].spec if settings.start else None
+    assembly = assemble(settings, known, Length(10, 1), "tpu", start)
     crop = settings.data.crop
     images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)
-    state = jax.eval_shape(lambda: init_state(students, adamw(schedule), ema=False, seed=0))
-    after, metrics = jax.eval_shape(step, state, {"teacher": teacher.shapes}, images)
+    teachers = {name: each.backbone.shapes for name, each in assembly.teachers.items()}
+    state = assembly.state_shapes()
+    after, metrics = jax.eval_shape(assembly.train_step, state, teachers, images)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
         lambda a: (a.shape, a.dtype), state
     )

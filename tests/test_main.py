@@ -272,7 +272,7 @@ def test_a_teacher_that_cannot_be_fetched(tmp_path: Path, photographs: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_patch_sizes_must_agree(tmp_path: Path, photographs: Path) -> None:
+def test_patches_must_divide_the_crops(tmp_path: Path, photographs: Path) -> None:
     import jax
 
     from proteus_jax.models.functional import BackboneFunction
@@ -285,7 +285,7 @@ def test_patch_sizes_must_agree(tmp_path: Path, photographs: Path) -> None:
     )
     result = finish(command(tmp_path / "run", photographs, tmp_path / "teacher"), tmp_path)
     assert result.returncode == 2
-    assert "vit_tiny has patches of 14 px, the teacher of 16 px; they must agree" in result.stderr
+    assert "has patches of 16 px, which do not divide images of 28 px" in result.stderr
 
 
 def test_a_terminal_shows_a_live_line_and_no_chatter(

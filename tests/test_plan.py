@@ -117,7 +117,8 @@ def test_the_estimate_is_near_what_a_compiler_says() -> None:
     images = jax.ShapeDtypeStruct((32, 112, 112, 3), "uint8")
     state = assembly.state_shapes()
     step = jax.jit(assembly.train_step, donate_argnums=0)
-    found = step.lower(state, assembly.teacher.shapes, images).compile().memory_analysis()
+    teachers = {"teacher": assembly.teachers["teacher"].backbone.shapes}
+    found = step.lower(state, teachers, images).compile().memory_analysis()
     assert found is not None
     stored = estimate.student + estimate.optimizer + estimate.teacher + 32 * 112**2 * 3
     assert found.argument_size_in_bytes == pytest.approx(stored, rel=0.01)

@@ -283,10 +283,10 @@ def test_randomness_is_a_function_of_the_step(
     compiled = jax.jit(step)
     state, _ = run(step, init(), teacher_params, batches[:2])
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
-    _, metrics = compiled(state, teacher_params, batches[2])
+    _, metrics = compiled(state, {"teacher": teacher_params}, batches[2])
     assert float(metrics["small/patch_loss"]) == float(single[1][2]["small/patch_loss"])
     other, _ = make(seed=4)
-    _, metrics = jax.jit(other)(state, teacher_params, batches[2])
+    _, metrics = jax.jit(other)(state, {"teacher": teacher_params}, batches[2])
     assert float(metrics["small/patch_loss"]) != float(single[1][2]["small/patch_loss"])
     assert float(metrics["small/token_loss"]) == float(single[1][2]["small/token_loss"])
 

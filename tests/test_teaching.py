@@ -1,0 +1,342 @@
+"""Teachers of other statistics, sizes, grids and scales, several at once, and students that start
+from released weights.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from test_families import of_spec
+from test_main import command, finish
+
+import proteus_jax
+from proteus_jax.convert import canonical
+from proteus_jax.lens import regridded, renormalised, resized
+from proteus_jax.loading import load_heads
+from proteus_jax.losses import LossWeights
+from proteus_jax.metrics import read_metrics
+from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET, Normalisation
+from proteus_jax.models.specs import SPECS, ViTSpec, named_spec, student_spec
+from proteus_jax.models.vit import Features
+from proteus_jax.optim import adamw
+from proteus_jax.pretrained import ModelCard, load_card, load_model, save_model
+from proteus_jax.standardise import moments_of, no_moments, restored, standardised, updated
+from proteus_jax.start import adapted
+from proteus_jax.step import Teacher, TrainState, init_state, make_train_step
+
+BATCH, CROP = 8, 56
+SMALL = ViTSpec(width=16, depth=1, heads=2, grid=4)
+# A finer grid, registers, other statistics and a wider stream.
+OTHER = ViTSpec(width=40, depth=1, heads=2, patch_size=7, grid=8, registers=3)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 256, (BATCH, CROP, CROP, 3), dtype=np.uint8)
+
+
+def trained(
+    teachers: dict[str, Teacher], images: np.ndarray, steps: int = 1, **changes: Any
+) -> tuple[TrainState, list[dict], dict]:
+    """After some steps on the same images: state, rows of metrics, the teachers' parameters."""
+    widths = {name: teacher.backbone.spec.width for name, teacher in teachers.items()}
+    students = {"small": StudentFunction(changes.pop("spec", SMALL), widths)}
+    optimizer = adamw(1e-3)
+    normalisation = next(iter(teachers.values())).normalisation
+    step = make_train_step(
+        teachers=teachers, students=students, optimizer=optimizer, schedule=lambda _: 1e-3,
+        normalisation=normalisation, mask_ratio=0.5, ema_decay=0.0, seed=3, **changes,
+    )  # fmt: skip
+    params = {
+        name: teacher.backbone.init(jax.random.key(number))
+        for number, (name, teacher) in enumerate(teachers.items(), 1)
+    }
+    scaled = {name: widths[name] for name, each in teachers.items() if each.standardise}
+    state = init_state(students, optimizer, ema=False, seed=3, standardise=scaled)
+    compiled, rows = jax.jit(step), []
+    for _ in range(steps):
+        state, metrics = compiled(state, params, images)
+        rows.append(jax.device_get(metrics))
+    return state, rows, params
+
+
+def test_what_is_there_already_is_not_touched() -> None:
+    """Equal sizes, statistics and grids give back the very same arrays."""
+    pixels, tokens = jnp.ones((1, 56, 56, 3)), jnp.ones((1, 16, 5))
+    features = Features(tokens[:, 0], tokens, tokens[:, :0])
+    assert resized(pixels, 56) is pixels
+    assert renormalised(pixels, IMAGENET, Normalisation(*IMAGENET)) is pixels
+    assert regridded(features, 4) is features
+
+
+def test_the_plain_path_is_bit_for_bit_the_same(images: np.ndarray) -> None:
+    backbone = BackboneFunction(TINY)
+    plain, rows, _ = trained({"teacher": Teacher(backbone, IMAGENET)}, images, steps=2)
+    stated = Teacher(backbone, IMAGENET, LossWeights(), side=CROP)
+    again, same, _ = trained({"teacher": stated}, images, steps=2)
+    assert rows == same
+    jax.tree.map(np.testing.assert_array_equal, plain, again)
+
+
+def test_other_statistics() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    moved = renormalised(IMAGENET(jnp.asarray(pixels)), IMAGENET, CLIP)
+    np.testing.assert_allclose(moved, CLIP(jnp.asarray(pixels)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 8), (8, 4), (7, 5)])
+def test_grids_are_resampled_as_pytorch_resizes(old: int, new: int) -> None:
+    torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    tokens = np.random.default_rng(0).normal(size=(2, old * old, 6)).astype(np.float32)
+    features = Features(jnp.zeros((2, 6)), jnp.asarray(tokens), jnp.zeros((2, 3, 6)))
+    found = regridded(features, new)
+    grid = torch.from_numpy(tokens.reshape(2, old, old, 6).transpose(0, 3, 1, 2))
+    expected = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+    expected = expected.numpy().transpose(0, 2, 3, 1).reshape(2, new * new, 6)
+    np.testing.assert_allclose(found.patches, expected, atol=1e-5)
+    assert found.registers is features.registers
+
+
+def test_a_finer_grid_with_registers_teaches_a_coarser_one(images: np.ndarray) -> None:
+    """The losses of the first step against the same written out by hand."""
+    teacher = Teacher(BackboneFunction(OTHER), CLIP, LossWeights(1.0, 1.0, 0.0))
+    _, (row,), params = trained({"teacher": teacher}, images)
+    student = StudentFunction(SMALL, {"teacher": OTHER.width})
+    values = student.init(jax.random.key(3))
+    said = student(values, CLIP(jnp.asarray(images))).answers["teacher"]
+    target = teacher.backbone(params["teacher"], CLIP(jnp.asarray(images)))
+    assert target.patches.shape == (BATCH, 64, OTHER.width)
+    target = regridded(target, 4)
+    assert row["small/token_loss"] == pytest.approx(
+        float(jnp.mean((said.token - target.cls) ** 2)), rel=1e-5
+    )
+    errors = jnp.concatenate(
+        [(said.token - target.cls)[:, None] ** 2, (said.feature - target.patches) ** 2], axis=1
+    )
+    assert row["small/feature_loss"] == pytest.approx(float(jnp.mean(errors)), rel=1e-5)
+
+
+def test_a_teacher_of_larger_images(images: np.ndarray) -> None:
+    """The batch is as large as the teacher wants; the student's images are made of it."""
+    large = np.random.default_rng(1).integers(0, 256, (BATCH, 84, 84, 3), dtype=np.uint8)
+    backbone = BackboneFunction(dataclasses.replace(TINY, grid=6))
+    teacher = Teacher(backbone, IMAGENET, side=84)
+    _, (row,), params = trained({"teacher": teacher}, large)
+    pixels = IMAGENET(jnp.asarray(large))
+    target = backbone(params["teacher"], pixels)
+    student = StudentFunction(SMALL, {"teacher": TINY.width})
+    said = student(student.init(jax.random.key(3)), resized(pixels, CROP)).answers["teacher"]
+    expected = float(jnp.mean((said.token - target.cls) ** 2))
+    assert row["small/token_loss"] == pytest.approx(expected, rel=1e-5)
+    assert np.isfinite(row["small/patch_loss"])
+
+
+def test_several_teachers(images: np.ndarray) -> None:
+    """Each has its heads and factors; the first learns as it does alone."""
+    first = Teacher(BackboneFunction(TINY), IMAGENET)
+    second = Teacher(BackboneFunction(OTHER), HALF, LossWeights(2.0, 0.5, 0.0))
+    _, (alone,), _ = trained({"teacher": first}, images)
+    state, (row,), _ = trained({"teacher": first, "other": second}, images)
+    for key in ("token_loss", "feature_loss", "patch_loss"):
+        assert row[f"small/{key}"] == pytest.approx(alone[f"small/{key}"], rel=1e-6)
+    assert row["small/other_patch_loss"] == 0
+    total = sum(row[f"small/{key}_loss"] for key in ("token", "feature", "patch"))
+    total += 2 * row["small/other_token_loss"] + 0.5 * row["small/other_feature_loss"]
+    assert row["small/loss"] == pytest.approx(total, rel=1e-5)
+    assert set(state.params["small"]["heads"]) == {"teacher", "other"}
+
+
+def test_standardised_tokens(images: np.ndarray) -> None:
+    """Mean 0 and deviation 1 by the batch's own moments first, then by the running ones."""
+    rng = np.random.default_rng(0)
+    cls = jnp.asarray(rng.normal(5, 3, (64, 6)).astype(np.float32))
+    patches = jnp.asarray(rng.normal(-2, 0.1, (64, 9, 6)).astype(np.float32))
+    features = Features(cls, patches, cls[:, None][:, :0])
+    moments = moments_of(features)
+    found = standardised(features, moments)
+    for tokens in (found.cls, found.patches.reshape(-1, 6)):
+        np.testing.assert_allclose(tokens.mean(axis=0), 0, atol=1e-3)
+        np.testing.assert_allclose(tokens.std(axis=0), 1, atol=1e-2)
+    back = restored(found, moments)
+    np.testing.assert_allclose(back.cls, cls, atol=1e-4)
+    np.testing.assert_allclose(back.patches, patches, atol=1e-4)
+    running = no_moments(6)
+    for step in range(3):
+        running = updated(jnp.asarray(step), running, moments_of(features))
+    np.testing.assert_allclose(running.cls, moments.cls, rtol=1e-5)
+
+    scaled = Teacher(BackboneFunction(TINY), IMAGENET, standardise=True)
+    state, rows, params = trained({"teacher": scaled}, images, steps=2)
+    seen = tiny_features(params["teacher"], images)
+    np.testing.assert_allclose(
+        state.statistics["teacher"].cls, moments_of(seen).cls, rtol=1e-4, atol=1e-5
+    )
+    # A student that says nothing of note is off by the targets' variance, 1, and its own.
+    assert 0.9 < rows[0]["small/token_loss"] < 4
+
+
+def tiny_features(params: Any, images: np.ndarray) -> Features:
+    return jax.jit(BackboneFunction(TINY))(params, IMAGENET(jnp.asarray(images)))
+
+
+def test_names_of_students() -> None:
+    assert named_spec("vit_base_6blocks") == dataclasses.replace(SPECS["vit_base"], depth=6)
+    assert named_spec("vit_base_clip_3blocks") is not None
+    assert named_spec("vit_base_13blocks") is None
+    assert named_spec("vit_base_0blocks") is None
+    assert named_spec("vit_x") is None
+    assert student_spec("vit_small_patch16", 112).grid == 7
+    start = dataclasses.replace(SPECS["vit_small"], depth=12, registers=4, grid=37)
+    spec = student_spec("vit_small_4blocks", 98, start)
+    assert (spec.depth, spec.registers, spec.grid) == (4, 4, 7)
+    for name, crop, complaint in (
+        ("vit_base", 98, "768 wide with 12 heads, the model to start from 384 with 6"),
+        ("vit_small_5blocks", 98, "expected a divisor"),
+        ("vit_small", 100, "do not divide crops of 100 px"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            student_spec(name, crop, start)
+
+
+def test_a_start_takes_every_so_many_blocks() -> None:
+    old = ViTSpec(width=16, depth=6, heads=2, grid=4)
+    params = canonical.to_params(of_spec(old), old)
+    new = dataclasses.replace(old, depth=2)
+    found = adapted(params, old, new)
+    kernel = params["blocks"]["attn"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(found["blocks"]["attn"]["qkv"]["kernel"], kernel[[2, 5]])
+    np.testing.assert_array_equal(found["pos_embed"], params["pos_embed"])
+    # Nothing changes where nothing has to: the features are the released model's.
+    same = adapted(params, old, old)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_two_teachers_and_a_start_from_the_command_line(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """A whole run: it says who teaches, is taken up again, and its heads answer afterwards."""
+    save_model(
+        tmp_path / "other",
+        BackboneFunction(OTHER).init(jax.random.key(5)),
+        ModelCard(spec=OTHER, normalisation=HALF, family="dinov2", licence="other's"),
+    )
+    start = dataclasses.replace(SPECS["vit_tiny"], depth=2, grid=5)
+    save_model(
+        tmp_path / "start", BackboneFunction(start).init(jax.random.key(6)), ModelCard(spec=start)
+    )
+    config = tmp_path / "two.py"
+    config.write_text(
+        "from configs import base, quickstart\n"
+        "def get_config():\n"
+        "    config = quickstart.get_config()\n"
+        "    config.standardise = True\n"
+        f"    base.add_teacher(config, 'other', {str(tmp_path / 'other')!r})\n"
+        "    return config\n"
+    )
+    arguments = [
+        f"--config={config}" if word.startswith("--config=") else word
+        for word in command(
+            tmp_path / "run",
+            photographs,
+            tiny_teacher,
+            "--config.student=vit_tiny_2blocks",
+            f"--config.start={tmp_path / 'start'}",
+            "--config.teacher_crop=42",
+            "--config.ema_decay=0.9",
+        )
+    ]
+    first = finish([*arguments, "--config.steps=4"], tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert f"{tmp_path / 'other'}: 1 blocks, 40 wide" in first.stdout
+    assert "(images of 42 px, standardised)" in first.stdout
+    rows = list(read_metrics(tmp_path / "run"))
+    assert {"token_loss", "other_token_loss", "agreement_class"} <= set().union(*rows)
+    assert "other_token_loss" in rows[-1]
+    card = load_card(tmp_path / "run" / "student")
+    assert card.licence == "that of its teachers: none; other's"
+    assert set(card.source["teachers"]) == {"teacher", "other"}
+    text = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert "other's" in text
+    assert "cosine of class tokens" in text
+
+    heads = load_heads(tmp_path / "run")
+    assert heads is not None
+    assert set(heads.statistics) == {"teacher", "other"}
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
+    answers = heads.answers(pixels)
+    assert answers["teacher"].patches.shape == (2, 4, TINY.width)
+    assert answers["other"].cls.shape == (2, OTHER.width)
+    own = proteus_jax.load(tmp_path / "run")(pixels).cls
+    np.testing.assert_allclose(
+        heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).features.cls,
+        own,
+        atol=1e-5,
+    )
+    # Another factor, another teacher or another start is another run.
+    other = finish([*arguments, "--config.more_teachers.other.loss.token=2"], tmp_path)
+    assert other.returncode == 2
+    assert "teachers: the checkpoint has" in other.stderr
+
+
+def test_a_start_is_where_training_begins(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """At a learning rate of nearly nothing the student stays what it started from."""
+    start = dataclasses.replace(SPECS["vit_tiny"], depth=2, grid=5)
+    params = BackboneFunction(start).init(jax.random.key(6))
+    save_model(tmp_path / "start", params, ModelCard(spec=start))
+    arguments = command(
+        tmp_path / "run",
+        photographs,
+        tiny_teacher,
+        "--config.student=vit_tiny_2blocks",
+        f"--config.start={tmp_path / 'start'}",
+        "--config.learning_rate=1e-12",
+        "--config.weight_decay=0",
+        "--config.steps=1",
+        "--config.warmup_steps=0",
+    )
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    found, card = load_model(tmp_path / "run" / "student")
+    expected = adapted(params, start, card.spec)
+    # One step of Adam moves a weight by its rate, which ends at 1e-5 whatever its peak.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["start"]
+
+
+def test_what_does_not_fit_together(tmp_path: Path, photographs: Path, tiny_teacher: Path) -> None:
+    result = finish(
+        command(
+            tmp_path / "run",
+            photographs,
+            tiny_teacher,
+            f"--config.start={tiny_teacher}",
+            "--config.teacher_crop=30",
+            "--config.teacher_normalisation=mine",
+            "--config.student=vit_tiny,vit_small_patch16",
+        ),
+        tmp_path,
+    )
+    assert result.returncode == 2
+    assert "expected one of own, imagenet, clip, half, found 'mine'" in result.stderr
+    assert not (tmp_path / "run").exists()
+    result = finish(
+        command(
+            tmp_path / "run",
+            photographs,
+            tiny_teacher,
+            f"--config.start={tiny_teacher}",
+            "--config.teacher_crop=30",
+        ),
+        tmp_path,
+    )
+    assert "vit_tiny is 192 wide with 3 heads, the model to start from 32 with 2" in result.stderr
+    assert "patches of 14 px, which do not divide images of 30 px" in result.stderr
