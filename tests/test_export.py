@@ -12,11 +12,13 @@ import numpy as np
 import onnx
 import pytest
 from test_families import TIMM, of_spec
+from test_golden import reference
 
 import convert_weights
 from proteus_jax.convert import canonical, exporter
 from proteus_jax.convert.exporter import FORMATS, export
 from proteus_jax.convert.importer import import_weights
+from proteus_jax.data import images
 from proteus_jax.errors import InputError
 from proteus_jax.models.specs import CLIP, SYNCLR, ViTSpec
 from proteus_jax.pretrained import ModelCard, load_card, load_model, save_model
@@ -205,3 +207,29 @@ def test_verify_is_kept_in_the_card(
     assert convert_weights.main(command[:2]) == 2
     (tmp_path / "g.npz").write_bytes(b"x")
     assert convert_weights.main(command) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "format", ["safetensors", "dinov2", "timm", "huggingface", "onnx", "stablehlo"]
+)
+def test_trained_weights(format: str, tmp_path: Path) -> None:
+    """The ViT-S with trained weights, on a photograph of its own size."""
+    pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    weights = reference("teachers", "dinov2_vits14.pth")
+    photograph = reference("images", "chelsea.jpg")
+    import_weights(weights, tmp_path / "model")
+
+    def photographs(side: int) -> np.ndarray:
+        pixels = images.opened(photograph.read_bytes()).pixels()
+        return convert_weights._square(pixels, side)[None]
+
+    output = output_of(format, tmp_path)
+    found = export(tmp_path / "model", format, output, photographs)
+    assert max(one.largest for one in found) <= exporter.TOLERANCE
+    if format == "dinov2":
+        import torch
+
+        theirs, ours = (torch.load(path, weights_only=True) for path in (weights, output))
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
