@@ -136,6 +136,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 50
     config.eval_every = 5000
     config.checkpoint_every = 2500
+    # Updates in a row that may be skipped, as a loss or gradient is not finite, before a run stops.
+    config.max_skipped = 10
     # Checkpoints that are kept.
     config.keep_checkpoints = 3
     # A misspelt field in a file that starts from this one is an error from here on.

@@ -137,6 +137,39 @@ def assemble(
     return Assembly(taught, students, normalisation, init, step)
 
 
+def misfits(
+    config: Any,
+    teachers: Mapping[str, ViTSpec],
+    start: ViTSpec | None,
+    *,
+    students: bool = True,
+) -> list[str]:
+    """What the sizes of the models make wrong, in words; `students` is off where the model that
+    they start from is not known.
+    """
+    problems = []
+    for name, lesson in lessons(config).items():
+        side = lesson.crop or config.data.crop
+        if name in teachers and side % teachers[name].patch_size:
+            own = "teacher_crop" if name == FIRST else f"more_teachers.{name}.crop"
+            problems.append(
+                f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
+                f"{teachers[name].patch_size} px, which do not divide images of {side} px"
+            )
+    for name in config.student if students and start is not None else ():
+        try:
+            spec = student_spec(name, config.data.crop, start)
+        except ValueError as error:
+            problems.append(f"--config.student: {error}")
+            continue
+        if masks(config) and int(spec.grid**2 * config.mask_ratio) < 1:
+            problems.append(
+                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
+                f"{config.data.crop} px crop"
+            )
+    return problems
+
+
 def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any) -> Teacher:
     """With its position table made for the size of images that it sees."""
     grid = (lesson.crop or crop) // known.spec.patch_size

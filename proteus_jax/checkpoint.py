@@ -10,10 +10,12 @@ import orbax.checkpoint as ocp
 
 from proteus_jax.errors import InputError
 from proteus_jax.standardise import Moments, no_moments
-from proteus_jax.step import TrainState
+from proteus_jax.step import Skipped, TrainState
 
 # Parameters are an item of their own: who only wants the model need not know the optimizer.
 PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts"
+# The fact that is none of a run's identity.
+CARRIED_ON = "card"
 
 
 class Checkpoints:
@@ -68,6 +70,7 @@ class Checkpoints:
             progress["optimizer"],
             progress.get("ema"),
             _moments(restored.get(STATISTICS)),
+            Skipped(**progress["skipped"]),
         )
 
     def statistics(self, step: int, widths: dict[str, int]) -> dict[str, Moments]:
@@ -117,7 +120,11 @@ class Checkpoints:
 
 def _progress(state: TrainState) -> dict[str, Any]:
     """All of a state but its parameters."""
-    progress = {"step": state.step, "optimizer": state.optimizer}
+    progress = {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "skipped": state.skipped._asdict(),
+    }
     return progress if state.ema is None else progress | {"ema": state.ema}
 
 
@@ -130,9 +137,11 @@ def _moments(named: dict[str, dict[str, Any]] | None) -> dict[str, Moments]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What differs between the facts of a checkpoint and those of this run, in words."""
+    """What differs between the facts of a checkpoint and those of this run, in words; what its
+    student carries on may.
+    """
     return [
         f"{key}: the checkpoint has {json.dumps(found.get(key))}, this run has {json.dumps(value)}"
         for key, value in expected.items()
-        if found.get(key) != value
+        if key != CARRIED_ON and found.get(key) != value
     ]

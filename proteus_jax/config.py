@@ -5,6 +5,7 @@ wrong.
 import ast
 import difflib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,8 @@ def _assign(
     kind = parent.get_type(name)
     if text is None and kind is not bool:
         raise InputError(f"--config.{field}: expected {_TYPE_NAMES[kind]} after it, found nothing")
-    absent = field in OPTIONAL and text in ("None", "none")
+    optional = field in OPTIONAL or re.fullmatch(r"more_teachers\.\w+\.crop", field)
+    absent = optional and text in ("None", "none")
     try:
         value = None if absent else _parse(kind, text)
         if field in NUMBERS:

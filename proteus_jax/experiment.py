@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proteus_jax import sharding
-from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length
+from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
@@ -28,16 +28,16 @@ from proteus_jax.evaluation.agreement import Said
 from proteus_jax.flops import known_device
 from proteus_jax.lens import resized
 from proteus_jax.lessons import FIRST, lessons, masks, side_of_images
+from proteus_jax.modelcard import licence_of
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
-from proteus_jax.models.specs import ViTSpec, student_spec
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
 from proteus_jax.standardise import Moments, restored
 from proteus_jax.start import adapted
 from proteus_jax.step import Metrics, Teacher, TrainState, one_grid, seen_by
 from proteus_jax.storage import sha256
-from proteus_jax.teachers import find_teacher, obtain_teacher
+from proteus_jax.teachers import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.workdir import why_no_workdir
 
 
@@ -66,7 +66,6 @@ class Experiment:
     total_steps: int
     facts: dict[str, Any]
     cards: dict[str, ModelCard]
-    start_card: ModelCard | None
     teacher_params: dict[str, Params]
     # Statistics and side of the images that are made for a step.
     normalisation: Normalisation
@@ -190,40 +189,17 @@ def _check_devices(config: Any) -> list[str]:
 
 
 def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
-    """What the sizes of the models that are there make wrong."""
-    problems = []
-    for name, lesson in lessons(config).items():
-        directory = models.get(_field(name))
-        if directory is None:
-            continue
-        patch, side = load_card(directory).spec.patch_size, lesson.crop or config.data.crop
-        if side % patch:
-            own = "teacher_crop" if name == FIRST else f"more_teachers.{name}.crop"
-            problems.append(
-                f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
-                f"{patch} px, which do not divide images of {side} px"
-            )
-    start = models.get(START)
-    if start is not None:
-        problems += _check_students(config, load_card(start).spec)
-    return problems
-
-
-def _check_students(config: Any, start: ViTSpec) -> list[str]:
-    """Whether the students can start from a model, whose patches they then have."""
-    problems = []
-    for name in config.student:
-        try:
-            student = student_spec(name, config.data.crop, start)
-        except ValueError as error:
-            problems.append(f"--config.student: {error}")
-            continue
-        if masks(config) and int(student.grid**2 * config.mask_ratio) < 1:
-            problems.append(
-                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
-                f"{config.data.crop} px crop"
-            )
-    return problems
+    """What the sizes of the models make wrong, of those still to be fetched by what is known of
+    them.
+    """
+    sources = _sources(config)
+    specs = {
+        field: teacher_spec(sources[field]) if directory is None else load_card(directory).spec
+        for field, directory in models.items()
+    }
+    teachers = {name: specs[_field(name)] for name in lessons(config) if _field(name) in specs}
+    missing = config.start and START not in specs
+    return misfits(config, teachers, specs.get(START), students=not missing)
 
 
 def build(config: Any, inputs: Inputs) -> Experiment:
@@ -258,9 +234,8 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(side_of_images(config), RandAugment(**config.data.randaugment)),
         total_steps=steps.total,
-        facts=_facts(config, inputs, assembly),
+        facts=_facts(config, inputs, assembly, cards, start),
         cards=cards,
-        start_card=start,
         teacher_params=teacher_params,
         normalisation=assembly.normalisation,
         side=side_of_images(config),
@@ -313,14 +288,21 @@ def _peak(config: Any) -> float | None:
     return device.peak * jax.device_count()
 
 
-def _facts(config: Any, inputs: Inputs, assembly: Assembly) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+def _facts(
+    config: Any,
+    inputs: Inputs,
+    assembly: Assembly,
+    cards: Mapping[str, ModelCard],
+    start: ModelCard | None,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on, and, as `card`, what its student carries on."""
     teachers = {
         name: {
             "weights": sha256(inputs.teachers[name] / WEIGHTS),
             "factors": list(each.weights),
             "normalisation": _listed(each.normalisation),
             "side": each.side,
+            "patch_size": each.backbone.spec.patch_size,
         }
         for name, each in assembly.teachers.items()
     }
@@ -341,8 +323,19 @@ def _facts(config: Any, inputs: Inputs, assembly: Assembly) -> dict[str, Any]:
         "teacher_widths": {
             name: each.backbone.spec.width for name, each in assembly.teachers.items()
         },
+        "card": {
+            "licence": licence_of(cards, start),
+            "families": {name: _family(name, start) for name in config.student},
+        },
         "standardised": [name for name, each in assembly.teachers.items() if each.standardise],
     }
+
+
+def _family(student: str, start: ModelCard | None) -> str:
+    """Whose code has a place for a student: that of what it started from, or of its name."""
+    if start is not None:
+        return start.family
+    return next((family for family in ("synclr", "clip") if family in student.split("_")), "dinov2")
 
 
 def _listed(normalisation: Normalisation) -> list[list[float]]:

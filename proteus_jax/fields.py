@@ -1,12 +1,14 @@
 """What the fields of a configuration may hold: one table for training, one for evaluation."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from proteus_jax.lessons import FIRST, OWN, lessons, masks
 from proteus_jax.models.normalisation import STATISTICS
 from proteus_jax.models.specs import SPECS, named_spec
+from proteus_jax.models.student import TAKEN
 from proteus_jax.models.vit import REMAT
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -78,6 +80,7 @@ _TRAINING: dict[str, Rule] = {
         lambda value: value in (OWN, *STATISTICS), f"one of {', '.join((OWN, *STATISTICS))}"
     ),
     "teacher_crop": _at_least(1),
+    "more_teachers": Rule(lambda value: hasattr(value, "items"), "teachers by name"),
     "standardise": Rule(lambda value: isinstance(value, bool), "true or false"),
     "seed": Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "batch": _at_least(1),
@@ -132,6 +135,7 @@ _TRAINING: dict[str, Rule] = {
     "log_every": _at_least(1),
     "eval_every": _at_least(1),
     "checkpoint_every": _at_least(1),
+    "max_skipped": _at_least(1),
     "keep_checkpoints": _at_least(1),
 }
 
@@ -200,6 +204,8 @@ def _check_evaluation(config: Any) -> list[str]:
 
 def _check_training(config: Any) -> list[str]:
     """What only two fields together make wrong."""
+    if not hasattr(config.more_teachers, "items"):
+        return []
     problems = _check_more_teachers(config.more_teachers)
     if problems:
         return problems
@@ -258,8 +264,12 @@ _MORE = {
 def _check_more_teachers(more: Any) -> list[str]:
     problems = []
     for name in more:
-        if name == FIRST or not name.isidentifier():
-            problems.append(f"--config.more_teachers: {name!r} is no name for one")
+        if name in TAKEN | {FIRST} or not re.fullmatch("[a-z][a-z0-9_]*", name):
+            problems.append(
+                f"--config.more_teachers: expected a name of small letters, digits and _ that is "
+                f"not taken, found {name!r}"
+            )
+            continue
         for field, rule in _MORE.items():
             value = more[name]
             try:

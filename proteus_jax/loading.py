@@ -17,7 +17,7 @@ from proteus_jax.models.functional import Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
-from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_card, load_model
+from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_model
 from proteus_jax.standardise import Moments, restored
 from proteus_jax.teachers import find_teacher, obtain_teacher
 from proteus_jax.workdir import CHECKPOINTS, Workdir, fetched, is_remote
@@ -65,7 +65,7 @@ def _run_config(workdir: Path) -> dict[str, Any]:
 class Heads(NamedTuple):
     """A student with its heads, as the newest checkpoint of its run has it, and the statistics of
     the images that it saw. `statistics` has the moments of the teachers whose tokens were
-    standardised.
+    standardised, `facts` what the run must agree with.
     """
 
     student: StudentFunction
@@ -73,11 +73,12 @@ class Heads(NamedTuple):
     step: int
     normalisation: Normalisation
     statistics: dict[str, Moments]
+    facts: dict[str, Any]
 
     @property
-    def teacher_width(self) -> int:
-        """The first teacher's."""
-        return self.params["heads"][FIRST]["token"]["linear"]["bias"].size
+    def teacher(self) -> dict[str, Any]:
+        """What the first one is: `patch_size`, `side`, `normalisation` and more."""
+        return self.facts["teachers"][FIRST] | {"width": self.facts["teacher_widths"][FIRST]}
 
     @property
     def moments(self) -> Moments | None:
@@ -123,6 +124,7 @@ def load_heads(source: str | Path) -> Heads | None:
             step,
             Normalisation(mean, deviation),
             checkpoints.statistics(step, widths),
+            facts,
         )
 
 
@@ -134,11 +136,11 @@ def _from_checkpoint(workdir: Path) -> Model:
     found = load_heads(workdir)
     if found is None:
         raise InputError(f"{workdir}: a run without a checkpoint")
-    teacher = load_card(obtain_teacher(config["teacher"]))
     card = ModelCard(
         spec=found.student.spec,
+        family=found.facts["card"]["families"][config["student"][0]],
         normalisation=found.normalisation,
-        licence=f"that of its teacher: {teacher.licence}",
+        licence=found.facts["card"]["licence"],
         source={"run": str(workdir), "step": found.step, "teacher": config["teacher"]},
     )
     return Model(jax.device_get(found.params["backbone"]), card)

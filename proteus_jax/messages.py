@@ -100,7 +100,10 @@ def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             "cka": "linear CKA, class token",
         }
         for key, label in labels.items():
-            yield f"{label:38}{measured[0][prefix + key]:12.3f}{measured[-1][prefix + key]:10.3f}"
+            first, last = (row.get(prefix + key) for row in (measured[0], measured[-1]))
+            # A student whose feature head is not trained says nothing of patches.
+            if first is not None and last is not None:
+                yield f"{label:38}{first:12.3f}{last:10.3f}"
     yield from _scored(rows, prefix)
 
 

@@ -18,11 +18,12 @@ MEASURED = {
 }
 
 
-def licence_of(cards: Mapping[str, ModelCard]) -> str:
-    """A student's: those of all its teachers."""
-    licences = list(dict.fromkeys(card.licence for card in cards.values()))
+def licence_of(cards: Mapping[str, ModelCard], start: ModelCard | None = None) -> str:
+    """A student's: those of all its teachers, and of the weights that it started from."""
+    licences = "; ".join(dict.fromkeys(card.licence for card in cards.values()))
     whose = "its teacher" if len(cards) == 1 else "its teachers"
-    return f"that of {whose}: {'; '.join(licences)}"
+    begun = "" if start is None else f"; and that of the weights it started from: {start.licence}"
+    return f"that of {whose}: {licences}{begun}"
 
 
 def text_of(

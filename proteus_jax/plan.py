@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from proteus_jax import sharding
-from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length
+from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.rate import views_per_second
@@ -70,11 +70,11 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
         for name, lesson in lessons(config).items()
     }
     start = teacher_spec(config.start) if config.start else None
+    problems = misfits(config, {name: known.spec for name, known in teachers.items()}, start)
+    if problems:
+        raise InputError(problems)
     steps = length(config, config.data.epoch or IMAGENET_IMAGES)
-    try:
-        assembly = assemble(config, teachers, steps, topology.platform, start)
-    except ValueError as error:
-        raise InputError(f"--config.student: {error}") from None
+    assembly = assemble(config, teachers, steps, topology.platform, start)
     work = assembly.work(config)
     yield f"devices: {topology.description}"
     yield from _sizes(assembly)

@@ -37,11 +37,19 @@ class Teacher(NamedTuple):
     standardise: bool = False
 
 
+class Skipped(NamedTuple):
+    """How many updates were not made: in all, and the last ones without a good one between."""
+
+    total: jax.Array
+    in_a_row: jax.Array
+
+
 class TrainState(NamedTuple):
     """All that a checkpoint keeps. Teachers are not in it; `ema` is None where it is off.
 
     Params, optimizer and averages are dicts by student name; `statistics` has the running moments
-    of each teacher whose tokens are standardised.
+    of each teacher whose tokens are standardised. `skipped` counts the updates that were not made,
+    as a loss or gradient was not finite: int32, all of them and those in a row until now.
     """
 
     step: jax.Array
@@ -49,6 +57,7 @@ class TrainState(NamedTuple):
     optimizer: dict[str, Any]
     ema: dict[str, Params] | None
     statistics: dict[str, Moments]
+    skipped: Skipped
 
 
 def random_masks(key: jax.Array, count: int, patches: int, ratio: float) -> Bool[Array, "m n"]:
@@ -128,9 +137,11 @@ def make_train_step(
     Images are as large as the largest that a model wants; `normalisation` is the students'.
     `erasing` is the share of the images that get a box of noise. The batch goes through in
     `accumulate` parts, one after the other, for one update. Randomness is a function of
-    (seed, state.step) alone. Metrics are float32 scalars: `<student>/loss`,
+    (seed, state.step) alone. A step whose losses or gradients are not finite changes nothing but
+    the counters of steps and of skipped updates. Metrics are float32 scalars: `<student>/loss`,
     `<student>/token_loss`, `<student>/feature_loss`, `<student>/patch_loss`, those of a second
-    teacher as `<student>/<teacher>_token_loss`, and `learning_rate`.
+    teacher as `<student>/<teacher>_token_loss`, `learning_rate`, and `skipped` and
+    `skipped_in_a_row`, int32.
     """
     grid = one_grid(students)
     crop = grid * next(iter(students.values())).spec.patch_size
@@ -182,6 +193,7 @@ def make_train_step(
             accumulate,
         )
 
+        good = _finite(found)
         params, optimizer_state, ema = {}, {}, {}
         metrics: Metrics = {"learning_rate": jnp.asarray(schedule(state.step))}
         for name, (gradients, losses) in found.students.items():
@@ -200,9 +212,20 @@ def make_train_step(
             for name, moments in found.moments.items()
         }
         averages = ema if state.ema is not None else None
-        return TrainState(state.step + 1, params, optimizer_state, averages, statistics), metrics
+        total, in_a_row = state.skipped
+        skipped = Skipped(total + jnp.where(good, 0, 1), jnp.where(good, 0, in_a_row + 1))
+        metrics |= {"skipped": skipped.total, "skipped_in_a_row": skipped.in_a_row}
+        made = TrainState(state.step, params, optimizer_state, averages, statistics, state.skipped)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, state)
+        return kept._replace(step=state.step + 1, skipped=skipped), metrics
 
     return train_step
+
+
+def _finite(found: Any) -> Bool[Array, ""]:
+    """Whether all numbers are; one that is not makes the sum of its array none."""
+    sums = [jnp.sum(array.astype(jnp.float32)) for array in jax.tree.leaves(found)]
+    return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 
 def one_grid(students: Mapping[str, StudentFunction]) -> int:
@@ -293,4 +316,5 @@ def init_state(
         optimizer={name: optimizer.init(values) for name, values in params.items()},
         ema=averages if ema else None,
         statistics={name: no_moments(width) for name, width in (standardise or {}).items()},
+        skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )

@@ -22,17 +22,17 @@ from proteus_jax.checkpoint import Checkpoints, differences
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, duration
 from proteus_jax.data.pipeline import training_batches, worker_count
-from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.lessons import FIRST, lessons
 from proteus_jax.messages import conclude, introduce
 from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table, read_metrics
-from proteus_jax.modelcard import licence_of, text_of
+from proteus_jax.modelcard import text_of
 from proteus_jax.pretrained import ModelCard, save_model
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
-from proteus_jax.watch import Clock, Profiling, UnreadableImages, WaitNotice
+from proteus_jax.watch import Clock, Profiling, SkippedUpdates, UnreadableImages, WaitNotice
 from proteus_jax.workdir import Workdir
 
 DONE = 0
@@ -130,6 +130,9 @@ class _Run:
             repeats=data.repeats,
             say=console.line,
         )
+        self.skipped = SkippedUpdates(
+            experiment.split.training.name, limit=self.config.max_skipped, say=console.line
+        )
         self.workers = worker_count(data.workers)
         self.examination = Examination(experiment, self.workdir, console)
 
@@ -213,6 +216,7 @@ class _Run:
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
+                self.skipped.note(step, values["skipped_in_a_row"], batch.numbers)
                 self.profiling.after(step - self.began_at, values)
                 stopping = agreement.any(self.stop.made)
                 evaluating = step % config.eval_every == 0 or step == total
@@ -246,6 +250,7 @@ class _Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """A checkpoint, once the rows before it are on the disk."""
+        self.skipped.settle()
         self.write_pending()
         self.metrics.sync()
         reason = self.place.upload()
@@ -271,7 +276,7 @@ class _Run:
         )
 
     def write_pending(self) -> None:
-        """Fetches and writes the row that waits; Diverged where its loss is no number."""
+        """Fetches and writes the row that waits; what is not finite is left out of it."""
         if self.pending is None:
             return
         step, metrics, measured, evaluated = self.pending
@@ -280,9 +285,7 @@ class _Run:
             self.renamed({key: float(value) for key, value in jax.device_get(metrics).items()})
             | measured
         )
-        lost = [key for key, value in values.items() if not np.isfinite(value)]
-        if lost:
-            raise Diverged(f"at step {step} {lost[0]} is {values[lost[0]]}: training diverged")
+        values = {key: value for key, value in values.items() if np.isfinite(value)}
         self.metrics.write(step, values)
         if evaluated:
             self.examination.report()
@@ -302,9 +305,18 @@ class _Run:
         pace = (time.monotonic() - self.began) / max(step - self.began_at, 1)
         first = next(iter(self.experiment.students))
         own = {key.removeprefix(f"{first}/"): value for key, value in values.items()}
+        nothing = float("nan")
+        losses = "  ".join(
+            f"{name} {own.get(key, nothing):.3f}"
+            for name, key in (
+                ("loss", "loss"),
+                ("token", "token_loss"),
+                ("feature", "feature_loss"),
+                ("patch", "patch_loss"),
+            )
+        )
         self.console.progress(
-            f"step {step}/{total}  loss {own['loss']:.3f}  token {own['token_loss']:.3f}  "
-            f"feature {own['feature_loss']:.3f}  patch {own['patch_loss']:.3f}  "
+            f"step {step}/{total}  {losses}  "
             f"{values['images_per_second']:.1f} images/s  {used}"
             f"data wait {values['data_wait']:.0%}  "
             f"{duration(pace * (total - step))} left",
@@ -319,11 +331,14 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
     several = len(experiment.students) > 1
     directories = []
     for name in experiment.students:
-        card, readme = _card(experiment, name, workdir)
+        card = _card(experiment, name)
         copies = {"student": state.params[name]["backbone"]}
+        results = _results(experiment, name, workdir)
         if state.ema is not None:
             copies["student_ema"] = state.ema[name]
         for folder, params in copies.items():
+            # Nothing is measured of averages.
+            readme = _readme(experiment, name, card, results if folder == "student" else {})
             target = workdir / folder / name if several else workdir / folder
             # Of all hosts: each may hold a part.
             whole = sharding.gather(params, experiment.mesh)
@@ -333,44 +348,58 @@ def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Pa
     return directories
 
 
-def _card(experiment: Experiment, name: str, workdir: Path) -> tuple[ModelCard, str]:
-    """What config.json and README.md say of a student."""
-    config, student = experiment.config, experiment.students[name]
+def _card(experiment: Experiment, name: str) -> ModelCard:
+    """What config.json says of a student."""
+    config = experiment.config
     taught = {key: lesson.source for key, lesson in lessons(config).items()}
-    start = {"start": config.start, "start_sha256": experiment.facts["start"]}
+    digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
+    several = {"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}
+    return ModelCard(
+        spec=experiment.students[name].spec,
+        family=experiment.facts["card"]["families"][name],
+        normalisation=experiment.normalisation,
+        licence=experiment.facts["card"]["licence"],
+        source={
+            "student": name,
+            "teacher": taught[FIRST],
+            "teacher_sha256": digests[FIRST],
+            **several,
+            **_recipe(experiment),
+        },
+    )
+
+
+def _recipe(experiment: Experiment) -> dict[str, Any]:
+    config = experiment.config
     recipe = {
         "steps": experiment.total_steps,
         "batch": config.batch,
         "crop": config.data.crop,
         "images": ", ".join(config.data.root),
         "proteus_jax": proteus_jax.__version__,
-        **(start if config.start else {}),
     }
-    digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
-    card = ModelCard(
-        spec=student.spec,
-        family=_family(experiment, name),
-        normalisation=experiment.normalisation,
-        licence=licence_of(experiment.cards),
-        source={
-            "student": name,
-            "teacher": taught[FIRST],
-            "teacher_sha256": digests[FIRST],
-            **({"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}),
-            **recipe,
-        },
-    )
-    rows = list(read_metrics(workdir)) if jax.process_index() == 0 else []
+    if config.start:
+        recipe |= {"start": config.start, "start_sha256": experiment.facts["start"]}
+    return recipe
+
+
+def _results(experiment: Experiment, name: str, workdir: Path) -> dict[str, float]:
+    """The newest value of each key of a student's metrics; nothing on other hosts than the
+    first.
+    """
+    if jax.process_index():
+        return {}
     prefix = f"{name}/" if len(experiment.students) > 1 else ""
-    results = {
-        key.removeprefix(prefix): value for row in rows for key, value in row.items() if value
+    return {
+        key.removeprefix(prefix): value
+        for row in read_metrics(workdir)
+        for key, value in row.items()
     }
-    teachers = {key: (source, experiment.cards[key]) for key, source in taught.items()}
-    return card, text_of(card, name, teachers, recipe, results)
 
 
-def _family(experiment: Experiment, name: str) -> str:
-    """Whose code has a place for the student: that of what it started from, or of its name."""
-    if experiment.start_card is not None:
-        return experiment.start_card.family
-    return next((family for family in ("synclr", "clip") if family in name.split("_")), "dinov2")
+def _readme(experiment: Experiment, name: str, card: ModelCard, results: dict[str, float]) -> str:
+    teachers = {
+        key: (lesson.source, experiment.cards[key])
+        for key, lesson in lessons(experiment.config).items()
+    }
+    return text_of(card, name, teachers, _recipe(experiment), results)

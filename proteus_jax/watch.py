@@ -1,5 +1,6 @@
 """What the loop keeps an eye on: its time, who waits for whom, and images that cannot be read."""
 
+import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from proteus_jax.errors import InputError
+from proteus_jax.errors import Diverged, InputError
 
 # So many images that cannot be read are named.
 NAMED = 20
+# So many images of a step are named.
+SHOWN = 8
 # A run is stopped when the share of them is too large by so many standard deviations.
 CERTAIN = 3.0
 # A wait for images of more than this share of the time is worth a word.
@@ -96,6 +99,53 @@ class WaitNotice:
             f"{images_per_second:.0f} images a second with {self._makers}; docs/data.md says what "
             "helps"
         )
+
+
+class SkippedUpdates:
+    """Names the steps whose updates were skipped on the device, as a loss or gradient was not
+    finite, with their images; stops a run after `limit` of them in a row.
+
+    Looked at a few steps late, so that the device never waits to be asked.
+    """
+
+    LATE = 4
+
+    def __init__(self, name: Callable[[int], str], *, limit: int, say: Callable[[str], None]):
+        self._name, self._limit, self._say = name, limit, say
+        self._pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
+        self._step = self._in_a_row = 0
+
+    def note(self, step: int, in_a_row: jax.Array, images: np.ndarray) -> None:
+        """Takes a step's count, still on the device, and the indices of its images.
+
+        Diverged where the count of an earlier step reached the limit and no good step came since.
+        """
+        self._pending.append((step, in_a_row, images))
+        if len(self._pending) > self.LATE:
+            self._look()
+        if self._in_a_row >= self._limit:
+            self.settle()
+
+    def settle(self) -> None:
+        """Looks at all steps until now, as before a checkpoint; Diverged as in `note`."""
+        while self._pending:
+            self._look()
+        if self._in_a_row >= self._limit:
+            raise Diverged(
+                f"at step {self._step} a loss or gradient is not finite, as in the steps before, "
+                f"{self._in_a_row} in a row: training diverged. No such update was made"
+            )
+
+    def _look(self) -> None:
+        self._step, count, images = self._pending.popleft()
+        self._in_a_row = int(jax.device_get(count))
+        if self._in_a_row:
+            names = [self._name(index) for index in dict.fromkeys(images.tolist())]
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            self._say(
+                f"step {self._step}: a loss or gradient is not finite; its update is skipped "
+                f"({self._in_a_row} in a row). Its images here: {', '.join(names[:SHOWN])}{more}"
+            )
 
 
 class UnreadableImages:

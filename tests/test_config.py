@@ -119,6 +119,9 @@ def test_all_problems_come_in_one_list() -> None:
         ({"mask_ratio": "0.01"}, "0.01 masks no patch of a 98 px crop"),
         ({"loss.token": "0", "loss.feature": "0", "loss.patch": "0"}, "a factor above 0"),
         ({"student": "(1, 2)"}, "one or more different names"),
+        ({"student": "vit_tiny_0blocks"}, "one or more different names"),
+        ({"student": "vit_tiny,vit_small_patch16"}, "one patch size of all"),
+        ({"teacher_normalisation": "mine"}, "one of own, imagenet, clip, half, found 'mine'"),
         ({"student": "("}, "a list, found '('"),
         ({"data.weights": "1,a"}, "a list, found '1,a'"),
         ({"data.weights": "1,0", "data.root": "a,b"}, "numbers above 0, found (1.0, 0.0)"),
@@ -162,3 +165,26 @@ def test_files_that_give_no_configuration(tmp_path: Path, text: str, complaint: 
         config.load(str(file), [])
     with pytest.raises(InputError, match="no such file"):
         config.load(str(tmp_path / "absent.py"), [])
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("base.add_teacher(config, 'items', 'clip_vitb16')", "that is not taken, found 'items'"),
+        ("base.add_teacher(config, '__class__', 'clip_vitb16')", "found '__class__'"),
+        ("base.add_teacher(config, 'teacher', 'clip_vitb16')", "found 'teacher'"),
+        ("base.add_teacher(config, 'a', 'clip_vitb16').crop = -1", "a.crop: expected at least 1"),
+        ("base.add_teacher(config, 'a', '')", "a.teacher: expected a model, found ''"),
+        ("config.unlock(); del config.more_teachers", "more_teachers: missing or of another type"),
+        ("config.more_teachers = None", "more_teachers: expected teachers by name, found None"),
+    ],
+)
+def test_more_teachers_that_are_none(line: str, complaint: str, tmp_path: Path) -> None:
+    lines = ("config = base.get_config()", line, "return config")
+    body = "".join(f"    {each}\n" for each in lines)
+    (tmp_path / "c.py").write_text(f"from configs import base\n\n\ndef get_config():\n{body}")
+    try:
+        found = config.load(str(tmp_path / "c.py"), [])[1]
+    except InputError as error:
+        found = error.problems
+    assert any(complaint in problem for problem in found), found

@@ -27,6 +27,7 @@ LAYERS = [
     ("convert.families",),
     ("convert.reference",),
     ("pretrained",),
+    ("modelcard",),
     ("convert.importer", "convert.verify", "convert.onnx_writer", "convert.exporter"),
     ("data",),
     ("workdir",),
@@ -38,7 +39,7 @@ LAYERS = [
     ("topology",),
     ("experiment", "checkup", "plan"),
     ("examination",),
-    ("messages", "visualize", "modelcard"),
+    ("messages", "visualize"),
     ("train",),
 ]
 # Where an outside library may be named.

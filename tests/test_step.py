@@ -200,6 +200,8 @@ def test_precisions(batches: np.ndarray) -> None:
     moments = shapes[0].optimizer["small"][0]
     assert {leaf.dtype for leaf in jax.tree.leaves(moments.mu)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {jnp.dtype("float32")}
+    counts = {shapes[1].pop(name).dtype for name in ("skipped", "skipped_in_a_row")}
+    assert counts == {jnp.dtype("int32")}
     assert {leaf.dtype for leaf in shapes[1].values()} == {jnp.dtype("float32")}
 
     found: dict[str, set[str]] = {}
@@ -314,6 +316,26 @@ def test_without_a_patch_loss_nothing_is_masked(teacher_params: dict, batches: n
         at.params["small"]["heads"]["teacher"]["patch"]["norm"]["bias"] for at in (init(), state)
     )
     np.testing.assert_array_equal(after, before)
+
+
+def test_an_update_that_is_not_finite_is_skipped(
+    teacher_params: dict, batches: np.ndarray, single: tuple[TrainState, list[dict]]
+) -> None:
+    """Nothing but the counters moves; the next good step goes on as if it were the first."""
+    step, init = make(ema_decay=0.9)
+    compiled = jax.jit(step)
+    state, _ = compiled(init(), {"teacher": teacher_params}, batches[0])
+    for count, spoilt in enumerate((np.nan, np.inf), 1):
+        broken = {**teacher_params, "cls_token": teacher_params["cls_token"] + spoilt}
+        after, metrics = compiled(state, {"teacher": broken}, batches[1])
+        assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (count, count)
+        assert int(after.step) == int(state.step) + 1
+        for old, new in zip(state[1:-1], after[1:-1], strict=True):
+            jax.tree.map(np.testing.assert_array_equal, old, new)
+        state = after
+    state, metrics = compiled(state, {"teacher": teacher_params}, batches[2])
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 0)
+    assert np.isfinite(metrics["small/loss"])
 
 
 def test_schedule_is_timms_by_step() -> None:

@@ -4,6 +4,7 @@ from released weights.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,8 @@ def test_two_teachers_and_a_start_from_the_command_line(
     assert {"token_loss", "other_token_loss", "agreement_class"} <= set().union(*rows)
     assert "other_token_loss" in rows[-1]
     card = load_card(tmp_path / "run" / "student")
-    assert card.licence == "that of its teachers: none; other's"
+    begun = "and that of the weights it started from: not stated"
+    assert card.licence == f"that of its teachers: none; other's; {begun}"
     assert set(card.source["teachers"]) == {"teacher", "other"}
     text = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "other's" in text
@@ -279,6 +281,10 @@ def test_two_teachers_and_a_start_from_the_command_line(
         own,
         atol=1e-5,
     )
+    # What has not ended is the same, but for its export.
+    shutil.rmtree(tmp_path / "run" / "student")
+    unfinished = proteus_jax.load(tmp_path / "run")
+    assert (unfinished.card.family, unfinished.card.licence) == (card.family, card.licence)
     # Another factor, another teacher or another start is another run.
     other = finish([*arguments, "--config.more_teachers.other.loss.token=2"], tmp_path)
     assert other.returncode == 2
@@ -310,6 +316,29 @@ def test_a_start_is_where_training_begins(
     # One step of Adam moves a weight by its rate, which ends at 1e-5 whatever its peak.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["start"]
+
+
+def test_a_clip_student_answers_with_its_class_token_alone(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """The paper's CLIP recipe to its end: nothing is measured of patches, and nothing is missed."""
+    arguments = command(
+        tmp_path / "run",
+        photographs,
+        tiny_teacher,
+        "--config.student=vit_small_clip_1blocks",
+        "--config.teacher_normalisation=imagenet",
+        "--config.loss.feature=0",
+        "--config.loss.patch=0",
+        "--config.steps=2",
+    )
+    result = finish(arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(read_metrics(tmp_path / "run"))
+    assert any("agreement_class" in row for row in rows)
+    assert not any("agreement_patch" in row for row in rows)
+    card = load_card(tmp_path / "run" / "student")
+    assert (card.family, card.spec.pre_norm) == ("clip", True)
 
 
 def test_what_does_not_fit_together(tmp_path: Path, photographs: Path, tiny_teacher: Path) -> None:

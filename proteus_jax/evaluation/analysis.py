@@ -21,9 +21,11 @@ from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Table, compiled_pass, feature_pass
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.similarity import effective_rank, linear_cka, spectrum
+from proteus_jax.lens import regridded, renormalised, resized
 from proteus_jax.lessons import FIRST
 from proteus_jax.loading import Heads, load_any, load_heads
 from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.pretrained import Model
 from proteus_jax.standardise import standardised
 
@@ -86,7 +88,7 @@ def _refuse_crop(config: Any, teacher: Model) -> None:
 def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
     if heads is None:
         return
-    learnt = heads.teacher_width, heads.student.spec.patch_size
+    learnt = heads.teacher["width"], heads.teacher["patch_size"]
     found = teacher.spec.width, teacher.spec.patch_size
     if learnt != found:
         raise InputError(
@@ -198,15 +200,19 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict
     """The three losses by image, and those of patches by position as a grid."""
     mesh, student = context.mesh, heads.student
     side = context.config.data.crop // student.spec.patch_size
+    # The teacher gets its images as it got them in training.
+    side_seen = heads.teacher["side"] or context.config.data.crop
+    given = Normalisation(*(tuple(part) for part in heads.teacher["normalisation"]))
     ranks = np.random.default_rng(0).permutation(side * side)
     mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 
     def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        target = teacher.backbone(params[1], teacher.normalisation(images))
+        pixels = heads.normalisation(images)
+        seen = renormalised(resized(pixels, side_seen), heads.normalisation, given)
+        target = regridded(teacher.backbone(params[1], seen), side)
         if heads.moments is not None:
             target = standardised(target, heads.moments)
         masks = jnp.broadcast_to(mask, (len(images), len(mask)))
-        pixels = heads.normalisation(images)
         said = student(params[0], pixels, pixels, masks).answers[FIRST]
         assert said.patch is not None
         return {

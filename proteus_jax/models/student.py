@@ -66,6 +66,10 @@ class Heads(nnx.Module):
         return Answers(self.token(features.cls), self.feature(features.patches), patch)
 
 
+# What a teacher cannot be called: its heads are kept under its name.
+TAKEN = frozenset(dir(nnx.Dict))
+
+
 class Student(nnx.Module):
     """Backbone, and heads by the name of their teacher."""
 
