@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from proteus_jax.convert.exporter import FORMATS, PROGRAMS, Settings, export
+from proteus_jax.convert.exporter import FORMATS, LARGEST_BATCH, PROGRAMS, Settings, export
 from proteus_jax.convert.families import FAMILIES
 from proteus_jax.convert.importer import import_weights
 from proteus_jax.convert.verify import TOLERANCE, Comparison, verify, verify_golden
@@ -53,6 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
         return WRONG_INPUT
 
 
+def _path(text: str) -> Path:
+    try:
+        if "\0" in text:
+            raise RuntimeError("it holds a NUL")
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -61,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("import", help="read weights, write a model directory")
     command.add_argument("source", help="a weight file, or a known name")
     command.add_argument(
-        "--output", type=Path, help="the directory to write; a known name has one in the cache"
+        "--output", type=_path, help="the directory to write; a known name has one in the cache"
     )
     command.add_argument("--heads", type=int, help="attention heads, where not width / 64")
     command.add_argument("--prefix", help="only names that begin so belong to the model")
@@ -76,25 +85,25 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "verify", help="compare a model directory with its source in PyTorch"
     )
-    command.add_argument("directory", type=Path)
+    command.add_argument("directory", type=_path)
     command.add_argument(
-        "--against", type=Path, metavar="SOURCE", help="the weight file or directory"
+        "--against", type=_path, metavar="SOURCE", help="the weight file or directory"
     )
     command.add_argument(
-        "--golden", type=Path, metavar="FILE", help="outputs that other code stored (.npz)"
+        "--golden", type=_path, metavar="FILE", help="outputs that other code stored (.npz)"
     )
     command.add_argument(
         "--force", action="store_true", help="write a difference into config.json, and exit with 0"
     )
     command.add_argument(
-        "--images", type=Path, help="a folder of photographs (default: four of scikit-image's)"
+        "--images", type=_path, help="a folder of photographs (default: four of scikit-image's)"
     )
     command.add_argument("--prefix", help="only names of SOURCE that begin so belong to the model")
     command.set_defaults(run=_verify)
     command = commands.add_parser("export", help="write a model directory in another format")
-    command.add_argument("directory", type=Path)
+    command.add_argument("directory", type=_path)
     command.add_argument("--format", choices=FORMATS, required=True)
-    command.add_argument("--output", type=Path, required=True, metavar="PATH")
+    command.add_argument("--output", type=_path, required=True, metavar="PATH")
     command.add_argument(
         "--size",
         type=int,
@@ -105,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--batch", type=int, help="of onnx and stablehlo (default: any)")
     command.add_argument(
-        "--images", type=Path, help="a folder of photographs (default: four of scikit-image's)"
+        "--images", type=_path, help="a folder of photographs (default: four of scikit-image's)"
     )
     command.set_defaults(run=_export)
     command = commands.add_parser("list", help="the known names")
@@ -125,7 +134,7 @@ def _import(options: argparse.Namespace) -> int:
             raise InputError("--output: expected the directory to write")
         directory = options.output.expanduser()
         import_weights(
-            Path(options.source),
+            _source(options.source),
             directory,
             heads=options.heads,
             prefix=options.prefix,
@@ -135,6 +144,13 @@ def _import(options: argparse.Namespace) -> int:
         )
     _describe(directory, load_card(directory))
     return 0
+
+
+def _source(text: str) -> Path:
+    try:
+        return _path(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(str(error)) from None
 
 
 def _describe(directory: Path, card: ModelCard) -> None:
@@ -205,12 +221,23 @@ def _told(compared: list[Comparison], source: str, passed: bool) -> dict[str, An
 def _export(options: argparse.Namespace) -> int:
     if (options.size or options.batch) and options.format not in PROGRAMS:
         raise InputError(f"--size, --batch: only for {' and '.join(PROGRAMS)}")
-    if options.batch is not None and options.batch < 1:
-        raise InputError(f"--batch: expected at least 1, found {options.batch}")
-    output = options.output
-    for side in options.size or [None]:
-        if len(options.size) > 1:
-            output = options.output.with_stem(f"{options.output.stem}-{side}")
+    if options.batch is not None and not 1 <= options.batch <= LARGEST_BATCH:
+        raise InputError(
+            f"--batch: expected at least 1 and at most {LARGEST_BATCH}, found {options.batch}"
+        )
+    outputs = {
+        side: options.output.with_stem(f"{options.output.stem}-{side}")
+        if len(options.size) > 1
+        else options.output
+        for side in options.size or [None]
+    }
+    # All that can be said before is said before the first is written.
+    spec = load_card(options.directory).spec
+    for side, output in outputs.items():
+        Settings(side=side).side_of(spec)
+        if output.exists():
+            raise InputError(f"{output}: exists already; give another name or remove it first")
+    for side, output in outputs.items():
         found = export(
             options.directory,
             options.format,

@@ -54,3 +54,18 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.EXIT_CODE
     return error.EXIT_CODE if isinstance(error, InputError | Diverged | Interrupted) else DEFECT
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever reading something from outside provokes becomes an InputError about it: parsers
+    raise all there is on broken bytes. InputErrors pass as they are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:300] if lines else type(error).__name__
+        raise InputError(f"{what} ({type(error).__name__}: {reason})") from None

@@ -26,6 +26,9 @@ from proteus_jax.models.vit import Features
 from proteus_jax.storage import atomic_directory, sha256, write_atomically
 
 FORMAT = "proteus_jax model 1"
+FAMILY_NAMES = ("dinov2", "dinov3", "synclr", "clip", "openclip", "siglip", "timm")
+# What a teacher does not need, so that many files go without.
+OPTIONAL = ("mask_token",)
 WEIGHTS, CARD = "model.safetensors", "config.json"
 README, NO_LICENCE = "README.md", "not stated"
 
@@ -71,21 +74,23 @@ class ModelCard:
         if card.get("format") != FORMAT:
             raise ValueError(f"format should be {FORMAT!r}, found {card.get('format')!r}")
         statistics = card["normalisation"]
-        mean, std = (tuple(float(value) for value in statistics[key]) for key in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
-                f"normalisation should be three means and three deviations, found {statistics}"
-            )
-        return cls(
+        found = cls(
             spec=ViTSpec.from_json(card["spec"]),
             family=card["family"],
-            normalisation=Normalisation(mean, std),
+            normalisation=Normalisation.checked(statistics["mean"], statistics["std"]),
             licence=card["licence"],
             source=card["source"],
             absent=tuple(card["absent"]),
             # Cards of before it was kept have none.
-            verified=dict(card.get("verified", {})),
+            verified=card.get("verified", {}),
         )
+        kinds = (("family", str), ("licence", str), ("source", dict), ("verified", dict))
+        wrong = [name for name, kind in kinds if not isinstance(getattr(found, name), kind)]
+        wrong += ["family"] if found.family not in FAMILY_NAMES else []
+        wrong += ["absent"] if not set(found.absent) <= set(OPTIONAL) else []
+        if wrong:
+            raise ValueError(f"{wrong[0]}: {card[wrong[0]]!r}")
+        return found
 
 
 def save_model(
@@ -151,8 +156,15 @@ def _read_card(directory: Path) -> tuple[ModelCard, str]:
     try:
         text = json.loads(path.read_text())
         return ModelCard.from_json(text), text["weights_sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a model's card: {error!r}") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise InputError(f"{path}: not a model's card: {error!r}"[:500]) from None
 
 
 class Model:

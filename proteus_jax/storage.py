@@ -47,10 +47,30 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     InputError where `target` exists with something in it and `replace` is off.
     """
-    target = Path(target).expanduser()
+    # A link is followed: what it leads to is what gets replaced.
+    target = Path(target).expanduser().resolve()
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists already; give another name or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with made_folder(target.parent), _named_at_the_end(target) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """A folder that is there; what had to be made of it is gone again after an error, if empty."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _named_at_the_end(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary

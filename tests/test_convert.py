@@ -312,3 +312,30 @@ def test_photographs_are_square_middles() -> None:
     picture = photograph(np.random.default_rng(0), 60, 80)
     square = convert_weights._square(picture, 60)
     np.testing.assert_array_equal(square, picture[:, 10:70])
+
+
+def test_archives_that_are_not_whole(tmp_path: Path) -> None:
+    """Whatever their readers raise on spoilt bytes, it is one refusal in words."""
+    import zipfile
+
+    np.savez(tmp_path / "w.npz", **official(TINY))
+    whole = (tmp_path / "w.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        spoilt = bytearray(whole)
+        # The directory at the end is where archives are most easily broken.
+        for at in rng.integers(len(whole) - 2000, len(whole), 3):
+            spoilt[at] ^= int(rng.integers(1, 256))
+        (tmp_path / "w.npz").write_bytes(spoilt)
+        try:
+            read_arrays(tmp_path / "w.npz")
+        except InputError as error:
+            assert len(error.problems) < 40
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("../../outside.npy", b"")
+    with pytest.raises(InputError, match=r"refused: its member .* points outside the archive"):
+        read_arrays(tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("model/constants.pkl", b"")
+    with pytest.raises(InputError, match="TorchScript archive, as OpenAI's own CLIP files"):
+        read_arrays(tmp_path / "x.pth")

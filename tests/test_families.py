@@ -273,3 +273,71 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"naflex"):
         recognise({"embeddings.patch_embedding.weight": np.zeros((8, 12), np.float32)})
     assert set(FAMILIES) == {"dinov2", "dinov3", "synclr", "clip", "openclip", "siglip", "timm"}
+
+
+def directory_of(tmp_path: Path, settings: dict[str, Any], **beside: Any) -> Path:
+    arrays = layouts.HF_DINOV2.from_canonical(of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3)))
+    folder = tmp_path / "hf"
+    folder.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings))
+    for name, content in beside.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "beside", "complaint"),
+    [
+        ({"num_attention_heads": True}, {}, "expected num_attention_heads to be a whole number"),
+        ({"num_attention_heads": "2"}, {}, "expected num_attention_heads to be a whole number"),
+        ({"layer_norm_eps": None}, {}, "expected layer_norm_eps to be a number"),
+        ({"layer_norm_eps": float("nan")}, {}, "expected layer_norm_eps to be a number"),
+        ({"hidden_act": "relu"}, {}, "expected hidden_act to be one of"),
+        (
+            {},
+            {"preprocessor_config": {"image_mean": ["a"] * 3, "image_std": [1, 1, 1]}},
+            "three means and three deviations",
+        ),
+        (
+            {},
+            {"preprocessor_config": {"image_mean": [0, 0, 0], "image_std": [1, float("nan"), 1]}},
+            "three means and three deviations",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense(
+    settings: dict, beside: dict, complaint: str, tmp_path: Path
+) -> None:
+    folder = directory_of(tmp_path, settings, **beside)
+    with pytest.raises(InputError, match=complaint):
+        import_weights(folder, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_arrays_that_are_of_no_vit(tmp_path: Path) -> None:
+    """What is absent never passes for another kind of model, nor what has another shape."""
+    spec = ViTSpec(width=32, depth=2, heads=2, patch_size=8, grid=4)
+
+    def said(**changes: Any) -> str:
+        arrays = {name: a for name, a in (of_spec(spec) | changes).items() if a is not None}
+        np.savez(tmp_path / "w.npz", **arrays)
+        with pytest.raises(InputError) as caught:
+            import_weights(tmp_path / "w.npz", tmp_path / "model", heads=2)
+        assert not (tmp_path / "model").exists()
+        assert len(caught.value.problems) <= 21
+        return str(caught.value)
+
+    nothing = np.zeros(0, np.float32)
+    assert "it has no position table" in said(pos_embed=None)
+    assert "pos_embed should be" in said(pos_embed=nothing)
+    assert "it has no patch bias" in said(**{"patch_embed.proj.bias": None})
+    assert "misshapen: patch_embed.proj.bias" in said(**{"patch_embed.proj.bias": nothing})
+    turned = np.zeros((32, 8, 3, 8), np.float32)
+    assert "misshapen: patch_embed.proj.weight" in said(**{"patch_embed.proj.weight": turned})
+    far = {"blocks.9.norm1.weight": np.ones(32, np.float32)}
+    assert "it has blocks.9 and no blocks.2" in said(**far)
+    assert "unexpected: blocks.2000000.norm1.weight" in said(
+        **{"blocks.2000000.norm1.weight": np.ones(32, np.float32)}
+    )
+    assert "register_tokens should be" in said(register_tokens=np.ones(4, np.float32))

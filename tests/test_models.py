@@ -181,7 +181,7 @@ def test_specs_refuse_nonsense() -> None:
         ViTSpec(width=10, depth=1, heads=3)
     with pytest.raises(ValueError, match="feed_forward must be one of"):
         ViTSpec(width=12, depth=1, heads=3, feed_forward="gated")
-    with pytest.raises(ValueError, match="depth must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="depth must be from 1 to 1000, found 0"):
         ViTSpec(width=12, depth=0, heads=3)
     fields = TINY.to_json()
     assert ViTSpec.from_json(fields) == TINY

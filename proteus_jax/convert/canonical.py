@@ -40,16 +40,25 @@ def infer_spec(arrays: Arrays, heads: int | None = None, **choices: Any) -> ViTS
             f"patch_embed.proj.weight should be [width, 3, patch, patch], found {found}"
         )
     width, _, _, patch_size = arrays["patch_embed.proj.weight"].shape
-    layers = {int(found[1]) for name in arrays if (found := re.match(r"blocks\.(\d+)\.", name))}
+    # As many digits as a ViT's blocks have: any more are no number of one.
+    pattern = re.compile(r"blocks\.(\d{1,4})\.")
+    layers = {int(found[1]) for name in arrays if (found := pattern.match(name))}
     if not layers:
         raise InputError("not a ViT: it has no blocks.<i>")
+    gaps = set(range(max(layers) + 1)) - layers
+    if gaps:
+        raise InputError(f"it has blocks.{max(layers)} and no blocks.{min(gaps)}")
     if heads is None and width % HEAD_WIDTH:
         raise InputError(f"a width of {width} does not tell the number of heads: give --heads")
-    registers = arrays["register_tokens"].shape[1] if "register_tokens" in arrays else 0
+    tokens = arrays.get("register_tokens")
+    if tokens is not None and tokens.ndim != 3:
+        found = list(tokens.shape)
+        raise InputError(f"register_tokens should be [1, registers, width], found {found}")
+    registers = 0 if tokens is None else tokens.shape[1]
     found = {
         "width": width,
         "depth": max(layers) + 1,
-        "heads": heads or width // HEAD_WIDTH,
+        "heads": width // HEAD_WIDTH if heads is None else heads,
         "patch_size": patch_size,
         "registers": registers,
         "feed_forward": "swiglu" if any(".mlp.w12." in name for name in arrays) else "mlp",
@@ -109,11 +118,9 @@ def to_params(arrays: Arrays, spec: ViTSpec, *, optional: tuple[str, ...] = ()) 
         if name not in arrays and name not in optional:
             problems.append(f"missing: {name} {list(official)}")
             continue
-        array = arrays.get(name, np.zeros(official, np.float32))
+        array = arrays[name] if name in arrays else np.zeros(official, np.float32)
         # Releases disagree on leading axes of one (mask_token); the values are the same.
-        if array.shape != official and (
-            array.size != math.prod(official) or array.shape[-1] != official[-1]
-        ):
+        if _without_leading_ones(array.shape) != _without_leading_ones(official):
             problems.append(
                 f"misshapen: {name} should be {list(official)}, found {list(array.shape)}"
             )
@@ -122,11 +129,23 @@ def to_params(arrays: Arrays, spec: ViTSpec, *, optional: tuple[str, ...] = ()) 
             _from_official_layout(path, array.reshape(official), shape)
         )
     if problems:
-        raise InputError(problems)
+        raise InputError(shortened(problems))
     params: Params = {}
     for path, layers in filled.items():
         _set(params, path, np.stack(layers) if path[0] == "blocks" else layers[0])
     return params
+
+
+def shortened(problems: list[str], most: int = 20) -> list[str]:
+    """The first ones, and how many more there are."""
+    if len(problems) <= most:
+        return problems
+    return [*problems[:most], f"and {len(problems) - most} more"]
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    first = next((at for at, side in enumerate(shape) if side != 1), len(shape))
+    return tuple(shape[first:])
 
 
 def from_params(params: Params, spec: ViTSpec) -> Arrays:

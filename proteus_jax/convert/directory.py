@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from proteus_jax.convert.formats import Arrays, Weights, read_weights
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, refusing
 
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = (
@@ -84,7 +84,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     else:
         raise InputError(f"{folder}: not a model directory: it has no config.json")
     if name == "open_clip_config.json":
-        quick = config.get("model_cfg", {}).get("quick_gelu", False)
+        model = config.get("model_cfg")
+        quick = isinstance(model, dict) and model.get("quick_gelu", False) is True
         activation = "quick_gelu" if quick else "gelu"
         statistics = _image_statistics(config.get("preprocess_cfg"), "mean", "std")
         config = {"model_type": "clip", "hidden_act": activation, **statistics}
@@ -110,10 +111,8 @@ def _image_statistics(settings: Any, mean: str, std: str) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with refusing(f"{path}: not readable as JSON"):
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected an object, found {type(found).__name__}")
     return found

@@ -28,10 +28,12 @@ from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import resize_position_table
 from proteus_jax.pretrained import README, ModelCard, load_model
-from proteus_jax.storage import atomic_directory
+from proteus_jax.storage import atomic_directory, made_folder
 
 # Largest error of an export that counts as done, in standard deviations of our own tokens.
 TOLERANCE = 1e-4
+# More of either would not fit where it has to be tried.
+LARGEST_SIDE, LARGEST_BATCH = 4096, 1024
 
 
 class Subject(NamedTuple):
@@ -57,10 +59,11 @@ class Settings:
 
     def side_of(self, spec: ViTSpec) -> int:
         """The side that is meant."""
-        side = self.side or spec.grid * spec.patch_size
-        if side < spec.patch_size or side % spec.patch_size:
+        side = spec.grid * spec.patch_size if self.side is None else self.side
+        if not spec.patch_size <= side <= LARGEST_SIDE or side % spec.patch_size:
             raise InputError(
-                f"--size: expected a multiple of the patch size {spec.patch_size}, found {side}"
+                f"--size: expected a multiple of the patch size {spec.patch_size} up to "
+                f"{LARGEST_SIDE}, found {side}"
             )
         return side
 
@@ -122,10 +125,13 @@ def _unfinished(output: Path, *, is_directory: bool) -> Iterator[Path]:
         return
     if output.exists():
         raise InputError(f"{output}: exists already; give another name or remove it first")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder:
+    with (
+        made_folder(output.parent),
+        tempfile.TemporaryDirectory(prefix=f".{output.stem}-", dir=output.parent) as folder,
+    ):
         temporary = Path(folder) / output.name
         yield temporary
+        temporary.chmod(0o644)
         os.replace(temporary, output)
 
 

@@ -106,7 +106,11 @@ def recognise(
     """
     settings = dict(settings or {})
     # Nothing: DINOv3 without storage tokens, in transformers.
-    arrays = {name: array for name, array in arrays.items() if array.size}
+    arrays = {
+        name: array
+        for name, array in arrays.items()
+        if array.size or not name.endswith("register_tokens")
+    }
     layout, fitting = _layout(arrays)
     name = _chosen(fitting, family, _told_family(settings, prefix))
     found = layout.to_canonical(arrays)
@@ -121,11 +125,26 @@ def recognise(
     choices |= _told_choices(settings)
     if name == "dinov3" and "grid" not in choices:
         choices["grid"] = max(1, _DINOV3_SIDE // found["patch_embed.proj.weight"].shape[-1])
-    if name not in ("siglip", "timm") and "cls_token" not in found:
-        raise InputError(f"not a ViT of {FAMILIES[name].told}: it has no class token")
-    spec = canonical.infer_spec(found, heads or settings.get("num_attention_heads"), **choices)
+    _refuse_without(name, found)
+    heads = settings.get("num_attention_heads") if heads is None else heads
+    spec = canonical.infer_spec(found, heads, **choices)
     normalisation = _told_normalisation(settings) or FAMILIES[name].normalisation
     return Recognised(name, found, spec, normalisation, left_out, layout)
+
+
+def _refuse_without(family: str, arrays: Arrays) -> None:
+    """What every member of a family has: that it is absent must not pass for another choice."""
+    needed = {"class token": "cls_token", "position table": "pos_embed"}
+    needed["patch bias"] = "patch_embed.proj.bias"
+    spared = {
+        "siglip": {"class token"},
+        "dinov3": {"position table"},
+        "clip": {"patch bias"},
+        "openclip": {"patch bias"},
+    }.get(family, set())
+    for what, array in needed.items():
+        if what not in spared and array not in arrays:
+            raise InputError(f"not a ViT of {FAMILIES[family].told}: it has no {what}")
 
 
 def _layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
@@ -161,7 +180,12 @@ def _plain_layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
     if not scaled:
         return layouts.SYNCLR, ("synclr", "timm")
     first, last = (arrays.get(f"blocks.0.mlp.{fc}.weight") for fc in ("fc1", "fc2"))
-    packed = first is not None and last is not None and first.shape[0] == 2 * last.shape[1]
+    packed = (
+        first is not None
+        and last is not None
+        and first.ndim == last.ndim == 2
+        and first.shape[0] == 2 * last.shape[1]
+    )
     if packed:
         return layouts.TIMM_SWIGLU, ("dinov2",)
     if "reg_token" in arrays:
@@ -204,7 +228,9 @@ def _told_family(settings: Mapping[str, Any], prefix: str) -> str | None:
 def _told_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
     choices: dict[str, Any] = {}
     if "layer_norm_eps" in settings:
-        choices["norm_epsilon"] = float(settings["layer_norm_eps"])
+        choices["norm_epsilon"] = float(_number(settings, "layer_norm_eps", 1e-15, 1.0))
+    if "num_attention_heads" in settings:
+        _number(settings, "num_attention_heads", 1, 4096, whole=True)
     if "hidden_act" in settings:
         activation = _ACTIVATIONS.get(str(settings["hidden_act"]))
         if activation is None:
@@ -216,23 +242,36 @@ def _told_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("model_type") == "dinov3_vit":
         if settings.get("rope_theta", 100.0) != 100.0:
             raise InputError(
-                f"config.json: expected rope_theta to be 100, found {settings['rope_theta']}"
+                f"config.json: expected rope_theta to be 100, found {settings['rope_theta']!r}"
             )
-        choices["grid"] = max(1, int(settings["image_size"]) // int(settings["patch_size"]))
+        side = _number(settings, "image_size", 1, 65536, whole=True)
+        choices["grid"] = max(1, int(side // _number(settings, "patch_size", 1, 1024, whole=True)))
     return choices
+
+
+def _number(
+    settings: Mapping[str, Any], name: str, least: float, most: float, *, whole: bool = False
+) -> float:
+    """A number of config.json; InputError where it is none, or out of reason."""
+    value: Any = settings.get(name)
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not least <= value <= most:
+        kind = "whole number" if whole else "number"
+        raise InputError(
+            f"config.json: expected {name} to be a {kind} from {least:g} to {most:g}, found "
+            f"{str(value)[:60]!r}"
+        )
+    return value
 
 
 def _told_normalisation(settings: Mapping[str, Any]) -> Normalisation | None:
     mean, std = settings.get("image_mean"), settings.get("image_std")
-    if not isinstance(mean, list | tuple) or not isinstance(std, list | tuple):
+    if mean is None and std is None:
         return None
-    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-        raise InputError(
-            f"expected three means and three deviations of the channels, found {mean}, {std}"
-        )
-    red, green, blue = map(float, mean)
-    red_deviation, green_deviation, blue_deviation = map(float, std)
-    return Normalisation((red, green, blue), (red_deviation, green_deviation, blue_deviation))
+    try:
+        return Normalisation.checked(mean, std)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def transformers_layout(family: str, spec: ViTSpec) -> Layout:

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from proteus_jax.convert import onnx_file
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, refusing
 
 Arrays = dict[str, np.ndarray]
 _WRAPPERS = ("state_dict", "model")
@@ -48,12 +48,13 @@ def read_weights(path: Path) -> Weights:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: expected a file ending in {', '.join(_READERS)}")
-    _refuse_members_outside(path)
-    found = {name: array for name, array in reader(path).items() if not _COUNTED.search(name)}
+    with refusing(f"{path}: not a readable weight file"):
+        _refuse_members_outside(path)
+        found = {name: array for name, array in reader(path).items() if not _COUNTED.search(name)}
     wrong = [
-        f"{path}: {name} should hold floats, found {array.dtype}"
+        f"{path}: {name} should hold floats, found {getattr(array, 'dtype', type(array).__name__)}"
         for name, array in found.items()
-        if not jnp.issubdtype(array.dtype, np.floating)
+        if not isinstance(array, np.ndarray) or not jnp.issubdtype(array.dtype, np.floating)
     ]
     if wrong:
         raise InputError(wrong)

@@ -9,14 +9,11 @@ from proteus_jax.convert.directory import read_directory
 from proteus_jax.convert.families import Recognised, find_prefix, recognise
 from proteus_jax.convert.formats import Arrays, read_weights
 from proteus_jax.convert.layouts import DINOV2
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, refusing
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec
-from proteus_jax.pretrained import NO_LICENCE, ModelCard, save_model
+from proteus_jax.pretrained import NO_LICENCE, OPTIONAL, ModelCard, save_model
 from proteus_jax.storage import sha256
-
-# What a teacher does not need, so that many files go without.
-OPTIONAL = ("mask_token",)
 
 
 def read_model(
@@ -54,7 +51,8 @@ def read_model(
         if weights.card:
             found, facts["licence"] = _of_card(weights.card, arrays)
         else:
-            found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
+            with refusing("its arrays are those of no ViT"):
+                found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
     except InputError as error:
         raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
     if before:
@@ -66,10 +64,8 @@ def read_model(
 
 def _of_card(text: str, arrays: Arrays) -> tuple[Recognised, str]:
     """What a file of this project says of itself, and its licence."""
-    try:
+    with refusing("its card makes no sense"):
         card = ModelCard.from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"its card makes no sense: {error!r}") from None
     found = Recognised(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
     return found, card.licence
 

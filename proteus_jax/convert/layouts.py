@@ -57,6 +57,9 @@ class Layout:
             missing = [self.qkv[part] for part in range(3) if part not in found]
             if missing:
                 raise InputError(f"{whole}: its part {' and '.join(missing)} is missing")
+            shapes = [list(found[part].shape) for part in range(3)]
+            if any(shape != shapes[0] for shape in shapes):
+                raise InputError(f"{whole}: its three parts differ in shape: {shapes}")
             result[whole] = np.concatenate([found[part] for part in range(3)])
         return result
 
@@ -69,6 +72,8 @@ class Layout:
             if name in theirs:
                 result[theirs[name]] = _with_axes(array, self.axes.get(name, array.ndim))
             elif f"{name}#0" in theirs:
+                if not array.ndim or array.shape[0] % 3:
+                    raise InputError(f"{name}: expected three parts, found {list(array.shape)}")
                 for part, values in enumerate(np.split(array, 3)):
                     if part != 1 or key_bias or not name.endswith(".bias"):
                         result[theirs[f"{name}#{part}"]] = np.ascontiguousarray(values)
@@ -78,7 +83,7 @@ class Layout:
 
     @property
     def _number(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.block).replace(r"\{\}", r"(\d+)"))
+        return re.compile(re.escape(self.block).replace(r"\{\}", r"(\d{1,4})"))
 
     def _canonical_axes(self, name: str, array: np.ndarray) -> int:
         return CANONICAL_AXES.get(name, array.ndim) if name in self.axes else array.ndim

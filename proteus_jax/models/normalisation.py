@@ -1,6 +1,6 @@
 """From uint8 images to what a ViT was trained on."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -11,6 +11,22 @@ class Normalisation(NamedTuple):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @classmethod
+    def checked(cls, mean: Any, std: Any) -> "Normalisation":
+        """Of lists from outside; ValueError where they are not three numbers each."""
+        for values, least in ((mean, -1e3), (std, 1e-6)):
+            fits = isinstance(values, list | tuple) and len(values) == 3
+            if not fits or not all(
+                type(value) in (int, float) and least <= value <= 1e3 for value in values
+            ):
+                raise ValueError(
+                    "normalisation should be three means and three deviations above 0, found "
+                    f"{str(mean)[:60]} and {str(std)[:60]}"
+                )
+        red, green, blue = map(float, mean)
+        first, second, third = map(float, std)
+        return cls((red, green, blue), (first, second, third))
 
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """Float32 images, as PyTorch's ToTensor and Normalize make them."""

@@ -60,12 +60,13 @@ class ViTSpec:
     xavier_qkv: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch_size", "grid"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("registers", "inner"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        wrong = _of_another_type(vars(self))
+        if wrong:
+            raise ValueError(wrong[0])
+        for name, (least, most) in _LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                found = getattr(self, name)
+                raise ValueError(f"{name} must be from {least} to {most}, found {found}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         for name, choices in _CHOICES.items():
@@ -113,17 +114,43 @@ class ViTSpec:
         required = ("width", "depth", "heads")
         wrong = [f"unknown field {name!r}" for name in fields if name not in defaults]
         wrong += [f"missing field {name!r}" for name in required if name not in fields]
-        for name, value in fields.items():
-            kind = int if name in required else type(defaults.get(name, value))
-            # JSON writes 0.0 as 0 where it likes; a bool would pass for an int.
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits:
-                wrong.append(f"{name} should be {kind.__name__}, found {value!r}")
+        # JSON writes 0.0 as 0 where it likes.
+        fields = {
+            name: float(value)
+            if type(defaults.get(name)) is float and type(value) is int
+            else value
+            for name, value in fields.items()
+        }
+        wrong += _of_another_type(fields)
         if wrong:
             raise ValueError("not a ViT's sizes: " + "; ".join(wrong))
         return cls(**fields)
 
 
+def _of_another_type(values: Mapping[str, Any]) -> list[str]:
+    """What should be a whole number, a number, true or false, or a text, and is not."""
+    problems = []
+    for field in dataclasses.fields(ViTSpec):
+        kind = int if field.default is dataclasses.MISSING else type(field.default)
+        if field.name in values and type(values[field.name]) is not kind:
+            found = values[field.name]
+            problems.append(f"{field.name} should be {kind.__name__}, found {found!r}")
+    return problems
+
+
+# Far beyond any model that there is: what lies outside is a mistake, or meant to do harm.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "width": (1, 65536),
+    "depth": (1, 1000),
+    "heads": (1, 4096),
+    "patch_size": (1, 1024),
+    "grid": (1, 1024),
+    "inner": (0, 262144),
+    "registers": (0, 1024),
+    "norm_epsilon": (0.0, 1.0),
+    "interpolate_offset": (0.0, 1.0),
+    "mask_deviation": (0.0, 1.0),
+}
 _CHOICES = {
     "feed_forward": FEED_FORWARDS,
     "activation": ACTIVATIONS,
