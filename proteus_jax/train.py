@@ -44,10 +44,16 @@ def run(
     """Trains, or goes on training, to the end; returns the exit code. `profile` writes a trace of a
     few steps.
 
-    InputError, before anything is changed, where the workdir holds a run of other images, seed,
-    batch or models.
+    InputError, before anything is changed, where another run is using the workdir, or it holds one
+    of other images, seed, batch or models.
     """
     keep_compiled_programs()
+    # The hosts of a run share a workdir: the first one holds it.
+    with contextlib.nullcontext() if jax.process_index() else place.locked():
+        return _run_alone(config, inputs, place, console, profile)
+
+
+def _run_alone(config: Any, inputs: Inputs, place: Workdir, console: Console, profile: bool) -> int:
     experiment, workdir = build(config, inputs), place.local
     workdir.mkdir(parents=True, exist_ok=True)
     host = jax.process_index()

@@ -6,7 +6,10 @@ at every checkpoint; the address is the truth, and what a machine had of its own
 
 import contextlib
 import dataclasses
+import fcntl
+import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +21,7 @@ from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.storage import why_unwritable
 
 SCHEMES = ("gs",)
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 # What a resumed run goes on with; the rest is written anew.
 CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png", "report/*.png", "report/*/*.png")
 # An upload is tried again after so many seconds.
@@ -42,6 +45,28 @@ class Workdir:
         if self.remote:
             return f"{self.remote}/{CHECKPOINTS}"
         return str((self.local / CHECKPOINTS).absolute())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else's as long as the block lasts, or this process; InputError where it is
+        somebody's already. An address on gs:// has no lock.
+
+        A record lock: it ends with its process however that ends, and no child inherits it.
+        """
+        self.local.mkdir(parents=True, exist_ok=True)
+        with open(self.local / LOCK, "a+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise InputError(
+                    f"--workdir: {self.local} is in use by another run ({file.read().strip()}); "
+                    "wait for it, or give another workdir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
 
     def named(self, path: Path) -> str:
         """A path under `local` as its user should know it."""

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 from test_families import TIMM, of_spec
 from test_golden import reference
 
@@ -123,6 +124,44 @@ def _arrays(path: Path) -> list[np.ndarray]:
 
     file = path / "model.safetensors" if path.is_dir() else path
     return [array for _, array in sorted(read_arrays(file).items())]
+
+
+def test_timms_names_and_shapes(models: Path, tmp_path: Path) -> None:
+    """Those of vit_*_patch14_reg4_dinov2 and of vit_giant_patch14_dinov2, as timm 1.0 has them: the
+    table has no class entry where there are registers, a gated layer is one fc1.
+    """
+
+    def block(hidden: int, out: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn.qkv.weight": (96, 32), "attn.qkv.bias": (96,), "attn.proj.weight": (32, 32),
+            "attn.proj.bias": (32,), "mlp.fc1.weight": (hidden, 32), "mlp.fc1.bias": (hidden,),
+            "mlp.fc2.weight": (32, out), "mlp.fc2.bias": (32,),
+        }  # fmt: skip
+        names = (
+            "norm1.weight",
+            "norm1.bias",
+            "norm2.weight",
+            "norm2.bias",
+            "ls1.gamma",
+            "ls2.gamma",
+        )
+        return shapes | dict.fromkeys(names, (32,))
+
+    common: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, 32), "patch_embed.proj.weight": (32, 3, 8, 8),
+        "patch_embed.proj.bias": (32,), "norm.weight": (32,), "norm.bias": (32,),
+    }  # fmt: skip
+    for name, own, hidden, out in (
+        ("registers", {"pos_embed": (1, 16, 32), "reg_token": (1, 3, 32)}, 128, 128),
+        ("swiglu", {"pos_embed": (1, 17, 32)}, 176, 88),
+    ):
+        export(models / name, "timm", tmp_path / f"{name}.safetensors", photographs)
+        found = safetensors.numpy.load_file(tmp_path / f"{name}.safetensors")
+        expected = common | own
+        for layer in range(2):
+            inside = block(hidden, out).items()
+            expected |= {f"blocks.{layer}.{key}": shape for key, shape in inside}
+        assert {key: array.shape for key, array in found.items()} == expected
 
 
 @pytest.mark.parametrize("format", ["dinov2", "timm", "clip", "synclr"])

@@ -360,6 +360,31 @@ def test_unreadable_images_are_named_once_and_cost_nothing(
     assert f"{len(named)} images could not be read" in result.stdout
 
 
+def test_a_workdir_is_one_runs_at_a_time(
+    photographs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """The second one refuses and touches nothing; a killed one holds nothing."""
+    arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.steps=100000")
+    environ = environment(tmp_path)
+    first = subprocess.Popen(arguments, cwd=tmp_path, env=environ, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        second = finish(arguments, tmp_path)
+        assert second.returncode == 2
+        said = rf"is in use by another run \(process {first.pid} on .*\); wait for it"
+        assert re.search(said, second.stderr)
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    # Further than it came: the same run goes on, to its end.
+    after = finish([*arguments, "--config.steps=1"], tmp_path)
+    assert after.returncode == 0, after.stderr
+
+
 def test_a_diverging_run_stops(photographs: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.learning_rate=1e30")
     few = ["--config.warmup_steps=0", "--config.max_skipped=3"]
