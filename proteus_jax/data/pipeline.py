@@ -215,7 +215,20 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        _remove_open_segments()
         os._exit(1)
+
+
+def _remove_open_segments() -> None:
+    """Of shared memory that this worker was about to fill: Python's tracker, which removes all
+    others, may not have heard of it yet.
+    """
+    files = Path("/proc/self/fd")
+    for file in files.iterdir() if files.is_dir() else ():
+        with contextlib.suppress(OSError):
+            name = file.readlink()
+            if name.is_relative_to("/dev/shm") and name.name.startswith("psm_"):
+                name.unlink()
 
 
 def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray, list[int]]:
