@@ -177,7 +177,7 @@ def _verify(options: argparse.Namespace) -> int:
     if (options.against is None) == (options.golden is None):
         raise InputError("verify: expected one of --against SOURCE and --golden FILE")
     if options.golden is not None:
-        found = verify_golden(directory, options.golden.expanduser())
+        found = verify_golden(directory, options.golden)
         print(f"outputs of {options.golden}; errors in standard deviations")
     else:
         photographs = _photographs(options.images, spec.grid * spec.patch_size)

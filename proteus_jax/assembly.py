@@ -137,15 +137,9 @@ def assemble(
     return Assembly(taught, students, normalisation, init, step)
 
 
-def misfits(
-    config: Any,
-    teachers: Mapping[str, ViTSpec],
-    start: ViTSpec | None,
-    *,
-    students: bool = True,
-) -> list[str]:
-    """What the sizes of the models make wrong, in words; `students` is off where the model that
-    they start from is not known.
+def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None) -> list[str]:
+    """What the sizes of the models make wrong, in words. Students without a model to start from
+    have been checked with the configuration.
     """
     problems = []
     for name, lesson in lessons(config).items():
@@ -156,7 +150,7 @@ def misfits(
                 f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
                 f"{teachers[name].patch_size} px, which do not divide images of {side} px"
             )
-    for name in config.student if students and start is not None else ():
+    for name in config.student if start is not None else ():
         try:
             spec = student_spec(name, config.data.crop, start)
         except ValueError as error:

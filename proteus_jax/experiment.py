@@ -198,8 +198,7 @@ def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
         for field, directory in models.items()
     }
     teachers = {name: specs[_field(name)] for name in lessons(config) if _field(name) in specs}
-    missing = config.start and START not in specs
-    return misfits(config, teachers, specs.get(START), students=not missing)
+    return misfits(config, teachers, specs.get(START))
 
 
 def build(config: Any, inputs: Inputs) -> Experiment:

@@ -204,8 +204,6 @@ def _check_evaluation(config: Any) -> list[str]:
 
 def _check_training(config: Any) -> list[str]:
     """What only two fields together make wrong."""
-    if not hasattr(config.more_teachers, "items"):
-        return []
     problems = _check_more_teachers(config.more_teachers)
     if problems:
         return problems

@@ -256,9 +256,9 @@ class _Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """A checkpoint, once the rows before it are on the disk."""
-        self.skipped.settle()
         self.write_pending()
         self.metrics.sync()
+        self.skipped.settle()
         reason = self.place.upload()
         if reason is not None:
             self.console.line(f"not uploaded, tried again at the next checkpoint: {reason}")

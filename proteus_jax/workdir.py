@@ -6,6 +6,7 @@ at every checkpoint; the address is the truth, and what a machine had of its own
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import shutil
@@ -57,7 +58,11 @@ class Workdir:
         with open(self.local / LOCK, "a+") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise InputError(
+                        f"--workdir: {self.local} cannot be locked: {error.strerror}"
+                    ) from None
                 file.seek(0)
                 raise InputError(
                     f"--workdir: {self.local} is in use by another run ({file.read().strip()}); "

@@ -164,7 +164,7 @@ def test_timms_names_and_shapes(models: Path, tmp_path: Path) -> None:
         assert {key: array.shape for key, array in found.items()} == expected
 
 
-@pytest.mark.parametrize("format", ["dinov2", "timm", "clip", "synclr"])
+@pytest.mark.parametrize("format", ["dinov2", "timm", "clip", "synclr", "huggingface"])
 def test_what_a_format_cannot_hold(format: str, models: Path, tmp_path: Path) -> None:
     for name in set(MODELS) - PLACES[format]:
         output = output_of(format, tmp_path)

@@ -83,18 +83,18 @@ def _settings(folder: Path) -> dict[str, Any]:
             break
     else:
         raise InputError(f"{folder}: not a model directory: it has no config.json")
+    if str(config.get("format", "")).startswith("proteus_jax"):
+        raise InputError(f"{folder}: a model directory already; give its name where one is wanted")
     if name == "open_clip_config.json":
         model = config.get("model_cfg")
         quick = isinstance(model, dict) and model.get("quick_gelu", False) is True
         activation = "quick_gelu" if quick else "gelu"
         statistics = _image_statistics(config.get("preprocess_cfg"), "mean", "std")
         config = {"model_type": "clip", "hidden_act": activation, **statistics}
-    if isinstance(config.get("vision_config"), dict):
-        config = (
-            {"hidden_act": "quick_gelu"}
-            | config["vision_config"]
-            | {"model_type": config["vision_config"].get("model_type", config.get("model_type"))}
-        )
+    vision = config.get("vision_config")
+    if isinstance(vision, dict):
+        # What it leaves out is the family's default, not one of ours.
+        config = {"model_type": config.get("model_type")} | vision
     statistics = config.get("pretrained_cfg")
     if isinstance(statistics, dict):
         config |= _image_statistics(statistics, "mean", "std")

@@ -27,7 +27,7 @@ from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import resize_position_table
-from proteus_jax.pretrained import README, ModelCard, load_model
+from proteus_jax.pretrained import OPTIONAL, README, ModelCard, load_model
 from proteus_jax.storage import atomic_directory, made_folder
 
 # Largest error of an export that counts as done, in standard deviations of our own tokens.
@@ -200,14 +200,16 @@ def _write_dinov2(subject: Subject, path: Path, _: Settings) -> None:
 
 # What may differ among DINOv2's models.
 _FREE = (
-    *("patch_size", "grid", "feed_forward", "registers", "norm_epsilon"),
+    *("patch_size", "grid", "feed_forward", "registers"),
     *("interpolate_offset", "interpolate_antialias"),
 )
 
 
 def _write_synclr(subject: Subject, path: Path, _: Settings) -> None:
     spec = subject.spec
+    plain = ViTSpec(width=spec.width, depth=spec.depth, heads=spec.heads)
     alike = not spec.layer_scale and spec.pooling == "token" and spec.class_position
+    alike = alike and (spec.norm_epsilon, spec.activation) == (plain.norm_epsilon, "gelu")
     if subject.card.family not in ("synclr", "timm") or not alike:
         raise InputError(
             f"{subject.directory}: a model of the family {subject.card.family}, not SynCLR's"
@@ -228,17 +230,16 @@ def _write_timm(subject: Subject, path: Path, _: Settings) -> None:
 
 
 def _timm_outputs(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
-    """By timm where it can be imported, by our own reading of the file in any case."""
+    """What the file holds, by our own reading in any case, by timm where it can be imported."""
     spec, pixels = subject.spec, _pixels(subject, images)
     found, _ = read_model(path, family=subject.card.family, heads=spec.heads)
     choices = {"interpolate_offset": spec.interpolate_offset, "grid": spec.grid}
     choices["interpolate_antialias"] = spec.interpolate_antialias
     read = dataclasses.replace(found.spec, **choices)
-    params = canonical.to_params(found.arrays, read, optional=("mask_token",))
-    outputs = our_outputs(params, read, pixels)
-    theirs = reference.timm_outputs(spec, subject.arrays, pixels)
-    named = {} if theirs is None else {name: theirs[name] for name in theirs}
-    return outputs | named
+    params = canonical.to_params(found.arrays, read, optional=OPTIONAL)
+    return our_outputs(params, read, pixels) | (
+        reference.timm_outputs(read, found.arrays, pixels) or {}
+    )
 
 
 # transformers' directory.
@@ -247,6 +248,8 @@ def _timm_outputs(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
 def _write_huggingface(subject: Subject, folder: Path, _: Settings) -> None:
     card, spec = subject.card, subject.spec
     arrays = subject.arrays
+    if spec.pooling == "mean":
+        raise InputError(f"{subject.directory}: transformers has no model that averages patches")
     if spec.layer_scale or card.family == "dinov3":
         # There it has one, whether it was trained or not.
         arrays = canonical.from_params(subject.params, spec)

@@ -116,8 +116,6 @@ def recognise(
     found = layout.to_canonical(arrays)
     left_out = tuple(n for n in arrays if layout.left_out and re.fullmatch(layout.left_out, n))
     choices = dict(FAMILIES[name].choices)
-    if "register_tokens" in found and name == "dinov2":
-        choices = {"interpolate_offset": 0.0, "interpolate_antialias": True}
     if layout is layouts.TIMM_MEAN or settings.get("global_pool") == "avg":
         choices |= {"pooling": "mean"}
         if layout is layouts.TIMM_MEAN:

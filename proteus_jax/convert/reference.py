@@ -10,11 +10,10 @@ from jaxtyping import Float
 from proteus_jax.convert import layouts
 from proteus_jax.convert.families import transformers_layout
 from proteus_jax.convert.layouts import Arrays
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, refusing
 from proteus_jax.models.specs import ViTSpec
 
 _HIDDEN_ACT = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
-_TIMM_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 Outputs = dict[str, np.ndarray]
 
 
@@ -34,6 +33,10 @@ def transformers_settings(family: str, spec: ViTSpec) -> dict[str, Any]:
     }
     layout = transformers_layout(family, spec)
     if layout is layouts.HF_DINOV2:
+        if spec.inner:
+            raise InputError(
+                f"transformers' Dinov2Model has no feed-forward layer {spec.inner} wide"
+            )
         settings |= {"use_swiglu_ffn": spec.feed_forward == "swiglu", "mlp_ratio": 4}
         del settings["intermediate_size"]
         if spec.registers:
@@ -89,9 +92,10 @@ def transformers_outputs(
     extra = {"add_pooling_layer": False} if settings["model_type"] == "vit" else {}
     # from_pretrained and not load_state_dict: newer releases name modules otherwise than the files
     # they read.
-    model, loading = kind.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, **extra
-    )
+    with refusing("transformers does not take these weights"):
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **extra
+        )
     wrong = [
         name
         for reason in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -112,7 +116,8 @@ def directory_outputs(folder: Path, spec: ViTSpec, pixels: Float[np.ndarray, "b 
     transformers.utils.logging.disable_progress_bar()
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     extra = {"add_pooling_layer": False} if architecture == "ViTModel" else {}
-    model = getattr(transformers, architecture).from_pretrained(folder, **extra)
+    with refusing(f"{folder}: transformers does not take it"):
+        model = getattr(transformers, architecture).from_pretrained(folder, **extra)
     return run_transformers(model, spec, pixels)
 
 
@@ -178,7 +183,7 @@ def run_timm(
         num_classes=0,
         global_pool="avg" if spec.pooling == "mean" else "token",
         fc_norm=spec.final_norm == "class" and spec.pooling == "mean",
-        act_layer="silu" if swiglu else _TIMM_ACTIVATION[spec.activation],
+        act_layer="silu" if swiglu else spec.activation,
         mlp_layer=timm_layers.SwiGLUPacked if swiglu else timm_layers.Mlp,
         norm_layer=lambda width, **_: torch.nn.LayerNorm(width, eps=spec.norm_epsilon),
     )
