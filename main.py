@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import proteus_jax
 from proteus_jax.console import Console
-from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code
+from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, is_of_the_disk
 from proteus_jax.hosts import ALONE, Place, find_place
 
 PATHS = ("--config", "--workdir", "--output")
@@ -134,7 +134,7 @@ def distil(arguments: list[str], console: Console) -> int:
     about = {"version": proteus_jax.__version__, "configuration": configuration.to_json()}
     with cluster.joined(
         place, about, timeout=seconds, progress=console.progress, say=console.error
-    ):
+    ) as company:
         if evaluates:
             found = evaluation.open_inputs(configuration, workdir, known)
             with opened_workdir(workdir) as folder:
@@ -142,7 +142,7 @@ def distil(arguments: list[str], console: Console) -> int:
         inputs = experiment.open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder:
-            return train.run(configuration, inputs, folder, console, profile=profile)
+            return train.run(configuration, inputs, folder, console, company, profile=profile)
 
 
 def _plan(configuration: Any, words: dict[str, str], known: list[str], console: Console) -> None:
@@ -213,7 +213,13 @@ def main() -> int:
         console.error("interrupted; the same command goes on")
         return exit_code(error)
     except Exception as error:
-        console.error(traceback.format_exc())
+        if is_of_the_disk(error):
+            notes = _notes(error)
+            console.error(
+                "\n".join([f"{error}; the same command goes on with room to write", *notes])
+            )
+        else:
+            console.error(traceback.format_exc())
         return exit_code(error)
 
 

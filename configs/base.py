@@ -39,7 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Images of a step, over all devices and hosts; even where patches are masked.
     config.batch = 1024
-    # Length of training in passes over the images, or, where given, in steps.
+    # Length of training in passes over the images, or, where given, in steps. A run, a finished one
+    # too, may be given another: the learning rate follows the new length from there on.
     config.epochs = 300.0
     config.steps = config_dict.placeholder(int)
 
@@ -138,8 +139,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint_every = 2500
     # Updates in a row that may be skipped, as a loss or gradient is not finite, before a run stops.
     config.max_skipped = 10
-    # Checkpoints that are kept.
+    # Checkpoints that are kept: the newest ones, and one every so many steps for ever.
     config.keep_checkpoints = 3
+    config.keep_every = config_dict.placeholder(int)
+    # Saves in a row that may fail, as where the disk is full, before a run stops; 0 stops at the
+    # first.
+    config.max_failed_saves = 3
+    # Seconds from a request to stop (SIGTERM, Ctrl-C) after which a run ends, saved or not.
+    config.stop_within = 300.0
     # A misspelt field in a file that starts from this one is an error from here on.
     return config.lock()
 

@@ -1,41 +1,126 @@
-"""Checkpoints through orbax: written in the background, restored onto whatever devices there
-are.
+"""Checkpoints through orbax: written in the background, sealed when they are complete, believed
+only while they equal their seal, restored onto whatever devices there are.
+
+A directory a step, `checkpoints/4`. Orbax writes it; the first host then seals it, notes the step
+in saved.json, says so, and removes the oldest. Orbax's own manager is not used: it takes an empty
+directory for the newest step, and forgets the others when a save fails.
 """
 
+import contextlib
 import json
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from proteus_jax.errors import InputError
+from proteus_jax.integrity import SEAL, damage, is_sealed, seal, write_whole
 from proteus_jax.standardise import Moments, no_moments
 from proteus_jax.step import Skipped, TrainState
 
 # Parameters are an item of their own: who only wants the model need not know the optimizer.
 PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts"
-# The fact that is none of a run's identity.
-CARRIED_ON = "card"
+# The newest step that was said to be saved; and where damaged ones are put.
+SAVED, DAMAGED = "saved.json", "damaged"
+UNFINISHED = ".orbax-checkpoint-tmp"
+# Hosts wait for each other so long in a save before it fails, in seconds.
+PATIENCE = 600
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest ones, and every so many steps one for ever."""
+
+    last: int
+    every: int | None = None
+
+    def superfluous(self, steps: Sequence[int]) -> list[int]:
+        """Of the steps that are saved, those to be removed; never the newest."""
+        older = sorted(steps)[: -self.last]
+        return [step for step in older if not (self.every and step % self.every == 0)]
+
+
+class Found(NamedTuple):
+    """The newest checkpoint that is whole, or None, and what is wrong with those after it, in words
+    by the name of their directory.
+    """
+
+    step: int | None
+    faults: dict[int, str]
 
 
 class Checkpoints:
     """The checkpoints of a run: the train state, and the facts that a resumed run must agree
     with.
+
+    `saved` hears of every step that is complete on the disk, `failed` of every one that could not
+    be saved and why; both from another thread.
     """
 
-    def __init__(self, directory: str, *, keep: int | None = None):
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-            item_names=(PARAMS, PROGRESS, STATISTICS, FACTS),
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep: Keep | None = None,
+        saved: Callable[[int, float], None] = lambda step, seconds: None,
+        failed: Callable[[int, str], None] = lambda step, reason: None,
+    ):
+        self._root, self._keep = epath.Path(directory), keep
+        self._saved, self._failed = saved, failed
+        self._writing: threading.Thread | None = None
+        # Saves that failed since the last good one.
+        self.failed_in_a_row = 0
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(PARAMS, PROGRESS, STATISTICS, FACTS),
+            async_options=ocp.options.AsyncOptions(timeout_secs=PATIENCE),
         )
 
-    def latest(self) -> int | None:
-        """The newest saved step."""
-        return self._manager.latest_step()
+    def newest(self) -> Found:
+        """The newest checkpoint that is whole. InputError where there is none, but one had been
+        saved: a run that lost its checkpoints must not begin anew without a word.
+        """
+        last, faults = self._last_saved(), {}
+        for step in sorted(self.steps(), reverse=True):
+            reason = damage(self._root / str(step), _name(step))
+            if reason is None:
+                if last is not None and last > step:
+                    faults.setdefault(last, "it is gone")
+                return Found(step, faults)
+            faults[step] = reason
+        if last is not None or any(is_sealed(self._root / str(step)) for step in faults):
+            known = "" if last is None else f" at step {last}"
+            reasons = [f"step {step}: {reason}" for step, reason in faults.items()]
+            raise InputError(
+                f"{self._root}: a run was saved here{known}, and no checkpoint of it is whole "
+                f"({'; '.join(reasons) or 'there is none'}). Give another workdir, or remove this "
+                "folder to begin anew"
+            )
+        return Found(None, faults)
+
+    def make_way(self, found: Found) -> None:
+        """Puts what is damaged aside, and removes what saves left unfinished; on one host."""
+        if not self._root.exists():
+            return
+        last = self._last_saved()
+        for step in self.steps():
+            directory = self._root / str(step)
+            newer = found.step is None or step > found.step
+            if step in found.faults and (is_sealed(directory) or (last or -1) >= step):
+                _put_aside(directory, self._root / DAMAGED)
+            elif step in found.faults or not (newer or is_sealed(directory)):
+                _remove(directory)
+        for path in self._root.iterdir():
+            if UNFINISHED in path.name:
+                _remove(path)
 
     def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
-        """Starts to save; returns as soon as the state may change again."""
+        """Waits for the save before, starts this one, and returns as soon as the state may change
+        again.
+        """
+        self.wait()
         items = {
             PARAMS: ocp.args.StandardSave(state.params),
             PROGRESS: ocp.args.StandardSave(_progress(state)),
@@ -43,9 +128,48 @@ class Checkpoints:
         }
         if state.statistics:
             items[STATISTICS] = ocp.args.StandardSave(_named(state.statistics))
-        # force: orbax would otherwise skip a step of its own accord, without a word.
-        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
-            raise RuntimeError(f"the checkpoint of step {step} was not saved")
+        start = time.monotonic()
+        try:
+            self._orbax.save(self._root / str(step), args=ocp.args.Composite(**items))
+        except Exception as error:
+            self.fail(step, error)
+            return
+        self._writing = threading.Thread(target=self._finish, args=(step, start))
+        self._writing.start()
+
+    def _finish(self, step: int, start: float) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                seal(self._root / str(step), _name(step))
+                write_whole(self._root / SAVED, json.dumps({"step": step}) + "\n")
+        except Exception as error:
+            self.fail(step, error)
+            return
+        self.failed_in_a_row = 0
+        self._saved(step, time.monotonic() - start)
+        if jax.process_index() == 0 and self._keep is not None:
+            # What cannot be removed now is met again at the next save.
+            with contextlib.suppress(OSError):
+                self._remove_oldest(self._keep)
+
+    def fail(self, step: int, error: Exception) -> None:
+        """Counts and tells of a save that came to nothing, and removes what there is of it."""
+        self.failed_in_a_row += 1
+        self._failed(step, _in_words(error))
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                for path in self._root.iterdir():
+                    unsealed = path.name == str(step) and not is_sealed(path)
+                    if unsealed or UNFINISHED in path.name:
+                        _remove(path)
+
+    def _remove_oldest(self, keep: Keep) -> None:
+        sealed = [step for step in self.steps() if is_sealed(self._root / str(step))]
+        for step in keep.superfluous(sealed):
+            # Without its seal first: killed meanwhile, what is left is no checkpoint.
+            (self._root / str(step) / SEAL).unlink()
+            (self._root / str(step)).rmtree()
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state of a step, born on the given shardings."""
@@ -101,21 +225,65 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._orbax.restore(self._root / str(step), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"the checkpoint of step {step} does not fit this run: {reason}"
+                f"the checkpoint of step {step} does not fit this run: {_in_words(error)}"
             ) from None
 
+    def steps(self) -> list[int]:
+        """Of all directories that are named like one, whatever is in them."""
+        if not self._root.is_dir():
+            return []
+        names = [path.name for path in self._root.iterdir()]
+        return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+
+    def _last_saved(self) -> int | None:
+        """What saved.json says; 0 where it is there and says nothing that can be read."""
+        path = self._root / SAVED
+        if not path.exists():
+            return None
+        try:
+            return int(json.loads(path.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
     def wait(self) -> None:
-        """Returns when everything that was started is on the disk, or raises what went wrong."""
-        self._manager.wait_until_finished()
+        """Returns when what was started is on the disk, or has failed and was told of."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
 
     def close(self) -> None:
         """Waits, and lets go of the directory."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        self.wait()
+        self._orbax.close()
+
+
+def _name(step: int) -> str:
+    return f"step {step}"
+
+
+def _in_words(error: Exception) -> str:
+    """One line of an error; TensorStore's go on for a page."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink()
+
+
+def _put_aside(directory: epath.Path, folder: epath.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    target, number = folder / directory.name, 0
+    while target.exists():
+        number += 1
+        target = folder / f"{directory.name}-{number}"
+    directory.rename(target)
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
@@ -134,14 +302,3 @@ def _named(statistics: dict[str, Moments]) -> dict[str, dict[str, Any]]:
 
 def _moments(named: dict[str, dict[str, Any]] | None) -> dict[str, Moments]:
     return {name: Moments(**each) for name, each in (named or {}).items()}
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What differs between the facts of a checkpoint and those of this run, in words; what its
-    student carries on may.
-    """
-    return [
-        f"{key}: the checkpoint has {json.dumps(found.get(key))}, this run has {json.dumps(value)}"
-        for key, value in expected.items()
-        if key != CARRIED_ON and found.get(key) != value
-    ]

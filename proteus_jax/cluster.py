@@ -28,15 +28,16 @@ def joined(
     timeout: float,
     progress: Callable[[str], None],
     say: Callable[[str], None],
-) -> Iterator[None]:
-    """The block runs once all hosts have met and JAX knows them; alone it just runs.
+) -> Iterator[Company | None]:
+    """The block runs once all hosts have met and JAX knows them, and is given their company; alone
+    it just runs.
 
     `progress` tells what is waited for, `say` of a host that is lost meanwhile: this process then
     ends with the exit code of the one that failed, or 75 where that is gone without a word.
     Interrupted where not all hosts came within `timeout` seconds.
     """
     if place.hosts == 1:
-        yield
+        yield None
         return
     if place.host == 0:
         progress(f"waiting for {place.hosts} hosts to meet here, at port {place.port + 1}")
@@ -51,7 +52,7 @@ def joined(
                 # JAX's own detection would take one device of each node under SLURM.
                 cluster_detection_method="deactivate",
             )
-            yield
+            yield company
             jax.distributed.shutdown()
     except BaseException as error:
         # What ends one host ends all of them, with the same code: a launcher must not start them

@@ -53,6 +53,11 @@ def load(
     return ml_collections.FrozenConfigDict(config), problems + schema.together(config)
 
 
+def frozen(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
+    """A configuration that was written as JSON."""
+    return ml_collections.FrozenConfigDict(ml_collections.ConfigDict(values))
+
+
 def _run_file(path: str) -> ml_collections.ConfigDict:
     file = Path(path).expanduser()
     if not file.is_file():

@@ -2,6 +2,7 @@
 library's chatter.
 """
 
+import contextlib
 import io
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 # Without a terminal a line of progress comes this often, in seconds.
 PLAIN_INTERVAL = 15.0
@@ -49,11 +51,11 @@ class Console:
             self.log(text)
             return
         self._clear()
-        print(text, flush=True)
+        _print(text + "\n", sys.stdout)
 
     def log(self, text: str) -> None:
         """Text for the log file alone."""
-        print(text, file=sys.stderr, flush=True)
+        _print(text + "\n", sys.stderr)
 
     def error(self, text: str) -> None:
         """A line on the real standard error."""
@@ -71,19 +73,26 @@ class Console:
             return
         self._last = now
         if not self._live:
-            print(text, flush=True)
+            _print(text + "\n", sys.stdout)
             return
         width = shutil.get_terminal_size().columns - 1
-        print("\r\x1b[2K" + text[:width], end="", flush=True)
+        _print("\r\x1b[2K" + text[:width], sys.stdout)
         self._shown = True
         if last:
-            print(flush=True)
+            _print("\n", sys.stdout)
             self._shown = False
 
     def _clear(self) -> None:
         if self._shown:
-            print("\r\x1b[2K", end="", flush=True)
+            _print("\r\x1b[2K", sys.stdout)
             self._shown = False
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """A run goes on where nobody reads any more, or a full disk takes no more of its output."""
+    with contextlib.suppress(OSError):
+        stream.write(text)
+        stream.flush()
 
 
 def duration(seconds: float) -> str:

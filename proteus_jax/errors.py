@@ -1,6 +1,7 @@
 """Faults that a user can cause: reported in words, never as a traceback."""
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 
 DEFECT = 1
@@ -49,9 +50,20 @@ class Interrupted(Exception):
     EXIT_CODE = 75
 
 
+# The disk is full, has a limit, is read-only or broken.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """True where the disk takes no more: nobody's mistake here, and nothing to show a traceback
+    for.
+    """
+    return isinstance(error, OSError) and error.errno in _OF_THE_DISK
+
+
 def exit_code(error: BaseException) -> int:
     """With which a process ends of an error; 1 where it is a defect."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or is_of_the_disk(error):
         return Interrupted.EXIT_CODE
     return error.EXIT_CODE if isinstance(error, InputError | Diverged | Interrupted) else DEFECT
 

@@ -2,6 +2,8 @@
 with classes, pictures, and the report that shows them.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -69,7 +71,8 @@ class Examination:
             self._target = agreement.teacher_tokens(self.experiment.teacher_features, views, batch)
             self._scene = snapshots.scene(views, self._target, self.config.mask_ratio, batch)
             if self.leads:
-                snapshots.draw_teacher(self._scene, self.workdir)
+                with self._writing("a picture"):
+                    snapshots.draw_teacher(self._scene, self.workdir)
         assert self._scene is not None
         for name in state.params:
 
@@ -84,7 +87,8 @@ class Examination:
             values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
             guessed = self._guessed(name, state, self._scene)
             if self.leads:
-                snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
+                with self._writing("a picture"):
+                    snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
         return values
 
     @property
@@ -145,12 +149,23 @@ class Examination:
         """Renews the report, on the first host; where nothing is measured there is one as well."""
         if self.leads:
             experiment = self.experiment
-            write_report(self.workdir, list(experiment.students), experiment.total_steps)
+            with self._writing("the report"):
+                write_report(self.workdir, list(experiment.students), experiment.total_steps)
 
-    def draw(self, state: TrainState) -> None:
-        """Patch tokens of some held-out views as colours: the teacher's and each student's."""
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Training goes on without what the disk has no room for."""
+        try:
+            yield
+        except OSError as error:
+            self.console.line(f"{what} could not be written: {error.strerror or error}")
+
+    def draw(self, state: TrainState, *, anew: bool) -> None:
+        """Patch tokens of some held-out views as colours: the teacher's and each student's; where
+        there is such a picture only if `anew`.
+        """
         path = self.workdir / PICTURE
-        if self.views is None or path.is_file():
+        if self.views is None or (path.is_file() and not anew):
             return
         # The students before are no part of a checkpoint: the seed makes them again.
         moments = (("before", self.experiment.init()), ("after", state))
@@ -164,4 +179,5 @@ class Examination:
         ]
         columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
         if self.leads:
-            picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)
+            with self._writing("a picture"):
+                picture.save_picture(picture.agreement_picture(batch[:rows], taught, columns), path)

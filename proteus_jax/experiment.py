@@ -5,6 +5,7 @@ Everything that can be wrong is found here, before anything is written.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 
 from proteus_jax import sharding
 from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
+from proteus_jax.changes import CARD, CONFIGURATION
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_images
@@ -218,7 +220,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         start.spec if start else None,
     )
     teacher_params = {
-        name: _teacher_params(assembly.teachers[name], directory, mesh)
+        name: placed_teacher(assembly.teachers[name], directory, mesh)
         for name, directory in inputs.teachers.items()
     }
     init, train_step = assembly.compiled_on(mesh)
@@ -322,7 +324,10 @@ def _facts(
         "teacher_widths": {
             name: each.backbone.spec.width for name, each in assembly.teachers.items()
         },
-        "card": {
+        "first_moment": config.first_moment,
+        "averaged": config.ema_decay > 0,
+        CONFIGURATION: json.loads(config.to_json()),
+        CARD: {
             "licence": licence_of(cards, start),
             "families": {name: _family(name, start) for name in config.student},
         },
@@ -341,7 +346,7 @@ def _listed(normalisation: Normalisation) -> list[list[float]]:
     return [list(part) for part in normalisation]
 
 
-def _teacher_params(teacher: Teacher, directory: Path, mesh: Mesh) -> Params:
+def placed_teacher(teacher: Teacher, directory: Path, mesh: Mesh) -> Params:
     """A frozen teacher's weights in their own precision, the position table resized once for the
     size of its images.
     """

@@ -27,6 +27,7 @@ OPTIONAL = (
     "devices",
     "data.epoch",
     "data.workers",
+    "keep_every",
 )
 # Lists of numbers; every other list is one of texts.
 NUMBERS = ("data.weights", "knn.neighbours", "linear.learning_rates", "linear.blocks")
@@ -137,6 +138,9 @@ _TRAINING: dict[str, Rule] = {
     "checkpoint_every": _at_least(1),
     "max_skipped": _at_least(1),
     "keep_checkpoints": _at_least(1),
+    "keep_every": _at_least(1),
+    "max_failed_saves": _at_least(0),
+    "stop_within": _ABOVE_ZERO,
 }
 
 

@@ -15,8 +15,16 @@ from proteus_jax.lessons import OWN, Lesson, lessons
 from proteus_jax.metrics import read_metrics
 
 
-def introduce(experiment: Experiment, workdir: str, resumed: int | None, console: Console) -> None:
-    """Who teaches whom with which images, and how far it is."""
+def introduce(
+    experiment: Experiment,
+    workdir: str,
+    resumed: int | None,
+    remarks: Sequence[str],
+    console: Console,
+) -> None:
+    """Who teaches whom with which images, how far it is, and what there is to say of where it goes
+    on.
+    """
     config = experiment.config
     kind = jax.devices()[0].device_kind
     console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
@@ -45,6 +53,8 @@ def introduce(experiment: Experiment, workdir: str, resumed: int | None, console
         f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} "
         f"px, in {workdir}"
     )
+    for remark in remarks:
+        console.line(remark)
     if resumed is not None:
         console.line(f"resuming at step {resumed}")
 

@@ -94,6 +94,9 @@ class Company:
 
     def __init__(self, peers: list[_Peer], own: str, say: Callable[[str], None]):
         self._peers, self._own, self._say = peers, own, say
+        # How far this host's loop is, and the others' when they last said so.
+        self.step = 0
+        self._steps = {str(peer): 0 for peer in peers}
         # With which this process ends where another is lost.
         self.exit_code = Interrupted.EXIT_CODE
         self._leaving = threading.Event()
@@ -121,6 +124,13 @@ class Company:
         for peer in self._peers:
             peer.line.close()
 
+    def steps(self, step: int) -> dict[str, int]:
+        """How far each host's loop is, as far as this one knows: host 0 knows of all. `step` is its
+        own.
+        """
+        self.step = step
+        return {self._own: step, **self._steps}
+
     def lost_one(self, wait: float) -> bool:
         """True where another host is lost, or is found to be within `wait` seconds."""
         return self._news.wait(wait)
@@ -143,6 +153,8 @@ class Company:
             heard = time.monotonic()
             if message is None:
                 break
+            if isinstance(message.get("alive"), int):
+                self._steps[str(peer)] = message["alive"]
             if "bye" in message:
                 # Read to the end on both sides: a reset would take unread words with it.
                 peer.line.finish()
@@ -177,7 +189,7 @@ class Company:
         while not self._leaving.wait(ALIVE_EVERY):
             for peer in self._peers:
                 with contextlib.suppress(OSError):
-                    peer.line.say(alive=True)
+                    peer.line.say(alive=self.step)
 
 
 def meet(

@@ -80,6 +80,13 @@ def same_everywhere(text: str) -> bool:
     return bool((everybody == digest).all())
 
 
+def from_first_host(number: int) -> int:
+    """What host 0 says, on all hosts; all must ask."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+
+
 class Agreement:
     """One answer on all hosts to what each asks at every step: does any of them say yes.
 

@@ -8,97 +8,116 @@ rows are on the disk before it is.
 import contextlib
 import hashlib
 import json
-import signal
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-import proteus_jax
-from proteus_jax import sharding
-from proteus_jax.checkpoint import Checkpoints, differences
+from proteus_jax import dump, sharding
+from proteus_jax.changes import changes
+from proteus_jax.checkpoint import Checkpoints, Keep
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, duration
 from proteus_jax.data.pipeline import training_batches, worker_count
-from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
-from proteus_jax.lessons import FIRST, lessons
+from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.messages import conclude, introduce
-from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table, read_metrics
-from proteus_jax.modelcard import text_of
-from proteus_jax.pretrained import ModelCard, save_model
+from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
+from proteus_jax.outcome import export_students
+from proteus_jax.rendezvous import Company
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
-from proteus_jax.watch import Clock, Profiling, SkippedUpdates, UnreadableImages, WaitNotice
+from proteus_jax.watch import (
+    Clock,
+    Profiling,
+    SkippedUpdates,
+    StopRequest,
+    UnreadableImages,
+    WaitNotice,
+)
 from proteus_jax.workdir import Workdir
 
 DONE = 0
 
 
 def run(
-    config: Any, inputs: Inputs, place: Workdir, console: Console, *, profile: bool = False
+    config: Any,
+    inputs: Inputs,
+    place: Workdir,
+    console: Console,
+    company: Company | None = None,
+    *,
+    profile: bool = False,
 ) -> int:
-    """Trains, or goes on training, to the end; returns the exit code. `profile` writes a trace of a
-    few steps.
+    """Trains, or goes on training, to the end; returns the exit code. `company` are the other
+    hosts, `profile` writes a trace of a few steps.
 
     InputError, before anything is changed, where another run is using the workdir, or it holds one
-    of other images, seed, batch or models.
+    of other images, seed, batch or models, or one that has lost its checkpoints.
     """
     keep_compiled_programs()
     # The hosts of a run share a workdir: the first one holds it.
     with contextlib.nullcontext() if jax.process_index() else place.locked():
-        return _run_alone(config, inputs, place, console, profile)
+        return _run_alone(config, inputs, place, console, company, profile)
 
 
-def _run_alone(config: Any, inputs: Inputs, place: Workdir, console: Console, profile: bool) -> int:
+def _run_alone(
+    config: Any,
+    inputs: Inputs,
+    place: Workdir,
+    console: Console,
+    company: Company | None,
+    profile: bool,
+) -> int:
     experiment, workdir = build(config, inputs), place.local
     workdir.mkdir(parents=True, exist_ok=True)
     host = jax.process_index()
     console.quiet = host > 0
-    manager = Checkpoints(place.checkpoints, keep=config.keep_checkpoints)
-    with contextlib.closing(manager) as checkpoints:
-        resumed = checkpoints.latest()
-        if resumed is not None:
-            _refuse_other_run(checkpoints.facts(resumed), experiment.facts, resumed)
+    with contextlib.ExitStack() as stack:
+        run = _Run(experiment, place, console)
+        stack.callback(run.checkpoints.close)
+        resumed, remarks = _resumed(run.checkpoints, experiment)
         console.keep_log(workdir / (f"log.{host}.txt" if host else "log.txt"))
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
             write_atomically(workdir / "config.json", text)
-        introduce(experiment, place.named(workdir), resumed, console)
-        with _StopRequest() as stop:
-            profiling = Profiling(workdir / "profile", on=profile and host == 0)
-            run = _Run(experiment, place, console, checkpoints, stop, profiling)
+        introduce(experiment, place.named(workdir), resumed, remarks, console)
+        run.stop = stack.enter_context(StopRequest(config.stop_within, console.error))
+        run.profiling = Profiling(workdir / "profile", on=profile and host == 0)
+        with run.watched(company):
             return run.to_the_end(resumed)
 
 
-def _refuse_other_run(found: dict[str, Any], expected: dict[str, Any], step: int) -> None:
-    different = differences(found, expected)
-    if different:
-        raise InputError(
-            [f"--workdir holds another run, at step {step}: {line}" for line in different]
-        )
-
-
-class _StopRequest:
-    """SIGINT and SIGTERM ask for an end after the current step; a second signal does not wait."""
-
-    def __enter__(self) -> "_StopRequest":
-        self.made = False
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.made = True
-        signal.signal(number, signal.SIG_DFL)
+def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | None, list[str]]:
+    """The step to go on from, and what there is to say of it: checkpoints that are damaged, and
+    what differs from the run until now. InputError where that must not differ.
+    """
+    remarks = []
+    if jax.process_index() == 0:
+        found = checkpoints.newest()
+        step = -1 if found.step is None else found.step
+        instead = "there is none before it" if found.step is None else f"step {step} is whole"
+        remarks += [
+            f"the checkpoint of step {number} is not whole: {reason}; {instead}"
+            for number, reason in found.faults.items()
+        ]
+    else:
+        found, step = None, -1
+    step = sharding.from_first_host(step)
+    if step >= 0:
+        different = changes(checkpoints.facts(step), experiment.facts)
+        if different.refused:
+            where = f"--workdir holds another run, at step {step}"
+            problems = [f"{where}: {line} (refused)" for line in different.refused]
+            raise InputError(problems + [f"{line} (this may differ)" for line in different.allowed])
+        remarks += different.allowed
+    if found is not None:
+        checkpoints.make_way(found)
+    return (None if step < 0 else step), remarks
 
 
 class _Pending(NamedTuple):
@@ -113,38 +132,72 @@ class _Pending(NamedTuple):
 class _Run:
     """One run of the loop and its accounts."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        place: Workdir,
-        console: Console,
-        checkpoints: Checkpoints,
-        stop: _StopRequest,
-        profiling: Profiling,
-    ):
+    stop: StopRequest
+    profiling: Profiling
+    heartbeat: Heartbeat
+
+    def __init__(self, experiment: Experiment, place: Workdir, console: Console):
         self.experiment, self.config = experiment, experiment.config
-        self.place, self.workdir = place, place.local
-        self.console, self.checkpoints, self.stop = console, checkpoints, stop
-        self.profiling = profiling
+        self.place, self.workdir, self.console = place, place.local, console
         self.leads = jax.process_index() == 0
         self.pending: _Pending | None = None
-        self.failure: InputError | None = None
-        data = self.config.data
+        self.failure: InputError | Interrupted | None = None
+        # The newest checkpoint that is complete on the disk.
+        self.saved: int | None = None
+        config, data = self.config, self.config.data
+        self.checkpoints = Checkpoints(
+            place.checkpoints,
+            keep=Keep(config.keep_checkpoints, config.keep_every),
+            saved=self.note_saved,
+            failed=self.note_failed,
+        )
+        name = experiment.split.training.name
         self.unreadable = UnreadableImages(
-            experiment.split.training.name,
-            limit=data.unreadable,
-            repeats=data.repeats,
-            say=console.line,
+            name, limit=data.unreadable, repeats=data.repeats, say=console.line
         )
-        self.skipped = SkippedUpdates(
-            experiment.split.training.name, limit=self.config.max_skipped, say=console.line
-        )
+        self.skipped = SkippedUpdates(name, limit=config.max_skipped, say=console.line)
         self.workers = worker_count(data.workers)
         self.examination = Examination(experiment, self.workdir, console)
+
+    @contextlib.contextmanager
+    def watched(self, company: Company | None) -> Iterator[None]:
+        """A heartbeat as long as the block lasts."""
+        known = {} if company is None else {"steps": company.steps}
+        self.heartbeat = Heartbeat(
+            self.workdir,
+            self.experiment.total_steps,
+            host=jax.process_index(),
+            say=self.console.line,
+            log=self.console.log,
+            **known,
+        )
+        state = "failed"
+        try:
+            yield
+            state = "stopped" if self.stop.made else "done"
+        except Interrupted:
+            state = "stopped"
+            raise
+        finally:
+            self.heartbeat.close(state)
+
+    def note_saved(self, step: int, seconds: float) -> None:
+        """A checkpoint is complete on the disk."""
+        self.saved = step
+        self.heartbeat.saved(step)
+        self.console.log(f"step {step} is saved, in {seconds:.1f} s")
+
+    def note_failed(self, step: int, reason: str) -> None:
+        """A checkpoint is not to be had."""
+        before = (
+            "there is none yet" if self.saved is None else f"the newest is of step {self.saved}"
+        )
+        self.console.line(f"the checkpoint of step {step} could not be saved: {reason}; {before}")
 
     def to_the_end(self, resumed: int | None) -> int:
         """Restores or begins, trains, exports, and says what was learnt."""
         experiment, total = self.experiment, self.experiment.total_steps
+        self.saved = resumed
         self.refuse_hosts_that_differ(resumed)
         if resumed is None:
             state, step = experiment.init(), 0
@@ -154,31 +207,49 @@ class _Run:
                 resumed, experiment.state_shapes, experiment.state_shardings
             )
             step = resumed
+            self.heartbeat.saved(step)
+        trains = step < total
         self.metrics = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
         with contextlib.closing(self.metrics):
             if resumed is None:
                 self.metrics.write(0, self.renamed(self.examination.measure(0, state)))
                 self.examination.report()
-            if step < total:
+            if trains:
                 state, step = self.train(state, step)
+        with self.heartbeat.standing():
+            return self.end(state, step, trains)
+
+    def end(self, state: TrainState, step: int, trained: bool) -> int:
+        """Waits for the last checkpoint; exports where the run is at its end."""
+        experiment, total = self.experiment, self.experiment.total_steps
         self.checkpoints.wait()
         if self.failure is not None:
             raise self.failure
         if step < total:
             self.console.line(
-                f"interrupted at step {step} of {total}; the same command goes on from here"
+                f"interrupted at step {step} of {total}; the same command goes on from "
+                + ("here" if self.saved == step else self.where_it_goes_on())
             )
             return Interrupted.EXIT_CODE
         if self.unreadable.met:
             self.console.line(
                 f"{len(self.unreadable.met)} images could not be read; others took their place"
             )
-        directories = _export(experiment, state, self.workdir)
-        self.examination.draw(state)
+        directories = export_students(experiment, state, self.workdir)
+        self.examination.draw(state, anew=trained)
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
             conclude(experiment, self.workdir, names, self.console)
+        if self.saved != step and self.leads:
+            raise Interrupted(
+                f"the run is at its end, but not its checkpoint: the same command goes on from "
+                f"{self.where_it_goes_on()}"
+            )
         return DONE
+
+    def where_it_goes_on(self) -> str:
+        """In words."""
+        return "its beginning" if self.saved is None else f"step {self.saved}"
 
     def refuse_hosts_that_differ(self, resumed: int | None) -> None:
         """InputError on all hosts where one sees other images, another teacher or another workdir:
@@ -187,7 +258,9 @@ class _Run:
         views = b"" if self.examination.views is None else self.examination.views.tobytes()
         seen = {
             "images or teacher": json.dumps([self.experiment.facts, self.experiment.total_steps]),
-            "checkpoint in the workdir": str(resumed),
+            "checkpoint in the workdir": str(
+                resumed is None or resumed in self.checkpoints.steps()
+            ),
             "held-out images that can be read": hashlib.sha256(views).hexdigest(),
         }
         different = [what for what, text in seen.items() if not sharding.same_everywhere(text)]
@@ -198,7 +271,7 @@ class _Run:
         """Steps until the end or a request to stop; the last one is saved."""
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self.console.progress(f"step {step}/{total}: compiling")
-        self.began, self.began_at, self.saved = time.monotonic(), step, step
+        self.began, self.began_at = time.monotonic(), step
         clock = Clock()
         makers = f"{self.config.data.threads} threads"
         if self.workers:
@@ -210,6 +283,7 @@ class _Run:
             contextlib.closing(self.profiling),
             contextlib.closing(self.batches(step)) as batches,
             jax.transfer_guard("disallow"),
+            self.dumping(lambda: state),
         ):
             while step < total and not stopping:
                 with clock.waiting():
@@ -222,8 +296,11 @@ class _Run:
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
-                self.skipped.note(step, values["skipped_in_a_row"], batch.numbers)
+                self.heartbeat.step(step)
+                self.skipped.note(step, values, batch)
                 self.profiling.after(step - self.began_at, values)
+                if self.too_many_failed_saves():
+                    self.stop.made = True
                 stopping = agreement.any(self.stop.made)
                 evaluating = step % config.eval_every == 0 or step == total
                 if evaluating or step % config.log_every == 0:
@@ -232,7 +309,11 @@ class _Run:
                     self.write_pending()
                     measured = self.rates(clock.lap(step, config.batch))
                     if evaluating:
-                        with clock.standing(), jax.transfer_guard("allow"):
+                        with (
+                            clock.standing(),
+                            self.heartbeat.standing(),
+                            jax.transfer_guard("allow"),
+                        ):
                             found = self.examination.measure(step, state)
                             measured |= self.renamed(found)
                     self.pending = _Pending(step, values, measured, evaluating)
@@ -255,16 +336,64 @@ class _Run:
         return measured
 
     def save(self, step: int, state: TrainState) -> None:
-        """A checkpoint, once the rows before it are on the disk."""
+        """A checkpoint, once the rows before it are on the disk. Where too many fail the run
+        stops.
+        """
         self.write_pending()
-        self.metrics.sync()
         self.skipped.settle()
-        reason = self.place.upload()
-        if reason is not None:
-            self.console.line(f"not uploaded, tried again at the next checkpoint: {reason}")
-        if step > self.saved:
-            self.saved = step
-            self.checkpoints.save(step, state, self.experiment.facts)
+        with self.heartbeat.standing():
+            reason = self.place.upload()
+            if reason is not None:
+                self.console.line(f"not uploaded, tried again at the next checkpoint: {reason}")
+            self.checkpoints.wait()
+            try:
+                self.metrics.sync()
+                self.checkpoints.save(step, state, self.experiment.facts)
+            except OSError as error:
+                self.checkpoints.fail(step, error)
+
+    def too_many_failed_saves(self) -> bool:
+        """Whether they are a reason to stop; that is kept for the end."""
+        failed = self.checkpoints.failed_in_a_row
+        if failed <= self.config.max_failed_saves or self.failure is not None:
+            return False
+        self.failure = Interrupted(
+            f"{failed} saves in a row failed (--config.max_failed_saves); the same command goes on "
+            f"from {self.where_it_goes_on()}, once there is room to write"
+        )
+        return True
+
+    @contextlib.contextmanager
+    def dumping(self, state: Callable[[], TrainState]) -> Iterator[None]:
+        """A step of which training diverged in the block is kept, to be made again."""
+        try:
+            yield
+        except Diverged as error:
+            last = self.skipped.last
+            if last is None:
+                raise
+            name = self.experiment.split.training.name
+            moment = dump.Moment(
+                last.step,
+                last.batch.images,
+                [name(index) for index in last.batch.numbers.tolist()],
+                {key: float(value) for key, value in jax.device_get(dict(last.metrics)).items()},
+            )
+            folder = self.workdir / dump.FOLDER / f"step_{last.step}"
+            self.checkpoints.wait()
+            try:
+                with jax.transfer_guard("allow"), self.heartbeat.standing():
+                    dump.write_dump(
+                        self.experiment, moment, state(), folder, self.place.address_of(folder)
+                    )
+            except OSError as failure:
+                error.add_note(f"its batch and state could not be kept: {failure}")
+            else:
+                error.add_note(
+                    "its batch and the state before it are kept: python main.py --replay "
+                    f"{self.place.named(folder)}"
+                )
+            raise
 
     def batches(self, step: int) -> Any:
         """This host's batches from a step on; to be closed, as threads read ahead."""
@@ -328,84 +457,3 @@ class _Run:
             f"{duration(pace * (total - step))} left",
             last=step == total,
         )
-
-
-def _export(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:
-    """The backbones alone, as model directories; the averaged ones beside them where there are
-    any.
-    """
-    several = len(experiment.students) > 1
-    directories = []
-    for name in experiment.students:
-        card = _card(experiment, name)
-        copies = {"student": state.params[name]["backbone"]}
-        results = _results(experiment, name, workdir)
-        if state.ema is not None:
-            copies["student_ema"] = state.ema[name]
-        for folder, params in copies.items():
-            # Nothing is measured of averages.
-            readme = _readme(experiment, name, card, results if folder == "student" else {})
-            target = workdir / folder / name if several else workdir / folder
-            # Of all hosts: each may hold a part.
-            whole = sharding.gather(params, experiment.mesh)
-            if jax.process_index() == 0:
-                save_model(target, whole, card, replace=True, readme=readme)
-        directories.append(workdir / "student" / name if several else workdir / "student")
-    return directories
-
-
-def _card(experiment: Experiment, name: str) -> ModelCard:
-    """What config.json says of a student."""
-    config = experiment.config
-    taught = {key: lesson.source for key, lesson in lessons(config).items()}
-    digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
-    several = {"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}
-    return ModelCard(
-        spec=experiment.students[name].spec,
-        family=experiment.facts["card"]["families"][name],
-        normalisation=experiment.normalisation,
-        licence=experiment.facts["card"]["licence"],
-        source={
-            "student": name,
-            "teacher": taught[FIRST],
-            "teacher_sha256": digests[FIRST],
-            **several,
-            **_recipe(experiment),
-        },
-    )
-
-
-def _recipe(experiment: Experiment) -> dict[str, Any]:
-    config = experiment.config
-    recipe = {
-        "steps": experiment.total_steps,
-        "batch": config.batch,
-        "crop": config.data.crop,
-        "images": ", ".join(config.data.root),
-        "proteus_jax": proteus_jax.__version__,
-    }
-    if config.start:
-        recipe |= {"start": config.start, "start_sha256": experiment.facts["start"]}
-    return recipe
-
-
-def _results(experiment: Experiment, name: str, workdir: Path) -> dict[str, float]:
-    """The newest value of each key of a student's metrics; nothing on other hosts than the
-    first.
-    """
-    if jax.process_index():
-        return {}
-    prefix = f"{name}/" if len(experiment.students) > 1 else ""
-    return {
-        key.removeprefix(prefix): value
-        for row in read_metrics(workdir)
-        for key, value in row.items()
-    }
-
-
-def _readme(experiment: Experiment, name: str, card: ModelCard, results: dict[str, float]) -> str:
-    teachers = {
-        key: (lesson.source, experiment.cards[key])
-        for key, lesson in lessons(experiment.config).items()
-    }
-    return text_of(card, name, teachers, _recipe(experiment), results)

@@ -1,16 +1,22 @@
-"""What the loop keeps an eye on: its time, who waits for whom, and images that cannot be read."""
+"""What the loop keeps an eye on: its time, who waits for whom, requests to stop, steps that are not
+finite, and images that cannot be read.
+"""
 
 import collections
 import contextlib
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from proteus_jax.errors import Diverged, InputError
+from proteus_jax.data.pipeline import Batch
+from proteus_jax.errors import Diverged, InputError, Interrupted
 
 # So many images that cannot be read are named.
 NAMED = 20
@@ -101,6 +107,14 @@ class WaitNotice:
         )
 
 
+class Noted(NamedTuple):
+    """A step that was made, its metrics on the device."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    batch: Batch
+
+
 class SkippedUpdates:
     """Names the steps whose updates were skipped on the device, as a loss or gradient was not
     finite, with their images; stops a run after `limit` of them in a row.
@@ -112,15 +126,17 @@ class SkippedUpdates:
 
     def __init__(self, name: Callable[[int], str], *, limit: int, say: Callable[[str], None]):
         self._name, self._limit, self._say = name, limit, say
-        self._pending: collections.deque[tuple[int, jax.Array, np.ndarray]] = collections.deque()
-        self._step = self._in_a_row = 0
+        self._pending: collections.deque[Noted] = collections.deque()
+        self._in_a_row = 0
+        # The newest step that was looked at.
+        self.last: Noted | None = None
 
-    def note(self, step: int, in_a_row: jax.Array, images: np.ndarray) -> None:
-        """Takes a step's count, still on the device, and the indices of its images.
+    def note(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch) -> None:
+        """Takes a step's metrics, still on the device, and its images.
 
         Diverged where the count of an earlier step reached the limit and no good step came since.
         """
-        self._pending.append((step, in_a_row, images))
+        self._pending.append(Noted(step, metrics, batch))
         if len(self._pending) > self.LATE:
             self._look()
         if self._in_a_row >= self._limit:
@@ -131,19 +147,21 @@ class SkippedUpdates:
         while self._pending:
             self._look()
         if self._in_a_row >= self._limit:
+            step = 0 if self.last is None else self.last.step
             raise Diverged(
-                f"at step {self._step} a loss or gradient is not finite, as in the steps before, "
+                f"at step {step} a loss or gradient is not finite, as in the steps before, "
                 f"{self._in_a_row} in a row: training diverged. No such update was made"
             )
 
     def _look(self) -> None:
-        self._step, count, images = self._pending.popleft()
-        self._in_a_row = int(jax.device_get(count))
+        self.last = self._pending.popleft()
+        self._in_a_row = int(jax.device_get(self.last.metrics["skipped_in_a_row"]))
         if self._in_a_row:
-            names = [self._name(index) for index in dict.fromkeys(images.tolist())]
+            numbers = dict.fromkeys(self.last.batch.numbers.tolist())
+            names = [self._name(index) for index in numbers]
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             self._say(
-                f"step {self._step}: a loss or gradient is not finite; its update is skipped "
+                f"step {self.last.step}: a loss or gradient is not finite; its update is skipped "
                 f"({self._in_a_row} in a row). Its images here: {', '.join(names[:SHOWN])}{more}"
             )
 
@@ -186,3 +204,40 @@ class UnreadableImages:
                 f"read, the last one {self._name(lost[-1])}; expected at most {self._limit:.2%}. "
                 "--doctor lists them all"
             )
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask for an end after the current step; a second signal does not wait, and
+    nor does this process longer than `deadline` seconds.
+    """
+
+    def __init__(self, deadline: float, say: Callable[[str], None]):
+        self.made = False
+        self._deadline, self._say = deadline, say
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.made = True
+        signal.signal(number, signal.SIG_DFL)
+        self._timer = threading.Timer(self._deadline, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end(self) -> None:
+        self._say(
+            f"not saved within {self._deadline:g} s of the request to stop (--config.stop_within); "
+            "the same command goes on from the last checkpoint"
+        )
+        os._exit(Interrupted.EXIT_CODE)

@@ -43,9 +43,7 @@ class Workdir:
     @property
     def checkpoints(self) -> str:
         """Where orbax writes."""
-        if self.remote:
-            return f"{self.remote}/{CHECKPOINTS}"
-        return str((self.local / CHECKPOINTS).absolute())
+        return self.address_of(self.local / CHECKPOINTS)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -72,6 +70,10 @@ class Workdir:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+    def address_of(self, path: Path) -> str:
+        """What all hosts call a path under `local`, for orbax."""
+        return self.named(path) if self.remote else str(path.absolute())
 
     def named(self, path: Path) -> str:
         """A path under `local` as its user should know it."""
@@ -108,6 +110,9 @@ class Workdir:
         for name in CONTINUED:
             for path in system.glob(f"{root}/{name}"):
                 target = self.local / path.removeprefix(root.rstrip("/")).lstrip("/")
+                if not target.resolve().is_relative_to(self.local.resolve()):
+                    # A name with .. in it is nothing that this project wrote.
+                    continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(path, str(target))
         self._uploaded = dict(self._files())

@@ -33,19 +33,22 @@ LAYERS = [
     ("workdir",),
     ("fields",),
     ("known",),
+    ("integrity", "changes"),
     ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("loading",),
     ("evaluation",),
     ("topology",),
     ("experiment", "checkup", "plan"),
     ("examination",),
-    ("messages", "visualize"),
+    ("heartbeat",),
+    ("messages", "visualize", "outcome", "dump"),
     ("train",),
 ]
 # Where an outside library may be named.
 DOORS = {
     "flax": ("models.",),
     "orbax": ("checkpoint",),
+    "etils": ("checkpoint", "integrity"),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
     "PIL": (

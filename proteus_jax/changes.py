@@ -1,0 +1,94 @@
+"""What differs between a run and the command that goes on with it, and what of it may."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+# Facts of a checkpoint that are no part of a run's identity: what its student carries on, and the
+# configuration that it was made with.
+CARD, CONFIGURATION = "card", "configuration"
+# Fields, and groups of them, of which the facts say what matters: a teacher may lie elsewhere.
+IDENTITY = (
+    *("teacher", "teacher_normalisation", "teacher_crop", "standardise", "more_teachers", "loss"),
+    *(
+        "student",
+        "start",
+        "seed",
+        "batch",
+        "first_moment",
+        "data.root",
+        "data.weights",
+        "data.crop",
+    ),
+    *("data.subset", "data.repeats", "data.randaugment", "data.erasing", "data.held_out"),
+)
+# Fields that change no number of the training. Every other one that may change does so from the
+# step on at which the run is resumed.
+WITHOUT_EFFECT = (
+    *("fsdp", "accumulate", "remat", "hosts", "devices", "log_every", "eval_every"),
+    *("checkpoint_every", "max_skipped", "max_failed_saves", "keep_checkpoints", "keep_every"),
+    *("stop_within", "eval", "data.workers", "data.threads", "data.unreadable"),
+)
+# Fields that decide when a run ends.
+LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "data.epoch")
+
+
+class Changes(NamedTuple):
+    """In words, a line each: what a run is refused for, and what may differ."""
+
+    refused: list[str]
+    allowed: list[str]
+
+
+def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
+    """Between the facts of a checkpoint and those of this run."""
+    was, now = dict(found), dict(expected)
+    own = [dict(_leaves(facts.pop(CONFIGURATION, {}))) for facts in (was, now)]
+    for facts in (was, now):
+        facts.pop(CARD, None)
+    refused = _different(dict(_leaves(was)), dict(_leaves(now)))
+    lines = [
+        f"{key}: the checkpoint has {_short(before)}, this run has {_short(after)}"
+        for key, (before, after) in refused.items()
+    ]
+    allowed = [
+        f"--config.{field}: {_short(before)} until now, {_short(after)} from here on{_rule(field)}"
+        for field, (before, after) in _different(*own).items()
+        if not (refused and _within(field, IDENTITY))
+    ]
+    return Changes(lines, allowed)
+
+
+def _leaves(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Values with their dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _different(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        key: (was.get(key), now.get(key))
+        for key in (*now, *(key for key in was if key not in now))
+        # As it comes back from a file: tuples are lists there.
+        if json.dumps(was.get(key)) != json.dumps(now.get(key))
+    }
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _within(field: str, groups: tuple[str, ...]) -> bool:
+    return any(field == group or field.startswith(f"{group}.") for group in groups)
+
+
+def _rule(field: str) -> str:
+    if _within(field, IDENTITY + WITHOUT_EFFECT):
+        return ", which changes no number of the training"
+    if field in LENGTH:
+        return "; the learning rate follows the new length"
+    return ""

@@ -1,0 +1,209 @@
+"""A step that went wrong, kept: its batch and the state before it, from which it is made again.
+
+DUMP/state holds the state as a sealed checkpoint, DUMP/batch.npz the images, DUMP/dump.json the
+configuration and what the run saw. Neither the images' folder nor the workdir is needed to replay.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import proteus_jax
+from proteus_jax import sharding
+from proteus_jax.assembly import Assembly, Known, assemble, length
+from proteus_jax.checkpoint import Checkpoints
+from proteus_jax.config import frozen
+from proteus_jax.console import Console
+from proteus_jax.errors import Diverged, InputError, refusing
+from proteus_jax.experiment import Experiment, placed_teacher
+from proteus_jax.lens import resized
+from proteus_jax.lessons import FIRST, lessons
+from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.vit import Features
+from proteus_jax.pretrained import WEIGHTS, load_card
+from proteus_jax.step import TrainState, one_grid, seen_by
+from proteus_jax.storage import sha256, write_atomically
+from proteus_jax.teachers import find_teacher, obtain_teacher
+
+STATE, BATCH, ABOUT = "state", "batch.npz", "dump.json"
+FOLDER = "dump"
+
+
+class Moment(NamedTuple):
+    """A step as the loop saw it: this host's share of the images uint8 [b, H, W, 3], their names,
+    and the metrics, by key.
+    """
+
+    step: int
+    images: np.ndarray
+    names: list[str]
+    metrics: Mapping[str, float]
+
+
+def write_dump(
+    experiment: Experiment, moment: Moment, state: TrainState, folder: Path, address: str
+) -> None:
+    """Writes a step that was not finite. All hosts take part; `state` is that of any later step
+    without a good one between, `address` is what `folder` is called on all hosts.
+
+    OSError where it cannot be written.
+    """
+    images = sharding.place_batch(moment.images, experiment.mesh)
+    whole = np.asarray(sharding.gather(images, experiment.mesh))
+    # Skipped updates changed nothing but these counters.
+    step = jax.jit(lambda step: step * 0 + (moment.step - 1), out_shardings=state.step.sharding)
+    before = state._replace(step=step(state.step))
+    failures: list[str] = []
+    with contextlib.closing(
+        Checkpoints(f"{address}/{STATE}", failed=lambda _, reason: failures.append(reason))
+    ) as checkpoints:
+        checkpoints.save(moment.step, before, experiment.facts)
+    if failures:
+        raise OSError(failures[0])
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / BATCH, images=whole)
+        about = {
+            "proteus_jax": proteus_jax.__version__,
+            "step": moment.step,
+            "images_an_epoch": experiment.config.data.epoch or len(experiment.split.training),
+            "names": moment.names,
+            "metrics": {key: repr(value) for key, value in moment.metrics.items()},
+            "configuration": json.loads(experiment.config.to_json()),
+        }
+        write_atomically(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+
+
+def replay(source: str, console: Console) -> None:
+    """Makes the step of a dump again and says what of it is not finite; Diverged where anything is,
+    as in the run.
+    """
+    folder = Path(source).expanduser()
+    about, images = _read(folder)
+    config = frozen(about["configuration"])
+    assembly, directories = _assembled(config, about["images_an_epoch"])
+    mesh = _mesh(config, len(images))
+    params = {
+        name: placed_teacher(assembly.teachers[name], directory, mesh)
+        for name, directory in directories.items()
+    }
+    _, train_step = assembly.compiled_on(mesh)
+    shapes = assembly.state_shapes()
+    with contextlib.closing(Checkpoints(str((folder / STATE).absolute()))) as checkpoints:
+        found = checkpoints.newest()
+        if found.step is None:
+            raise InputError(f"{folder / STATE}: expected the state of a step, found none")
+        state = checkpoints.restore(found.step, shapes, sharding.shardings(shapes, mesh))
+        facts = checkpoints.facts(found.step)
+    step = found.step
+    for name, directory in directories.items():
+        if sha256(directory / WEIGHTS) != facts["teachers"][name]["weights"]:
+            raise InputError(f"--replay: {directory}: other weights than those of the run")
+    console.line(
+        f"step {step}: {len(images)} images of {images.shape[1]} px on {jax.device_count()} "
+        f"devices, from {folder}"
+    )
+    for line in _not_finite(config, assembly, params, state, images, about["names"]):
+        console.line(f"  {line}")
+    _, metrics = train_step(state, params, sharding.place_batch(images, mesh))
+    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    console.line(f"{'':36}{'the run':>16}{'again':>16}")
+    for key, value in values.items():
+        seen = float(about["metrics"].get(key, "nan"))
+        console.line(f"{key:36}{seen:16.8g}{value:16.8g}")
+    if values["skipped_in_a_row"] > 0:
+        raise Diverged(f"step {step}: a loss or gradient is not finite, as in the run")
+    console.line(f"step {step}: every loss and gradient is finite here, other than in the run")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """What dump.json and batch.npz hold; InputError where that is no dump's."""
+    with refusing(f"--replay: {folder} is no dump of a step"):
+        about = json.loads((folder / ABOUT).read_text())
+        names, metrics = about["names"], about["metrics"]
+        with np.load(folder / BATCH, allow_pickle=False) as arrays:
+            images = arrays["images"]
+        if not (isinstance(names, list) and isinstance(metrics, dict)):
+            raise ValueError(ABOUT)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"{BATCH}: expected uint8 images, found {images.dtype}")
+        if not isinstance(about["images_an_epoch"], int):
+            raise ValueError("images_an_epoch")
+        float(next(iter(metrics.values()), "0"))
+    return about, images
+
+
+def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
+    """The functions of a run, and where its teachers' weights lie."""
+    directories = {
+        name: find_teacher(lesson.source) or obtain_teacher(lesson.source)
+        for name, lesson in lessons(config).items()
+    }
+    cards = {name: load_card(directory) for name, directory in directories.items()}
+    start = None
+    if config.start:
+        start = load_card(find_teacher(config.start) or obtain_teacher(config.start)).spec
+    known = {name: Known(card.spec, card.normalisation) for name, card in cards.items()}
+    steps = length(config, images)
+    return assemble(config, known, steps, jax.default_backend(), start), directories
+
+
+def _mesh(config: Any, images: int) -> jax.sharding.Mesh:
+    """Of all devices here; InputError where the batch does not divide among them."""
+    devices = jax.device_count()
+    if images % (2 * devices * config.accumulate):
+        raise InputError(
+            f"--replay: {images} images in {config.accumulate} parts do not divide among the "
+            f"{devices} devices here"
+        )
+    return sharding.make_mesh(config.fsdp if devices % config.fsdp == 0 else 1)
+
+
+def _not_finite(
+    config: Any,
+    assembly: Assembly,
+    params: dict[str, Any],
+    state: TrainState,
+    images: np.ndarray,
+    names: list[str],
+) -> list[str]:
+    """Whose numbers are not: of parameters, of what a teacher or a student makes of each image."""
+
+    def finite(features: Features) -> jax.Array:
+        patches = jnp.isfinite(features.patches).all((1, 2))
+        return patches & jnp.isfinite(features.cls).all(1)
+
+    normalise, grid = assembly.normalisation, one_grid(assembly.students)
+    pixels = normalise(jnp.asarray(images))
+    lines = []
+    for name, values in state.params.items():
+        wrong = sum(not bool(jnp.isfinite(array).all()) for array in jax.tree.leaves(values))
+        lines.append(f"{name}: {wrong} arrays of parameters are not finite")
+    seen = {
+        name: jax.jit(
+            lambda values, pixels, teacher=teacher: finite(
+                seen_by(teacher, values, pixels, normalise, config.data.crop, grid)
+            )
+        )(params[name], pixels)
+        for name, teacher in assembly.teachers.items()
+    }
+    for name, student in assembly.students.items():
+        backbone = BackboneFunction(student.spec, student.dtype)
+        small = resized(pixels, config.data.crop)
+        seen[name] = jax.jit(lambda values, pixels, of=backbone: finite(of(values, pixels)))(
+            state.params[name]["backbone"], small
+        )
+    for name, good in seen.items():
+        bad = np.flatnonzero(~np.asarray(good)).tolist()
+        who = "the teacher" if name == FIRST else name
+        named = ", ".join(names[at] if at < len(names) else f"image {at}" for at in bad[:8])
+        lines.append(
+            f"{who}: features of {len(bad)} images are not finite{': ' * bool(bad)}{named}"
+        )
+    return lines

@@ -1,0 +1,177 @@
+"""A thread beside the loop: it writes down that the run lives, and says so when a step is late."""
+
+import collections
+import contextlib
+import datetime
+import faulthandler
+import json
+import os
+import resource
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from proteus_jax.storage import write_atomically
+
+FILE = "heartbeat.json"
+# Seconds between two beats, and between two lines in the log of what the process holds.
+EVERY, LOGGED_EVERY = 10.0, 60.0
+# A step is late after so many times the median of the last ones, and not before so many seconds.
+LATE, PATIENCE = 10.0, 10.0
+REMEMBERED, ENOUGH = 100, 5
+
+
+class Heartbeat:
+    """Knows how far the loop is. heartbeat.json (heartbeat.1.json on host 1) has `step`, `total`,
+    `saved`, `time`, `host`, `process`, `step_seconds` (the median), `since_step` (seconds since the
+    last one ended), `memory_bytes`, `descriptors`, `threads`, and `state`: starting, training,
+    measuring, stopped, done or failed.
+
+    Where a step is late the stacks of all threads go to the log, and `say` hears of it; with
+    several hosts, `steps` says how far each is, and those that are behind are named.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        total: int,
+        *,
+        host: int = 0,
+        say: Callable[[str], None],
+        log: Callable[[str], None],
+        steps: Callable[[int], Mapping[str, int]] = lambda step: {},
+    ):
+        self._path = workdir / (f"heartbeat.{host}.json" if host else FILE)
+        self._say, self._log, self._steps = say, log, steps
+        self._total, self._name = total, socket.gethostname()
+        self._lock = threading.Lock()
+        self._step: int | None = None
+        self._saved: int | None = None
+        self._state = "starting"
+        self._last = time.monotonic()
+        self._times: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
+        self._told = False
+        self._beaten = self._logged = -float("inf")
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
+        self._beat()
+        self._thread.start()
+
+    def step(self, step: int) -> None:
+        """The loop has ended a step."""
+        now = time.monotonic()
+        with self._lock:
+            # The first ones compile.
+            if self._state == "training" and self._step is not None:
+                self._times.append(now - self._last)
+            self._step, self._last, self._state, self._told = step, now, "training", False
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is complete."""
+        self._saved = step
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """What happens in here is no step, and may take its time."""
+        with self._lock:
+            before, self._state = self._state, "measuring"
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._state, self._last = before, time.monotonic()
+
+    def close(self, state: str) -> None:
+        """The last beat."""
+        self._end.set()
+        self._thread.join()
+        self._state = state
+        self._beat()
+
+    def _watch(self) -> None:
+        while not self._end.wait(min(EVERY, 1.0)):
+            now = time.monotonic()
+            # Other hosts hear of it.
+            self._steps(self._step or 0)
+            self._look(now)
+            if now - self._beaten >= EVERY:
+                self._beat()
+
+    def _look(self, now: float) -> None:
+        """Whether the step that is being made is late; said once a step."""
+        with self._lock:
+            since = now - self._last
+            if self._state != "training" or self._told or len(self._times) < ENOUGH:
+                return
+            median = statistics.median(self._times)
+            if since < max(LATE * median, PATIENCE):
+                return
+            self._told, step = True, self._step or 0
+        late = _behind(self._steps(step))
+        self._say(
+            f"step {step + 1} takes {since:.0f} s so far, others {median:.2g} s; the stacks of all "
+            f"threads of {self._name} are in the log{late}"
+        )
+        self._log(f"step {step + 1} is late on {self._name}; the stacks of all threads:")
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+    def _beat(self) -> None:
+        """Writes the file; a full disk is no reason to stop."""
+        now, held = time.monotonic(), held_by_this_process()
+        self._beaten = now
+        with self._lock:
+            beat: dict[str, Any] = {
+                "step": self._step,
+                "total": self._total,
+                "saved": self._saved,
+                "state": self._state,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "host": self._name,
+                "process": os.getpid(),
+                "step_seconds": statistics.median(self._times) if self._times else None,
+                "since_step": round(now - self._last, 1),
+                **held,
+            }
+        with contextlib.suppress(OSError):
+            write_atomically(self._path, json.dumps(beat, indent=2) + "\n")
+        if now - self._logged >= LOGGED_EVERY:
+            self._logged = now
+            self._log(
+                f"{beat['time']} step {self._step}: {held['memory_bytes'] / 2**20:.0f} MB resident,"
+                f" {held['descriptors']} descriptors, {held['threads']} threads"
+            )
+
+
+def held_by_this_process() -> dict[str, int]:
+    """memory_bytes (resident; the largest so far where the system does not say), descriptors (-1
+    where it does not say) and threads.
+    """
+    descriptors = next((at for at in map(Path, ("/proc/self/fd", "/dev/fd")) if at.is_dir()), None)
+    return {
+        "memory_bytes": _resident(),
+        "descriptors": sum(1 for _ in descriptors.iterdir()) if descriptors else -1,
+        "threads": threading.active_count(),
+    }
+
+
+def _resident() -> int:
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _behind(steps: Mapping[str, int]) -> str:
+    """Who of several hosts is behind the others."""
+    if len(set(steps.values())) < 2:
+        return ""
+    least, most = min(steps.values()), max(steps.values())
+    names = [name for name, step in steps.items() if step == least]
+    return f"; {', '.join(names)} has come to step {least}, others to step {most}"

@@ -1,0 +1,130 @@
+"""A directory that can be believed: sealed with the digest of every file once it is complete.
+
+Orbax restores a flipped bit without a word, so a checkpoint counts only while it equals its seal
+(docs/decisions/0015-checkpoints-are-sealed.md).
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+SEAL = "seal.json"
+_PIECE = 2**22
+_READERS = 4
+
+
+def seal(directory: epath.Path, what: str) -> None:
+    """Writes the digests of all files of a directory that is complete, last of all. `what` names
+    it: a directory under another name is not what was sealed.
+
+    OSError where it cannot be written; then there is no seal.
+    """
+    files = sorted(_files(directory))
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        digests = readers.map(lambda name: _digest(directory / name), files)
+        found = dict(zip(files, digests, strict=True))
+    body = json.dumps({"of": what, "files": found}, sort_keys=True)
+    text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n"
+    write_whole(directory / SEAL, text)
+
+
+def damage(directory: epath.Path, what: str) -> str | None:
+    """What is wrong with a sealed directory, in words; None where it is as it was sealed."""
+    try:
+        sealed = _read_seal(directory, what)
+        missing = [name for name in sealed if not (directory / name).exists()]
+        if missing:
+            return f"{missing[0]} is missing"
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+            found = readers.map(lambda name: _digest(directory / name, sync=False), sealed)
+            for (name, expected), digest in zip(sealed.items(), found, strict=True):
+                if digest["bytes"] != expected["bytes"]:
+                    return f"{name}: expected {expected['bytes']} bytes, found {digest['bytes']}"
+                if digest != expected:
+                    return f"{name}: expected sha256 {expected['sha256'][:16]}..., found " + (
+                        f"{digest['sha256'][:16]}..."
+                    )
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def is_sealed(directory: epath.Path) -> bool:
+    """Whether there is a seal, whole or not."""
+    return (directory / SEAL).exists()
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """The old file or the whole new one, never a part; on an address a write is so by itself."""
+    if not _is_local(path):
+        path.write_text(text)
+        return
+    beside = path.parent / f".{path.name}-new"
+    try:
+        with open(os.fspath(beside), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(os.fspath(beside), os.fspath(path))
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
+
+
+def _sync_folder(folder: epath.Path) -> None:
+    """New names are on the disk too when this returns."""
+    number = os.open(os.fspath(folder), os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _files(directory: epath.Path) -> list[str]:
+    """Names below a directory, without its seal and what begins with a dot."""
+    names = []
+    for path in directory.iterdir():
+        if path.name == SEAL or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            names += [f"{path.name}/{name}" for name in _files(path)]
+        else:
+            names.append(path.name)
+    return names
+
+
+def _digest(path: epath.Path, *, sync: bool = True) -> dict[str, Any]:
+    """Of one file, which is on the disk itself and not only in the machine's memory after it."""
+    digest, count = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            count += len(piece)
+        if sync and _is_local(path):
+            os.fsync(file.fileno())
+    return {"bytes": count, "sha256": digest.hexdigest()}
+
+
+def _read_seal(directory: epath.Path, what: str) -> dict[str, dict[str, Any]]:
+    """The digests by name; ValueError, in words, where the seal is missing, broken or another's."""
+    if not is_sealed(directory):
+        raise ValueError(f"no {SEAL}: a save that was not finished")
+    head, _, body = (directory / SEAL).read_bytes().partition(b"\n")
+    body = body.removesuffix(b"\n")
+    if head.decode(errors="replace") != hashlib.sha256(body).hexdigest():
+        raise ValueError(f"{SEAL} is damaged")
+    found = json.loads(body)
+    if found["of"] != what:
+        raise ValueError(f"{SEAL} is that of {found['of']}")
+    return found["files"]
