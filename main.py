@@ -17,6 +17,10 @@ their peak that is assumed, --price that of a device-hour.
 
 evaluates a model (docs/evaluation.md) and writes WORKDIR/results.json.
 
+    python main.py --replay=WORKDIR/dump/step_N
+
+makes a step again of which training diverged, and says what of it is not finite.
+
 --profile writes a trace of a few steps to WORKDIR/profile, for TensorBoard or Perfetto.
 
 On several hosts the same command runs on each. Under SLURM and on TPU pods they find each other;
@@ -39,7 +43,7 @@ from proteus_jax.console import Console
 from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, is_of_the_disk
 from proteus_jax.hosts import ALONE, Place, find_place
 
-PATHS = ("--config", "--workdir", "--output")
+PATHS = ("--config", "--workdir", "--output", "--replay")
 PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
 FLAGS = ("--doctor", "--profile", "--plan")
@@ -81,7 +85,9 @@ def parse(arguments: list[str]) -> Arguments:
         else:
             read.problems.append(f"{name}: unknown argument")
     needed = {"--config", "--workdir"}
-    if "--doctor" in read.flags:
+    if "--replay" in read.paths:
+        needed = set()
+    elif "--doctor" in read.flags:
         # Its file lies in the workdir, where nothing else is said.
         needed = {"--config"} if read.paths.get("--output") else needed
     elif "--plan" in read.flags:
@@ -107,6 +113,8 @@ def distil(arguments: list[str], console: Console) -> int:
     code.
     """
     read = parse(arguments)
+    if "--replay" in read.paths:
+        return _replay(read, console)
     if not read.paths.get("--config"):
         raise InputError(read.problems)
     from proteus_jax import checkup, cluster, config, experiment, train
@@ -143,6 +151,19 @@ def distil(arguments: list[str], console: Console) -> int:
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder:
             return train.run(configuration, inputs, folder, console, company, profile=profile)
+
+
+def _replay(read: Arguments, console: Console) -> int:
+    """Makes a step again; nothing else is to be said with it. Diverged where it did."""
+    from proteus_jax import dump
+
+    others = [*read.paths, *read.place, *read.planning, *read.flags]
+    others += [f"--config.{field}" for field, _ in read.overrides]
+    known = [f"{name}: not with --replay" for name in others if name != "--replay"]
+    if read.problems or known:
+        raise InputError([*read.problems, *known])
+    dump.replay(read.paths["--replay"], console)
+    return 0
 
 
 def _plan(configuration: Any, words: dict[str, str], known: list[str], console: Console) -> None:

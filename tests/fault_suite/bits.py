@@ -1,0 +1,249 @@
+"""Checkpoints that are no longer what was saved."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fault_suite.account import Fault
+from fault_suite.bench import EVERY, STEPS, Bench, arrays
+from proteus_jax.checkpoint import SAVED, Checkpoints
+from proteus_jax.errors import InputError
+from proteus_jax.integrity import SEAL
+
+NEWEST = STEPS
+# Of the undisturbed run, so many of the newest are looked at.
+KEPT = 3
+
+
+def _files(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def flip(step: Path, rng: random.Random) -> None:
+    """One bit of one file."""
+    path = rng.choice([path for path in _files(step) if path.stat().st_size])
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(step: Path, rng: random.Random) -> None:
+    """A file without its end."""
+    path = rng.choice([path for path in _files(step) if path.stat().st_size])
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+
+
+def delete(step: Path, rng: random.Random) -> None:
+    """A file less."""
+    rng.choice(_files(step)).unlink()
+
+
+def empty_file(step: Path, rng: random.Random) -> None:
+    """A file of no bytes."""
+    rng.choice([path for path in _files(step) if path.stat().st_size]).write_bytes(b"")
+
+
+def exchange(step: Path, rng: random.Random) -> None:
+    """Two files under each other's names."""
+    one, two = rng.sample([p for p in _files(step) if p.stat().st_size > 100], 2)
+    first, second = one.read_bytes(), two.read_bytes()
+    if first == second:
+        delete(step, rng)
+        return
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
+def zeros(step: Path, rng: random.Random) -> None:
+    """A page that was never written, as after a power cut."""
+    path = rng.choice([path for path in _files(step) if path.stat().st_size > 64])
+    content = bytearray(path.read_bytes())
+    start = rng.randrange(len(content) - 16)
+    if not any(content[start : start + 512]):
+        content[start] = 1
+    else:
+        content[start : start + 512] = bytes(len(content[start : start + 512]))
+    path.write_bytes(content)
+
+
+def empty(step: Path, rng: random.Random) -> None:
+    """A directory with nothing in it."""
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def gone(step: Path, rng: random.Random) -> None:
+    """No directory at all."""
+    shutil.rmtree(step)
+
+
+def renamed(step: Path, rng: random.Random) -> None:
+    """An older step under this one's name."""
+    shutil.rmtree(step)
+    shutil.copytree(step.parent / str(NEWEST - KEPT * EVERY + EVERY), step)
+
+
+def unsealed(step: Path, rng: random.Random) -> None:
+    """A save that was killed before its seal."""
+    (step / SEAL).unlink()
+
+
+def sealed_by_half(step: Path, rng: random.Random) -> None:
+    """A seal without its end."""
+    path = step / SEAL
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+
+
+SPOIL = (flip, flip, flip, truncate, delete, empty_file, exchange, zeros)
+SPOIL_WHOLE = (empty, gone, renamed, unsealed, sealed_by_half)
+# Beside whole checkpoints: nothing of it may be taken for one.
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "an empty directory of a later step": lambda root: (root / "99").mkdir(),
+    "a file named like a step": lambda root: (root / "99").write_bytes(b""),
+    "a save that was not finished": lambda root: shutil.copytree(
+        root / str(NEWEST), root / "99.orbax-checkpoint-tmp"
+    ),
+    "a saved.json of nothing": lambda root: (root / SAVED).write_text("{"),
+    "no saved.json": lambda root: (root / SAVED).unlink(),
+    "a loop of links": lambda root: (root / "98").symlink_to(root / "98"),
+    "a stranger's file": lambda root: (root / "notes.txt").write_text("mine"),
+}
+
+
+def corruptions(bench: Bench, count: int, seed: int) -> list[Fault]:
+    """So many random ones of the newest checkpoints; what is left whole must be found."""
+    known = {
+        step: arrays(bench.undisturbed, step)
+        for step in range(NEWEST - (KEPT - 1) * EVERY, NEWEST + 1, EVERY)
+    }
+    faults = [
+        Fault(f"{number}", lambda number=number: _spoilt(bench, known, number, seed))
+        for number in range(count - len(BESIDE))
+    ]
+    for name, act in BESIDE.items():
+        faults.append(Fault(name, lambda name=name, act=act: _beside(bench, known, name, act)))
+    return faults
+
+
+Known = dict[int, dict[str, np.ndarray]]
+
+
+def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
+    rng = random.Random(seed * 1000 + number)
+    root = _few(bench, known, f"spoilt {number}")
+    # One, two or all of them.
+    spoilt = sorted(known, reverse=True)[: rng.choice((1, 1, 1, 2, KEPT))]
+    kinds = []
+    for step in spoilt:
+        kind = rng.choice(SPOIL + SPOIL if number % 3 else SPOIL_WHOLE)
+        if kind is renamed and len(spoilt) == KEPT:
+            kind = flip
+        kind(root / str(step), rng)
+        kinds.append(kind.__name__)
+    if number % 7 == 0:
+        (root / SAVED).unlink()
+    left = [step for step in known if step not in spoilt]
+    checkpoints = Checkpoints(str(root))
+    try:
+        if not left:
+            _nothing_is_left(checkpoints, root, spoilt, kinds)
+            return
+        found = checkpoints.newest()
+        assert found.step == max(left), (found, kinds)
+        for step, kind in zip(spoilt, kinds, strict=True):
+            if not (kind == "gone" and (step != NEWEST or not (root / SAVED).exists())):
+                assert found.faults[step], kinds
+        checkpoints.make_way(found)
+        assert sorted(checkpoints.steps()) == left
+        _is(root, found.step, known)
+    finally:
+        checkpoints.close()
+    shutil.rmtree(root.parent)
+
+
+def _nothing_is_left(
+    checkpoints: Checkpoints, root: Path, spoilt: list[int], kinds: list[str]
+) -> None:
+    """An error that names every one; only where no trace of a finished save is left may it begin."""
+    before = sorted(str(path) for path in root.rglob("*"))
+    try:
+        found = checkpoints.newest()
+    except InputError as error:
+        for step, kind in zip(spoilt, kinds, strict=True):
+            assert kind == "gone" or f"step {step}: " in str(error), error
+    else:
+        traces = [path for path in root.rglob(SEAL)]
+        assert found.step is None
+        assert not traces and not (root / SAVED).exists(), kinds
+    assert sorted(str(path) for path in root.rglob("*")) == before
+
+
+def _beside(bench: Bench, known: Known, name: str, act: Callable[[Path], object]) -> None:
+    root = _few(bench, known, f"beside {name}")
+    act(root)
+    checkpoints = Checkpoints(str(root))
+    try:
+        found = checkpoints.newest()
+        assert found.step == NEWEST, found
+        checkpoints.make_way(found)
+        assert sorted(checkpoints.steps()) == sorted(known)
+        assert not list(root.glob("*tmp*"))
+        _is(root, NEWEST, known)
+    finally:
+        checkpoints.close()
+
+
+def _few(bench: Bench, known: Known, name: str) -> Path:
+    root = bench.root / name / "checkpoints"
+    for step in known:
+        shutil.copytree(bench.undisturbed / "checkpoints" / str(step), root / str(step))
+    shutil.copy(bench.undisturbed / "checkpoints" / SAVED, root / SAVED)
+    return root
+
+
+def _is(root: Path, step: int, known: Known) -> None:
+    found = arrays(root.parent, step)
+    assert found.keys() == known[step].keys()
+    for key, array in known[step].items():
+        assert found[key].tobytes() == array.tobytes(), key
+
+
+def resumed(bench: Bench, count: int, seed: int) -> list[Fault]:
+    """The same through the command line: the run goes on from what is whole, to the same end."""
+    return [
+        Fault(f"resumed {number}", lambda number=number: _resumed(bench, number, seed))
+        for number in range(count)
+    ]
+
+
+def _resumed(bench: Bench, number: int, seed: int) -> None:
+    rng = random.Random(seed * 1000 + 900 + number)
+    workdir = bench.copy(f"spoilt run {number}")
+    kind = rng.choice(SPOIL + SPOIL_WHOLE)
+    kind(workdir / "checkpoints" / str(NEWEST), rng)
+    printed = bench.goes_on_and_is_the_same(workdir, "--config.keep_checkpoints=100")
+    assert f"the checkpoint of step {NEWEST} is not whole: " in printed, kind.__name__
+    assert f"resuming at step {NEWEST - EVERY}" in printed
+    shutil.rmtree(workdir)
+
+
+def nothing_left(bench: Bench) -> list[Fault]:
+    """All checkpoints damaged: an error, and the workdir as it was."""
+    return [Fault("no good one left", lambda: _refused(bench))]
+
+
+def _refused(bench: Bench) -> None:
+    workdir, rng = bench.copy("nothing left"), random.Random(0)
+    for step in (workdir / "checkpoints").iterdir():
+        if step.is_dir():
+            flip(step, rng)
+    rows = (workdir / "metrics.jsonl").read_bytes()
+    result = bench.run(bench.command(workdir))
+    assert result.returncode == 2, result.stdout
+    assert f"a run was saved here at step {NEWEST}, and no checkpoint of it is whole" in (
+        result.stderr
+    )
+    assert (workdir / "metrics.jsonl").read_bytes() == rows
