@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest  # noqa: E402, F401  (before JAX starts)
-from fault_suite import bits, killed  # noqa: E402
+from fault_suite import bits, changed, disk, killed, steps  # noqa: E402
 from fault_suite.account import Account  # noqa: E402
 from fault_suite.bench import Bench  # noqa: E402
 
@@ -36,8 +36,11 @@ def main() -> int:
             "bits": lambda: bits.corruptions(bench, 40 if quick else 200, seed),
             "bits, resumed": lambda: bits.resumed(bench, 2 if quick else 20, seed),
             "bits, nothing left": lambda: bits.nothing_left(bench),
+            "disk": lambda: disk.faults(bench),
+            "not finite": lambda: steps.faults(bench),
+            "changed": lambda: changed.faults(bench, quick=quick),
         }
-        alone = ("hosts", "bits")
+        alone = ("hosts", "bits", "disk")
         for name, faults in groups.items():
             if options.only in name:
                 account.tried(name, faults(), together=1 if name in alone else cores)

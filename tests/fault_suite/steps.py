@@ -1,0 +1,96 @@
+"""Losses that are not finite, and their steps made again."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from fault_suite.account import Fault
+from fault_suite.bench import Bench, arrays, rows
+
+
+def faults(bench: Bench) -> list[Fault]:
+    """A diverging run with its dump; the dump's own faults."""
+    return [
+        Fault("a diverging run stops and is replayed", lambda: _diverges(bench)),
+        Fault("several students, an average, parts of a batch", lambda: _several(bench)),
+        Fault("dumps that are none", lambda: _no_dumps(bench)),
+    ]
+
+
+def _diverged(bench: Bench, name: str, *more: str) -> tuple[Path, Path]:
+    """A run whose learning rate throws it off once the rate has risen."""
+    workdir = bench.root / name
+    words = ("--config.learning_rate=1e25", "--config.warmup_steps=20", "--config.max_skipped=3")
+    result = bench.run(bench.command(workdir, *words, *more))
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "its update is skipped (1 in a row). Its images here: " in result.stdout
+    found = re.search(r"python main.py --replay (.*)", result.stderr)
+    assert found, result.stderr
+    return workdir, Path(found.group(1))
+
+
+def _replayed(bench: Bench, workdir: Path, dump: Path) -> str:
+    shutil.rmtree(workdir / "checkpoints")
+    command = bench.command(workdir)[:2]
+    result = bench.run([*command, f"--replay={dump}"])
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "a loss or gradient is not finite, as in the run" in result.stderr
+    values = re.findall(r"^(\S+) +(\S+) +(\S+)$", result.stdout, re.MULTILINE)
+    losses = [(before, after) for name, before, after in values if "loss" in name]
+    assert len(losses) >= 4
+    assert all(before == after for before, after in losses), losses
+    return result.stdout
+
+
+def _diverges(bench: Bench) -> None:
+    workdir, dump = _diverged(bench, "diverged")
+    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    # Nothing that is not finite ever came into the state.
+    for name, array in arrays(workdir, newest).items():
+        assert np.isfinite(array.astype(np.float64)).all(), name
+    assert rows(workdir)[-1].get("skipped_in_a_row", 0) >= 0
+    printed = _replayed(bench, workdir, dump)
+    assert "0 arrays of parameters are not finite" in printed
+    # Not its images' folder, nor its workdir.
+    moved = bench.root / "moved dump"
+    shutil.copytree(dump, moved)
+    shutil.rmtree(workdir)
+    result = bench.run([*bench.command(workdir)[:2], "--replay", str(moved)])
+    assert result.returncode == 3, result.stderr
+    for path in (moved / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:-1] + b"\0\0")
+    result = bench.run([*bench.command(workdir)[:2], "--replay", str(moved)])
+    assert result.returncode == 2, result.stderr
+    assert "no checkpoint of it is whole" in result.stderr
+
+
+def _several(bench: Bench) -> None:
+    more = ("--config.student=vit_tiny_1blocks,vit_tiny_2blocks", "--config.ema_decay=0.9")
+    workdir, dump = _diverged(bench, "several", *more, "--config.accumulate=2")
+    printed = _replayed(bench, workdir, dump)
+    assert "vit_tiny_2blocks/loss" in printed
+
+
+def _no_dumps(bench: Bench) -> None:
+    folder = bench.root / "no dump"
+    folder.mkdir()
+    main = bench.command(bench.root)[:2]
+    for content in (None, "", "[]", "{}", '{"names": [], "metrics": {}, "configuration": {}}'):
+        if content is not None:
+            (folder / "dump.json").write_text(content)
+            np.savez(folder / "batch.npz", images=np.zeros((4, 28, 28, 3), np.uint8))
+        result = bench.run([*main, f"--replay={folder}"])
+        assert result.returncode == 2, (content, result.stderr)
+        assert "is no dump of a step" in result.stderr, result.stderr
+    # An array of objects would be code.
+    np.savez(folder / "batch.npz", images=np.array([{}], dtype=object))
+    result = bench.run([*main, f"--replay={folder}"])
+    assert result.returncode == 2
+    assert "allow_pickle" in result.stderr or "no dump" in result.stderr
+    result = bench.run([*main, f"--replay={folder}", "--config.seed=1", "--workdir=x"])
+    assert result.returncode == 2
+    assert "--workdir: not with --replay" in result.stderr
+    assert "--config.seed: not with --replay" in result.stderr
