@@ -8,6 +8,8 @@ directory for the newest step, and forgets the others when a save fails.
 
 import contextlib
 import json
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -75,7 +77,11 @@ class Checkpoints:
         self.failed_in_a_row = 0
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(PARAMS, PROGRESS, STATISTICS, FACTS),
-            async_options=ocp.options.AsyncOptions(timeout_secs=PATIENCE),
+            # Where directories cannot be made the save fails at once: threads that wait for them
+            # would keep the process from its end.
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=PATIENCE, create_directories_asynchronously=False
+            ),
         )
 
     def newest(self) -> Found:
@@ -112,6 +118,10 @@ class Checkpoints:
                 _put_aside(directory, self._root / DAMAGED)
             elif step in found.faults or not (newer or is_sealed(directory)):
                 _remove(directory)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Removes what saves left unfinished."""
         for path in self._root.iterdir():
             if UNFINISHED in path.name:
                 _remove(path)
@@ -121,6 +131,10 @@ class Checkpoints:
         again.
         """
         self.wait()
+        if self.failed_in_a_row and jax.process_index() == 0:
+            # The threads of the save that failed may have written on after it had.
+            with contextlib.suppress(OSError):
+                self._clear()
         items = {
             PARAMS: ocp.args.StandardSave(state.params),
             PROGRESS: ocp.args.StandardSave(_progress(state)),
@@ -159,10 +173,9 @@ class Checkpoints:
         self._failed(step, _in_words(error))
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                for path in self._root.iterdir():
-                    unsealed = path.name == str(step) and not is_sealed(path)
-                    if unsealed or UNFINISHED in path.name:
-                        _remove(path)
+                if str(step) in map(str, self.steps()) and not is_sealed(self._root / str(step)):
+                    _remove(self._root / str(step))
+                self._clear()
 
     def _remove_oldest(self, keep: Keep) -> None:
         sealed = [step for step in self.steps() if is_sealed(self._root / str(step))]
@@ -258,6 +271,9 @@ class Checkpoints:
         """Waits, and lets go of the directory."""
         self.wait()
         self._orbax.close()
+        if self.failed_in_a_row and jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                self._clear()
 
 
 def _name(step: int) -> str:
@@ -265,8 +281,12 @@ def _name(step: int) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    """One line of an error; TensorStore's go on for a page."""
-    lines = str(error).strip().splitlines()
+    """One line of an error. TensorStore's go on for a page, with the system's own word in it."""
+    text = str(error).strip()
+    system = re.search(r"\[OS error (\d+)", text)
+    if system:
+        return os.strerror(int(system.group(1)))
+    lines = text.splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 # Without a terminal a line of progress comes this often, in seconds.
 PLAIN_INTERVAL = 15.0
@@ -33,7 +33,7 @@ class Console:
         self._last = -float("inf")
         sys.stderr.flush()
         self._stderr = os.dup(2)
-        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (open as long as the process)
+        self._log = _temporary()
         os.dup2(self._log.fileno(), 2)
 
     def keep_log(self, path: Path) -> None:
@@ -86,6 +86,14 @@ class Console:
         if self._shown:
             _print("\r\x1b[2K", sys.stdout)
             self._shown = False
+
+
+def _temporary() -> IO[bytes]:
+    """A file until there is a log; where nothing can be written what comes before it is lost."""
+    try:
+        return tempfile.TemporaryFile("w+b")
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 def _print(text: str, stream: TextIO) -> None:

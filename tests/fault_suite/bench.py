@@ -33,11 +33,15 @@ class Bench:
         rng = np.random.default_rng(0)
         for number in range(24):
             Image.fromarray(photograph(rng, 40, 48)).save(self.images / f"{number}.png")
-        params = BackboneFunction(TINY).init(jax.random.key(1))
-        save_model(self.teacher, params, ModelCard(spec=TINY, licence="none"))
+        self.write_teacher(self.teacher, seed=1)
         self.undisturbed = root / "undisturbed"
         result = self.run(self.command(self.undisturbed, "--config.keep_checkpoints=100"))
         assert result.returncode == 0, result.stdout + result.stderr
+
+    def write_teacher(self, folder: Path, *, seed: int) -> None:
+        """A random ViT as a model directory."""
+        params = BackboneFunction(TINY).init(jax.random.key(seed))
+        save_model(folder, params, ModelCard(spec=TINY, licence="none"))
 
     def environment(self, **more: str) -> dict[str, str]:
         """One device, this folder as home, and a cache of compiled programs of its own."""

@@ -99,13 +99,8 @@ def _other_images(bench: Bench) -> None:
 
 
 def _other_teacher(bench: Bench) -> None:
-    teacher = bench.root / "other teacher"
-    shutil.copytree(bench.teacher, teacher)
-    weights = teacher / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-40] ^= 1
-    weights.write_bytes(content)
-    workdir = bench.copy("other teacher run")
+    teacher, workdir = bench.root / "other" / "teacher", bench.copy("other teacher run")
+    bench.write_teacher(teacher, seed=2)
     result = bench.run(bench.command(workdir, f"--config.teacher={teacher}"))
     assert result.returncode == 2, result.stderr
     assert "teachers.teacher.weights: the checkpoint has" in result.stderr
