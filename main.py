@@ -235,10 +235,8 @@ def main() -> int:
         return exit_code(error)
     except Exception as error:
         if is_of_the_disk(error):
-            notes = _notes(error)
-            console.error(
-                "\n".join([f"{error}; the same command goes on with room to write", *notes])
-            )
+            said = f"{error}; the same command goes on once there is room to write"
+            console.error("\n".join([said, *_notes(error)]))
         else:
             console.error(traceback.format_exc())
         return exit_code(error)

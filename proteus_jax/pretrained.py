@@ -7,6 +7,8 @@ A teacher's converted weights and a student's exported ones are the same kind of
 import dataclasses
 import functools
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,16 @@ def save_model(
     arrays = canonical.from_params(jax.device_get(params), card.spec)
     with atomic_directory(directory, replace=replace) as temporary:
         weights = temporary / WEIGHTS
-        safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in arrays.items()}, weights)
+        try:
+            safetensors.numpy.save_file(
+                {k: v.astype(np.float32) for k, v in arrays.items()}, weights
+            )
+        except safetensors.SafetensorError as error:
+            system = re.search(r"os error (\d+)", str(error))
+            if system is None:
+                raise
+            number = int(system.group(1))
+            raise OSError(number, os.strerror(number), str(directory / WEIGHTS)) from None
         text = json.dumps(card.to_json() | {"weights_sha256": sha256(weights)}, indent=2)
         (temporary / CARD).write_text(text + "\n")
         if readme is not None:

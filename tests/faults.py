@@ -30,17 +30,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults é ") as folder:
         bench = Bench(Path(folder).resolve())
         groups = {
-            "killed": lambda: killed.kills(bench, 6 if quick else 100, seed),
+            "killed": lambda: killed.kills(bench, 4 if quick else 100, seed),
             "signals": lambda: killed.signals(bench),
-            "hosts": lambda: killed.hosts(bench, 1 if quick else 6, seed),
+            "hosts": lambda: killed.hosts(bench, 0 if quick else 6, seed),
             "bits": lambda: bits.corruptions(bench, 40 if quick else 200, seed),
             "bits, resumed": lambda: bits.resumed(bench, 2 if quick else 20, seed),
             "bits, nothing left": lambda: bits.nothing_left(bench),
-            "disk": lambda: disk.faults(bench),
-            "not finite": lambda: steps.faults(bench),
+            "disk": lambda: disk.faults(bench, quick=quick),
+            "not finite": lambda: steps.faults(bench, quick=quick),
             "changed": lambda: changed.faults(bench, quick=quick),
         }
-        alone = ("hosts", "bits", "disk")
+        alone = ("hosts", "bits")
         for name, faults in groups.items():
             if options.only in name:
                 account.tried(name, faults(), together=1 if name in alone else cores)

@@ -1,6 +1,5 @@
 """Faults are tried one after the other or a few at a time, and counted."""
 
-import contextlib
 import threading
 import time
 import traceback
@@ -48,12 +47,3 @@ class Account:
         """The sum of it."""
         count = self.survived + len(self.lost)
         return f"{count} faults, {self.survived} survived, {len(self.lost)} lost"
-
-
-@contextlib.contextmanager
-def expecting(what: str) -> object:
-    """Names what an AssertionError inside is about."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{what}: {error}") from error

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import photograph
 from PIL import Image
@@ -35,7 +36,7 @@ ALLOWED = {
 
 def faults(bench: Bench, *, quick: bool) -> list[Fault]:
     """Differences that are refused, others that are not; longer and shorter runs; two at once."""
-    few = 2 if quick else 100
+    few = 1 if quick else 100
     return [
         *(
             Fault(change, lambda change=change, words=words: _refused(bench, change, words))
@@ -46,11 +47,17 @@ def faults(bench: Bench, *, quick: bool) -> list[Fault]:
             for change, words in list(ALLOWED.items())[:few]
         ),
         Fault("another image", lambda: _other_images(bench)),
-        Fault("another teacher under the same name", lambda: _other_teacher(bench)),
         Fault("a longer run", lambda: _longer(bench)),
-        Fault("a shorter run", lambda: _shorter(bench)),
-        Fault("two at once", lambda: _two_at_once(bench)),
-        Fault("moved images and teacher", lambda: _moved(bench)),
+        *(
+            []
+            if quick
+            else [
+                Fault("another teacher", lambda: _other_teacher(bench)),
+                Fault("a shorter run", lambda: _shorter(bench)),
+                Fault("two at once", lambda: _two_at_once(bench)),
+                Fault("moved images and teacher", lambda: _moved(bench)),
+            ]
+        ),
     ]
 
 
@@ -87,8 +94,6 @@ def _allowed(bench: Bench, change: str, words: str) -> None:
 
 
 def _other_images(bench: Bench) -> None:
-    import numpy as np
-
     images = bench.root / "other images"
     shutil.copytree(bench.images, images)
     Image.fromarray(photograph(np.random.default_rng(9), 40, 48)).save(images / "3.png")
@@ -117,7 +122,7 @@ def _longer(bench: Bench) -> None:
     assert (workdir / "metrics.jsonl").read_bytes().startswith(picture)
     schedule = warmup_cosine(1e-3, 10, longer)
     for row in rows(workdir)[STEPS + 1 :]:
-        expected = float(schedule(row["step"] - 1))
+        expected = np.asarray(schedule(row["step"] - 1)).item()
         assert row["learning_rate"] == pytest.approx(expected, rel=1e-5)
     assert proteus_jax.load(workdir / "student").card.source["steps"] == longer
     again = bench.copy("longer, in two")

@@ -52,9 +52,9 @@ def _wait_for_a_moment(rng: random.Random, workdir: Path, process: subprocess.Po
         if kind == "step":
             return any(row["step"] >= wanted for row in rows(workdir))
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-        return any("tmp" in name and int(name.partition(".")[0]) >= wanted for name in names) or any(
-            name.isdecimal() and int(name) >= wanted for name in names
-        )
+        return any(
+            "tmp" in name and int(name.partition(".")[0]) >= wanted for name in names
+        ) or any(name.isdecimal() and int(name) >= wanted for name in names)
 
     until(come)
     time.sleep(rng.uniform(0.0, 0.1))
@@ -82,7 +82,9 @@ def _signalled(bench: Bench, name: str, numbers: list[signal.Signals]) -> None:
     assert time.monotonic() - start < 30
     if len(numbers) == 1:
         assert process.returncode == 75, printed
-        assert re.search(r"interrupted at step \d+ of 24; the same command goes on from here", printed)
+        assert re.search(
+            r"interrupted at step \d+ of 24; the same command goes on from here", printed
+        )
     else:
         # Before the first was heard, between both, or after the end: never a traceback.
         assert process.returncode in (75, -signal.SIGTERM), printed
