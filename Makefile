@@ -1,9 +1,14 @@
 # Each target makes its own environment in .venv; PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+TOOLS := .venv/tools/bin
 TESTS := $(BIN)/python -m pytest -n 2
 
-.PHONY: quickstart test test-full lint format
+# LOCKED=1 installs what requirements.lock pins, each file checked against its digest.
+LOCKED ?=
+RUN := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements.txt)
+
+.PHONY: quickstart test test-full faults lint format lock audit
 
 quickstart: .venv/run.stamp
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -14,6 +19,9 @@ test: .venv/dev.stamp
 test-full: .venv/dev.stamp
 	$(TESTS)
 
+faults: .venv/dev.stamp
+	$(BIN)/python tests/faults.py
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,12 +31,25 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Both need the network; their tools stay out of .venv.
+lock: .venv/tools.stamp
+	$(TOOLS)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		requirements.txt --output-file requirements.lock
+
+audit: .venv/tools.stamp
+	$(TOOLS)/pip-audit --no-deps --disable-pip -r requirements.lock
+
+.venv/tools.stamp: | .venv/bin/python
+	$(PYTHON) -m venv $(dir $(TOOLS))
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check uv pip-audit
+	touch $@
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, found " + sys.version'
 	$(PYTHON) -m venv .venv
 
 .venv/run.stamp: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(RUN)
 	touch $@
 
 .venv/dev.stamp: requirements-dev.txt .venv/run.stamp
