@@ -50,7 +50,16 @@ def load(
     faults = _check_fields(config, schema)
     if faults:
         raise InputError(problems + faults)
-    return ml_collections.FrozenConfigDict(config), problems + schema.together(config)
+    try:
+        problems += schema.together(config)
+    except InputError as error:
+        raise InputError(problems + error.problems) from None
+    return ml_collections.FrozenConfigDict(config), problems
+
+
+def fields_of(path: str) -> list[str]:
+    """The dotted names of all fields that a file's configuration has."""
+    return _fields(_run_file(path))
 
 
 def frozen(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
@@ -70,7 +79,7 @@ def _run_file(path: str) -> ml_collections.ConfigDict:
     try:
         specification.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"--config: {path} does not give a configuration: {type(error).__name__}: {error}"
         ) from None
@@ -103,7 +112,7 @@ def _assign(
         value = None if absent else _parse(kind, text)
         if field in NUMBERS:
             value = tuple(float(part) for part in value or ())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):
         raise InputError(
             f"--config.{field}: expected {_TYPE_NAMES[kind]}, found {text!r}"
         ) from None

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from proteus_jax.errors import InputError
 from proteus_jax.lessons import FIRST, OWN, lessons, masks
 from proteus_jax.models.normalisation import STATISTICS
 from proteus_jax.models.specs import SPECS, named_spec
@@ -207,10 +208,11 @@ def _check_evaluation(config: Any) -> list[str]:
 
 
 def _check_training(config: Any) -> list[str]:
-    """What only two fields together make wrong."""
+    """What only two fields together make wrong; InputError where that cannot be told."""
     problems = _check_more_teachers(config.more_teachers)
     if problems:
-        return problems
+        # Nothing else can be looked at.
+        raise InputError(problems)
     specs = [named_spec(name) for name in config.student]
     patches = {spec.patch_size for spec in specs if spec is not None}
     # With a model to start from the patches are that model's, which is not open yet.

@@ -1,0 +1,167 @@
+"""Configurations and command lines that nobody should give: one clear list, never a traceback."""
+
+import random
+from typing import Any
+
+from conftest import ROOT
+
+import main
+from fault_suite.account import Fault
+from fault_suite.bench import Bench
+from proteus_jax import config, experiment, train
+from proteus_jax.errors import InputError
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+ANYTHING = (
+    *("", " ", "-1", "0", "1", "2", "3", "7", "1.5", "1e99", "1e400", "nan", "inf", "-inf", "None"),
+    *(
+        "none",
+        "true",
+        "False",
+        "maybe",
+        "abc",
+        "ünïcødé",
+        "\x1b[31mred",
+        "a\nb",
+        "'",
+        '"',
+        "(",
+        ")",
+    ),
+    *("[1,", "((((", "()", "[]", "(1, 2)", "('a',)", "1,2,3", "a,,b", ",", "0x10", "1_000", "１２"),
+    *("__import__('os').system('false')", "{}", "{'a': 1}", "<b>", "%s%n", "..", "../../etc", "~"),
+    *("nothing/there", "x" * 5000, "9" * 400, "gs://", "gs://bucket/x", "s3://b/c", "http://h/x"),
+    *("tfds:", "tfds:nothing", "ftp://x", "vit_tiny", "vit_tiny,vit_small", "vit_tiny_0blocks"),
+    *("vit_giant9", "float32", "bfloat16", "float8", "auto", "off", "blocks", "imagenet", "own"),
+    *("teacher", "scikit", "1000000000000", "28", "27", "196", "-0.0", "1e-9", "0.999999999"),
+)
+# What reads a whole disk, or fetches from a network.
+_FAR = ("..", "~", "../../etc", "gs://bucket/x", "s3://b/c")
+NOT_FOR = {"data.root": _FAR, "eval.root": _FAR}
+STRANGE = (
+    *("--", "-", "---", "--config.", "--config.=1", "--config.data=1", "--config.nonsense=1"),
+    *("--config.batch.x=1", "--config.data..root=1", "--wrokdir=x", "positional", "--doctor=1"),
+    *("--topology=v5e:4x4", "--mfu=2", "--hosts=2", "--host=x", "--wait=-1", "--output=x"),
+    *(
+        "--config.data.root",
+        "--plan",
+        "--profile=no",
+        "--replay=x",
+        "--config.Batch=1",
+        "=",
+        "--=x",
+    ),
+)
+# Files in place of a configuration, and what each does.
+FILES = {
+    "empty": "",
+    "no Python": "get_config = = 1",
+    "binary": "\x00\x01",
+    "no function": "x = 1",
+    "returns nothing": "def get_config():\n    return None",
+    "returns a dict": "def get_config():\n    return {}",
+    "raises": "def get_config():\n    raise ValueError('line\\nline')",
+    "ends": "import sys\nsys.exit(0)",
+    "recurses": "def get_config():\n    return get_config()",
+    "imports what is not there": "import not_there",
+    "wants arguments": "def get_config(a):\n    return a",
+    "an empty one": "import ml_collections\nget_config = ml_collections.ConfigDict",
+}
+SPOILT = (
+    *(
+        "batch = 'x'",
+        "batch = None",
+        "student = 5",
+        "student = ('a', 1)",
+        "data = 3",
+        "loss = None",
+    ),
+    *("data.root = 7", "data.root = (1, 2)", "data.crop = 2.5", "more_teachers = 5", "seed = -1"),
+    *("more_teachers = {'a': 1}", "precision = 8", "eval = 'x'", "teacher = ()", "epochs = 'many'"),
+    *("data.randaugment = {'operations': 'two'}", "data.held_out = {}", "log_every = 0"),
+)
+
+
+def faults(bench: Bench, count: int, seed: int) -> list[Fault]:
+    """So many command lines, of one to four wrong words each, and all files."""
+    _only_begins()
+    fields = config.fields_of(QUICKSTART)
+    lines = [
+        Fault(f"line {number}", lambda number=number: _line(bench, fields, number, seed))
+        for number in range(count)
+    ]
+    files = [
+        Fault(f"a file: {name}", lambda text=text, name=name: _file(bench, name, text))
+        for name, text in FILES.items()
+    ]
+    template = (
+        "from configs import quickstart\ndef get_config():\n    c = quickstart.get_config()\n"
+    )
+    for change in SPOILT:
+        words = f"{template}    c.unlock()\n    c.data.unlock()\n    c.{change}\n    return c"
+        files.append(
+            Fault(f"a file: {change}", lambda text=words, name=change: _file(bench, name, text))
+        )
+    return lines + files
+
+
+class _Silent:
+    """A console that nobody sees."""
+
+    quiet = True
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def _line(bench: Bench, fields: list[str], number: int, seed: int) -> None:
+    rng = random.Random(seed * 100000 + number)
+    arguments = bench.command(bench.root / "fuzzed")[2:]
+    for _ in range(rng.randint(1, 4)):
+        if rng.random() < 0.15:
+            arguments.insert(rng.randrange(len(arguments)), rng.choice(STRANGE))
+            continue
+        field = rng.choice(fields)
+        name = field if rng.random() < 0.9 else _misspelt(field, rng)
+        value = rng.choice(ANYTHING)
+        if value not in NOT_FOR.get(field, ()):
+            arguments.append(f"--config.{name}={value}")
+    _ends_in_words(bench, arguments)
+
+
+def _misspelt(field: str, rng: random.Random) -> str:
+    at = rng.randrange(len(field))
+    return field[:at] + rng.choice("xyz._0") + field[at + 1 :]
+
+
+def _file(bench: Bench, name: str, text: str) -> None:
+    path = bench.root / f"{abs(hash(name))}.py"
+    path.write_text(text)
+    _ends_in_words(bench, [f"--config={path}", f"--workdir={bench.root / 'fuzzed'}"], wrong=True)
+
+
+def _ends_in_words(bench: Bench, arguments: list[str], *, wrong: bool = False) -> None:
+    """Refused in lines that name what they are about, or a run that could begin."""
+    problems: list[str] = []
+    try:
+        main.distil(arguments, _Silent())  # type: ignore[arg-type]
+    except InputError as error:
+        problems = error.problems
+        assert problems, arguments
+    else:
+        assert not wrong, arguments
+    for problem in problems:
+        assert problem.strip(), arguments
+        assert "Traceback" not in problem, arguments
+        assert len(problem) < 7000, arguments
+    assert not (bench.root / "fuzzed").exists(), arguments
+
+
+def _only_begins() -> None:
+    """In place of training: what comes before the first step, so that thousands can be tried."""
+
+    def begin(configuration: Any, inputs: Any, place: Any, console: Any, *_: Any, **__: Any) -> int:
+        experiment.build(configuration, inputs)
+        return 0
+
+    train.run = begin
