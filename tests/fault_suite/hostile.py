@@ -71,7 +71,7 @@ def _names(bench: Bench) -> None:
     assert "<img src=x" not in report
     assert "<b>é" not in report
     assert "cannot be read" in result.stdout
-    assert not [path for path in bench.root.rglob("evil")]
+    assert not list(bench.root.rglob("evil"))
     assert [row["step"] for row in rows(workdir)] == list(range(9))
 
 

@@ -1,0 +1,230 @@
+"""Parts of what keeps a long run alive; tests/faults.py tries all of it on whole runs."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_metrics import scalars
+
+from proteus_jax import heartbeat
+from proteus_jax.changes import changes
+from proteus_jax.checkpoint import Checkpoints, Keep
+from proteus_jax.data.pipeline import Batch
+from proteus_jax.errors import Diverged, InputError, exit_code
+from proteus_jax.heartbeat import Heartbeat
+from proteus_jax.metrics import MetricsWriter, read_metrics
+from proteus_jax.step import Skipped, TrainState
+from proteus_jax.watch import SkippedUpdates
+
+
+def state(value: float) -> TrainState:
+    params = {"a": {"weights": jnp.full((300,), value)}}
+    nothing = jnp.zeros((), jnp.int32)
+    skipped = Skipped(nothing, nothing + 0)
+    return TrainState(nothing + int(value), params, {"a": {"mean": params["a"]}}, None, {}, skipped)
+
+
+def saved(folder: Path, *steps: int, **more: Any) -> list[int]:
+    told: list[int] = []
+    checkpoints = Checkpoints(str(folder), saved=lambda step, _: told.append(step), **more)
+    with contextlib.closing(checkpoints):
+        for step in steps:
+            checkpoints.save(step, state(step), {"seed": 1})
+    return told
+
+
+def test_a_checkpoint_is_told_of_when_it_is_sealed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+
+    def look(step: int, _: float) -> None:
+        assert (folder / str(step) / "seal.json").is_file()
+        assert json.loads((folder / "saved.json").read_text()) == {"step": step}
+        told.append(step)
+
+    told: list[int] = []
+    with contextlib.closing(Checkpoints(str(folder), keep=Keep(2, every=3), saved=look)) as each:
+        for step in (1, 2, 3, 4, 5):
+            each.save(step, state(step), {"seed": 1})
+        each.wait()
+        assert sorted(each.steps()) == [3, 4, 5]
+        shardings = jax.tree.map(lambda array: array.sharding, state(0))
+        restored = each.restore(4, jax.eval_shape(lambda: state(0)), shardings)
+    assert told == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(restored.params["a"]["weights"], np.full(300, 4.0))
+
+
+def test_what_is_damaged_is_named_put_aside_and_never_loaded(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 3)
+    (file,) = (tmp_path / "3" / "params" / "d").iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    (tmp_path / "9").mkdir()
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        found = checkpoints.newest()
+        assert found.step == 2
+        assert "expected sha256" in found.faults[3]
+        assert found.faults[9] == "no seal.json: a save that was not finished"
+        checkpoints.make_way(found)
+        assert sorted(checkpoints.steps()) == [1, 2]
+        assert (tmp_path / "damaged" / "3" / "seal.json").exists()
+        for step in ("1", "2"):
+            (tmp_path / step / "seal.json").write_text("")
+        with pytest.raises(InputError, match=r"saved here at step 3.*step 2: seal.json is damaged"):
+            checkpoints.newest()
+
+
+def test_a_directory_without_a_finished_save_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "2").mkdir()
+    (tmp_path / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        found = checkpoints.newest()
+        assert found.step is None
+        checkpoints.make_way(found)
+    assert list(tmp_path.iterdir()) == []
+    with contextlib.closing(Checkpoints(str(tmp_path / "absent"))) as checkpoints:
+        assert checkpoints.newest() == (None, {})
+
+
+def test_a_save_that_fails_is_told_of_and_leaves_the_others(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    told: list[tuple[int, str]] = []
+    checkpoints = Checkpoints(str(tmp_path), failed=lambda *failure: told.append(failure))
+    with contextlib.closing(checkpoints):
+        (tmp_path / "2").mkdir()
+        (tmp_path / "2" / "seal.json").touch()
+        # What has a seal is nobody's to replace.
+        checkpoints.save(2, state(2), {})
+        checkpoints.wait()
+        assert checkpoints.failed_in_a_row == 1
+        assert told[0][0] == 2
+        assert "already exists" in told[0][1]
+        checkpoints.save(3, state(3), {})
+        checkpoints.wait()
+        assert checkpoints.failed_in_a_row == 0
+        assert checkpoints.newest().step == 3
+
+
+def test_rows_wait_for_room(tmp_path: Path) -> None:
+    """A limit on files, as a full disk: no row is lost, and none is there by half."""
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 7, limits[1]))
+    try:
+        for step in (2, 3):
+            writer.write(step, {"loss": 1 / step})
+        with pytest.raises(OSError) as error:
+            writer.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exit_code(error.value) == 75
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    writer.write(4, {"loss": 0.25})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert {step for _, step in scalars(tmp_path / "tensorboard")} == {1, 2, 3, 4}
+
+
+def test_a_damaged_row_costs_no_other(tmp_path: Path) -> None:
+    lines = ['{"step": 1}', '{"step": 2, "lo', "7", '{"step": 3, "\xff": 1}', '{"stop": 4}']
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+
+
+def facts(**more: Any) -> dict[str, Any]:
+    own = {"seed": 0, "log_every": 1, "steps": 4, "learning_rate": None, "data": {"root": ["a"]}}
+    own |= more
+    return {
+        "seed": own["seed"],
+        "teachers": {"teacher": {"weights": "abc"}},
+        "card": {"licence": more.get("seed")},
+        "configuration": own,
+    }
+
+
+def test_what_differs_is_said_and_only_some_is_refused() -> None:
+    assert changes(facts(), facts()) == ([], [])
+    found = changes(facts(), facts(log_every=2, steps=9, learning_rate=0.1, data={"root": ["b"]}))
+    without = "from here on, which changes no number of the training"
+    assert found.refused == []
+    assert found.allowed == [
+        f"--config.log_every: 1 until now, 2 {without}",
+        "--config.steps: 4 until now, 9 from here on; the learning rate follows the new length",
+        "--config.learning_rate: null until now, 0.1 from here on",
+        f'--config.data.root: ["a"] until now, ["b"] {without}',
+    ]
+    found = changes(facts(), facts(seed=1, log_every=2))
+    assert found.refused == ["seed: the checkpoint has 0, this run has 1"]
+    assert found.allowed == [f"--config.log_every: 1 until now, 2 {without}"]
+
+
+def batch(numbers: list[int]) -> Batch:
+    return Batch(np.zeros((2, 4, 4, 3), np.uint8), np.full(2, -1), np.asarray(numbers))
+
+
+def test_the_step_that_stops_a_run_is_kept() -> None:
+    said: list[str] = []
+    skipped = SkippedUpdates(lambda index: f"{index}.jpg", limit=2, say=said.append)
+    counts = [0, 1, 0, 1, 2, 3, 4, 5, 6]
+
+    def go_on() -> None:
+        for step, count in enumerate(counts, 1):
+            skipped.note(step, {"skipped_in_a_row": jnp.int32(count)}, batch([step, 7]))
+
+    with pytest.raises(Diverged, match="at step 9 "):
+        go_on()
+    assert skipped.last is not None
+    assert (skipped.last.step, skipped.last.batch.numbers.tolist()) == (9, [9, 7])
+    assert said[0].endswith("(1 in a row). Its images here: 2.jpg, 7.jpg")
+
+
+def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "PATIENCE", 0.05)
+    monkeypatch.setattr(heartbeat, "EVERY", 0.02)
+    said: list[str] = []
+    log: list[str] = []
+    behind = {"host 0 (a)": 8, "host 1 (b)": 5}
+    beat = Heartbeat(tmp_path, 20, say=said.append, log=log.append, steps=lambda step: behind)
+    # faulthandler writes to a descriptor of its own.
+    with open(tmp_path / "stacks", "w") as stacks:
+        monkeypatch.setattr("sys.stderr", stacks)
+        for step in range(1, 9):
+            beat.step(step)
+            time.sleep(0.002)
+        with beat.standing():
+            time.sleep(0.3)
+        assert said == []
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    beat.saved(7)
+    beat.close("done")
+    (line,) = said
+    assert line.startswith("step 9 takes 0 s so far, others ")
+    assert line.endswith("host 1 (b) has come to step 5, others to step 8")
+    assert "test_a_late_step" in (tmp_path / "stacks").read_text()
+    found = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (found["step"], found["total"], found["saved"], found["state"]) == (8, 20, 7, "done")
+    assert found["process"] == os.getpid()
+    assert found["memory_bytes"] > 2**20
+    assert found["descriptors"] > 2
+    assert any("MB resident" in text for text in log)
+
+
+def test_a_disk_is_nobodys_mistake() -> None:
+    assert exit_code(OSError(errno.ENOSPC, "full")) == 75
+    assert exit_code(OSError(errno.ENOENT, "absent")) == 1
