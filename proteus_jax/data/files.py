@@ -1,14 +1,16 @@
 """Files on a disk, or on gs:// and s3:// through pyarrow: lists and reads, whole or in part."""
 
+import errno
 import fnmatch
 import functools
 import glob
 import os
 import re
+import stat
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.fs
@@ -47,6 +49,17 @@ def absolute(path: str) -> str:
     return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file of a disk, to be read; OSError for what is none, as a pipe, which would be waited for
+    without end.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "no file with content", str(path))
+    return open(number, "rb")
+
+
 def read(root: str, name: str) -> bytes:
     """The whole of a file below a root; Unreadable where that cannot be had."""
     try:
@@ -54,7 +67,7 @@ def read(root: str, name: str) -> bytes:
             store, base = _store(root)
             with store.open_input_stream(f"{base}/{name}") as file:
                 return file.read()
-        with open(os.path.join(root, name), "rb") as file:
+        with open_regular(os.path.join(root, name)) as file:
             return file.read()
     except OSError as error:
         raise Unreadable(error.strerror or str(error)) from None

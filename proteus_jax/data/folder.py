@@ -258,7 +258,7 @@ def _digest(path: Path) -> bytes | None:
     image.
     """
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             head = file.read(HASHED_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError:
