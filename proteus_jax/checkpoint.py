@@ -7,6 +7,7 @@ directory for the newest step, and forgets the others when a save fails.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.integrity import SEAL, damage, is_sealed, seal, write_whole
 from proteus_jax.standardise import Moments, no_moments
 from proteus_jax.step import Skipped, TrainState
@@ -29,6 +30,10 @@ PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts
 # The newest step that was said to be saved; and where damaged ones are put.
 SAVED, DAMAGED = "saved.json", "damaged"
 UNFINISHED = ".orbax-checkpoint-tmp"
+# So much has to find room, in bytes.
+TRIAL = 2**16
+# Every directory that orbax finished has it.
+ORBAXS = "_CHECKPOINT_METADATA"
 # Hosts wait for each other so long in a save before it fails, in seconds.
 PATIENCE = 600
 
@@ -82,13 +87,21 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=PATIENCE, create_directories_asynchronously=False
             ),
+            # With their processes named hosts wait for each other with a limit of time; else in a
+            # collective, for ever where one of them failed.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                active_processes=set(range(jax.process_count()))
+                if jax.process_count() > 1
+                else None
+            ),
         )
 
     def newest(self) -> Found:
         """The newest checkpoint that is whole. InputError where there is none, but one had been
         saved: a run that lost its checkpoints must not begin anew without a word.
         """
-        last, faults = self._last_saved(), {}
+        last = self._last_saved()
+        faults: dict[int, str] = {}
         for step in sorted(self.steps(), reverse=True):
             reason = damage(self._root / str(step), _name(step))
             if reason is None:
@@ -96,7 +109,11 @@ class Checkpoints:
                     faults.setdefault(last, "it is gone")
                 return Found(step, faults)
             faults[step] = reason
-        if last is not None or any(is_sealed(self._root / str(step)) for step in faults):
+        directories = [self._root / str(step) for step in faults]
+        # A kill between orbax's end and the seal leaves one; several are a run of a version
+        # without seals.
+        several = sum(map(_is_orbaxs, directories)) > 1
+        if last is not None or several or any(map(is_sealed, directories)):
             known = "" if last is None else f" at step {last}"
             reasons = [f"step {step}: {reason}" for step, reason in faults.items()]
             raise InputError(
@@ -114,7 +131,9 @@ class Checkpoints:
         for step in self.steps():
             directory = self._root / str(step)
             newer = found.step is None or step > found.step
-            if step in found.faults and (is_sealed(directory) or (last or -1) >= step):
+            was_saved = is_sealed(directory) or (last or -1) >= step
+            was_saved |= found.step is None and _is_orbaxs(directory)
+            if step in found.faults and was_saved:
                 _put_aside(directory, self._root / DAMAGED)
             elif step in found.faults or not (newer or is_sealed(directory)):
                 _remove(directory)
@@ -126,6 +145,19 @@ class Checkpoints:
             if UNFINISHED in path.name:
                 _remove(path)
 
+    def why_not(self, step: int) -> OSError | None:
+        """What would stop a save at once, on the first host: then no host has to begin with it."""
+        target, trial = self._root / str(step), self._root / f"trial{UNFINISHED}"
+        try:
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "something is there already", str(target))
+            trial.mkdir(parents=True, exist_ok=True)
+            (trial / "file").write_bytes(bytes(TRIAL))
+            trial.rmtree()
+        except OSError as error:
+            return error
+        return None
+
     def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
         """Waits for the save before, starts this one, and returns as soon as the state may change
         again.
@@ -133,7 +165,7 @@ class Checkpoints:
         self.wait()
         if self.failed_in_a_row and jax.process_index() == 0:
             # The threads of the save that failed may have written on after it had.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 self._clear()
         items = {
             PARAMS: ocp.args.StandardSave(state.params),
@@ -147,6 +179,11 @@ class Checkpoints:
             self._orbax.save(self._root / str(step), args=ocp.args.Composite(**items))
         except Exception as error:
             self.fail(step, error)
+            if jax.process_count() > 1:
+                # The others wait for this one somewhere in it: with it they end, in words.
+                raise Interrupted(
+                    f"the checkpoint of step {step} could not be saved: {_in_words(error)}"
+                ) from None
             return
         self._writing = threading.Thread(target=self._finish, args=(step, start))
         self._writing.start()
@@ -164,7 +201,7 @@ class Checkpoints:
         self._saved(step, time.monotonic() - start)
         if jax.process_index() == 0 and self._keep is not None:
             # What cannot be removed now is met again at the next save.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 self._remove_oldest(self._keep)
 
     def fail(self, step: int, error: Exception) -> None:
@@ -172,7 +209,8 @@ class Checkpoints:
         self.failed_in_a_row += 1
         self._failed(step, _in_words(error))
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):
+            # Each file system has its own errors.
+            with contextlib.suppress(Exception):
                 if str(step) in map(str, self.steps()) and not is_sealed(self._root / str(step)):
                     _remove(self._root / str(step))
                 self._clear()
@@ -183,6 +221,11 @@ class Checkpoints:
             # Without its seal first: killed meanwhile, what is left is no checkpoint.
             (self._root / str(step) / SEAL).unlink()
             (self._root / str(step)).rmtree()
+
+    def forget(self) -> None:
+        """Removes all there is, to begin anew; on one host."""
+        if self._root.exists():
+            self._root.rmtree()
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state of a step, born on the given shardings."""
@@ -272,7 +315,7 @@ class Checkpoints:
         self.wait()
         self._orbax.close()
         if self.failed_in_a_row and jax.process_index() == 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 self._clear()
 
 
@@ -297,8 +340,15 @@ def _remove(path: epath.Path) -> None:
         path.unlink()
 
 
+def _is_orbaxs(directory: epath.Path) -> bool:
+    """Whether orbax had come to its end there."""
+    return (directory / ORBAXS).exists() and (directory / PARAMS).exists()
+
+
 def _put_aside(directory: epath.Path, folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # A store has no folders but those with something in them.
+    (folder / "README").write_text("Checkpoints that are not as they were saved.\n")
     target, number = folder / directory.name, 0
     while target.exists():
         number += 1

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, about
 from proteus_jax.fields import NUMBERS, OPTIONAL, Schema, fault, schema_of
 
 _TYPE_NAMES = {
@@ -62,15 +62,20 @@ def fields_of(path: str) -> list[str]:
     return _fields(_run_file(path))
 
 
-def frozen(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
-    """A configuration that was written as JSON."""
-    return ml_collections.FrozenConfigDict(ml_collections.ConfigDict(values))
+def complete(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
+    """A configuration that was written as JSON; InputError where a field is missing or wrong."""
+    config = ml_collections.ConfigDict(values)
+    faults = _check_fields(config, schema_of(config))
+    if faults:
+        raise InputError(faults)
+    return ml_collections.FrozenConfigDict(config)
 
 
 def _run_file(path: str) -> ml_collections.ConfigDict:
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"--config: no such file: {path}")
+    with about("--config"):
+        if not file.is_file():
+            raise InputError(f"no such file: {path}")
     specification = importlib.util.spec_from_file_location("proteus_jax_run_config", file)
     if specification is None or specification.loader is None:
         raise InputError(f"--config: expected a Python file, found {path}")

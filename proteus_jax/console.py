@@ -60,7 +60,9 @@ class Console:
     def error(self, text: str) -> None:
         """A line on the real standard error."""
         self._clear()
-        os.write(self._stderr, (text + "\n").encode(errors="backslashreplace"))
+        # Nobody may read it any more: what is to follow, as an end of the process, still does.
+        with contextlib.suppress(OSError):
+            os.write(self._stderr, (text + "\n").encode(errors="backslashreplace"))
 
     def progress(self, text: str, *, last: bool = False) -> None:
         """The state of a long work: one line that renews itself, or without a terminal a line now

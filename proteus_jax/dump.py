@@ -18,7 +18,7 @@ import proteus_jax
 from proteus_jax import sharding
 from proteus_jax.assembly import Assembly, Known, assemble, length
 from proteus_jax.checkpoint import Checkpoints
-from proteus_jax.config import frozen
+from proteus_jax.config import complete
 from proteus_jax.console import Console
 from proteus_jax.errors import Diverged, InputError, refusing
 from proteus_jax.experiment import Experiment, placed_teacher
@@ -27,9 +27,10 @@ from proteus_jax.lessons import FIRST, lessons
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import WEIGHTS, load_card
-from proteus_jax.step import TrainState, one_grid, seen_by
+from proteus_jax.step import Skipped, TrainState, one_grid, seen_by
 from proteus_jax.storage import sha256, write_atomically
 from proteus_jax.teachers import find_teacher, obtain_teacher
+from proteus_jax.workdir import is_remote
 
 STATE, BATCH, ABOUT = "state", "batch.npz", "dump.json"
 FOLDER = "dump"
@@ -57,12 +58,18 @@ def write_dump(
     images = sharding.place_batch(moment.images, experiment.mesh)
     whole = np.asarray(sharding.gather(images, experiment.mesh))
     # Skipped updates changed nothing but these counters.
-    step = jax.jit(lambda step: step * 0 + (moment.step - 1), out_shardings=state.step.sharding)
-    before = state._replace(step=step(state.step))
+    counted = (int(moment.metrics[key]) - 1 for key in ("skipped", "skipped_in_a_row"))
+    before = state._replace(
+        step=_set(state.step, moment.step - 1),
+        skipped=Skipped(*map(_set, state.skipped, counted)),
+    )
     failures: list[str] = []
     with contextlib.closing(
         Checkpoints(f"{address}/{STATE}", failed=lambda _, reason: failures.append(reason))
     ) as checkpoints:
+        if jax.process_index() == 0:
+            # The same command diverges at the same step; another one's dump is none of this run.
+            checkpoints.forget()
         checkpoints.save(moment.step, before, experiment.facts)
     if failures:
         raise OSError(failures[0])
@@ -80,13 +87,20 @@ def write_dump(
         write_atomically(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
+def _set(counter: jax.Array, value: int) -> jax.Array:
+    """Another value where a counter lies."""
+    return jax.jit(lambda now: now * 0 + value, out_shardings=counter.sharding)(counter)
+
+
 def replay(source: str, console: Console) -> None:
     """Makes the step of a dump again and says what of it is not finite; Diverged where anything is,
     as in the run.
     """
+    if is_remote(source):
+        raise InputError(f"--replay: {source}: copy the folder to this machine first")
     folder = Path(source).expanduser()
     about, images = _read(folder)
-    config = frozen(about["configuration"])
+    config = about["configuration"]
     assembly, directories = _assembled(config, about["images_an_epoch"])
     mesh = _mesh(config, len(images))
     params = {
@@ -115,7 +129,7 @@ def replay(source: str, console: Console) -> None:
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     console.line(f"{'':36}{'the run':>16}{'again':>16}")
     for key, value in values.items():
-        seen = float(about["metrics"].get(key, "nan"))
+        seen = about["metrics"].get(key, float("nan"))
         console.line(f"{key:36}{seen:16.8g}{value:16.8g}")
     if values["skipped_in_a_row"] > 0:
         raise Diverged(f"step {step}: a loss or gradient is not finite, as in the run")
@@ -135,7 +149,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
             raise ValueError(f"{BATCH}: expected uint8 images, found {images.dtype}")
         if not isinstance(about["images_an_epoch"], int):
             raise ValueError("images_an_epoch")
-        float(next(iter(metrics.values()), "0"))
+        about["metrics"] = {key: float(value) for key, value in metrics.items()}
+        about["configuration"] = complete(about["configuration"])
     return about, images
 
 

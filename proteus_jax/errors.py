@@ -21,11 +21,18 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
-    """What the block finds wrong is said of a field."""
+    """What the block finds wrong is said of a field; so is what the system says of a name, as
+    that it is too long.
+    """
     try:
         yield
     except InputError as error:
         raise InputError([f"{field}: {problem}" for problem in error.problems]) from None
+    except OSError as error:
+        if is_of_the_disk(error):
+            raise
+        name = str(error.filename or "")
+        raise InputError(f"{field}: {error.strerror or error}: {name[:200]}") from None
 
 
 @contextlib.contextmanager

@@ -155,8 +155,12 @@ def _open_images(config: Any) -> Split:
 
 
 def _check_workdir(workdir: str | None) -> list[str]:
-    reason = None if workdir is None else why_no_workdir(workdir)
-    return [f"--workdir: {reason}"] if reason else []
+    problems: list[str] = []
+    with collecting(problems, "--workdir"):
+        reason = None if workdir is None else why_no_workdir(workdir)
+        if reason:
+            raise InputError(reason)
+    return problems
 
 
 def found_devices() -> str:

@@ -150,20 +150,26 @@ class Heartbeat:
 
 def held_by_this_process() -> dict[str, int]:
     """memory_bytes (resident; the largest so far where the system does not say), descriptors (-1
-    where it does not say) and threads.
+    where it does not say, as where there are too many) and threads.
     """
-    descriptors = next((at for at in map(Path, ("/proc/self/fd", "/dev/fd")) if at.is_dir()), None)
     return {
         "memory_bytes": _resident(),
-        "descriptors": sum(1 for _ in descriptors.iterdir()) if descriptors else -1,
+        "descriptors": _descriptors(),
         "threads": threading.active_count(),
     }
 
 
+def _descriptors() -> int:
+    for place in map(Path, ("/proc/self/fd", "/dev/fd")):
+        # Where there are too many, not even this can be opened.
+        with contextlib.suppress(OSError):
+            return sum(1 for _ in place.iterdir())
+    return -1
+
+
 def _resident() -> int:
-    pages = Path("/proc/self/statm")
-    if pages.is_file():
-        return int(pages.read_text().split()[1]) * resource.getpagesize()
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from proteus_jax.errors import Interrupted
+
 SEAL = "seal.json"
 _PIECE = 2**22
 _READERS = 4
@@ -33,7 +35,10 @@ def seal(directory: epath.Path, what: str) -> None:
 
 
 def damage(directory: epath.Path, what: str) -> str | None:
-    """What is wrong with a sealed directory, in words; None where it is as it was sealed."""
+    """What is wrong with a sealed directory, in words; None where it is as it was sealed.
+
+    Interrupted where it cannot be read, as of a store that is away: that says nothing about it.
+    """
     try:
         sealed = _read_seal(directory, what)
         missing = [name for name in sealed if not (directory / name).exists()]
@@ -50,8 +55,10 @@ def damage(directory: epath.Path, what: str) -> str | None:
                     )
     except ValueError as error:
         return str(error)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return f"it cannot be read: {error}"
+    except Exception as error:  # Each file system has its own.
+        raise Interrupted(f"{directory} cannot be read: {type(error).__name__}: {error}") from None
     return None
 
 

@@ -89,7 +89,8 @@ def _run_alone(
         run.stop = stack.enter_context(StopRequest(config.stop_within, console.error))
         run.profiling = Profiling(workdir / "profile", on=profile and host == 0)
         with run.watched(company):
-            return run.to_the_end(resumed)
+            run.code = run.to_the_end(resumed)
+        return run.code
 
 
 def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | None, list[str]]:
@@ -144,6 +145,8 @@ class _Run:
         self.failure: InputError | Interrupted | None = None
         # The newest checkpoint that is complete on the disk.
         self.saved: int | None = None
+        # With which the process is to end.
+        self.code = DONE
         config, data = self.config, self.config.data
         self.checkpoints = Checkpoints(
             place.checkpoints,
@@ -174,7 +177,7 @@ class _Run:
         state = "failed"
         try:
             yield
-            state = "stopped" if self.stop.made else "done"
+            state = "done" if self.code == DONE else "stopped"
         except Interrupted:
             state = "stopped"
             raise
@@ -223,7 +226,12 @@ class _Run:
         """Waits for the last checkpoint; exports where the run is at its end."""
         experiment, total = self.experiment, self.experiment.total_steps
         self.checkpoints.wait()
-        if self.failure is not None:
+        if isinstance(self.failure, Interrupted) and not (step == total == self.saved):
+            raise Interrupted(
+                f"{self.failure}; the same command goes on from {self.where_it_goes_on()}, once "
+                "there is room to write"
+            )
+        if isinstance(self.failure, InputError):
             raise self.failure
         if step < total:
             self.console.line(
@@ -298,7 +306,8 @@ class _Run:
                 step += 1
                 self.heartbeat.step(step)
                 self.skipped.note(step, values, batch)
-                self.profiling.after(step - self.began_at, values)
+                with self.heartbeat.standing():
+                    self.profiling.after(step - self.began_at, values)
                 if self.too_many_failed_saves():
                     self.stop.made = True
                 stopping = agreement.any(self.stop.made)
@@ -341,26 +350,32 @@ class _Run:
         """
         self.write_pending()
         self.skipped.settle()
-        with self.heartbeat.standing():
-            reason = self.place.upload()
-            if reason is not None:
-                self.console.line(f"not uploaded, tried again at the next checkpoint: {reason}")
+        with self.heartbeat.standing(), jax.transfer_guard("allow"):
             self.checkpoints.wait()
-            try:
-                self.metrics.sync()
+            failure = self.rows_written()
+            if failure is None and self.leads:
+                failure = self.checkpoints.why_not(step)
+            # All hosts save, or none does: they wait for each other in it.
+            if sharding.from_first_host(int(failure is None)):
                 self.checkpoints.save(step, state, self.experiment.facts)
-            except OSError as error:
-                self.checkpoints.fail(step, error)
+            else:
+                self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))
+
+    def rows_written(self) -> OSError | None:
+        """Why the rows until now are not where a resumed run would look for them; on host 0."""
+        try:
+            self.metrics.sync()
+        except OSError as error:
+            return error
+        reason = self.place.upload()
+        return None if reason is None else OSError(f"not uploaded: {reason}")
 
     def too_many_failed_saves(self) -> bool:
         """Whether they are a reason to stop; that is kept for the end."""
         failed = self.checkpoints.failed_in_a_row
         if failed <= self.config.max_failed_saves or self.failure is not None:
             return False
-        self.failure = Interrupted(
-            f"{failed} saves in a row failed (--config.max_failed_saves); the same command goes on "
-            f"from {self.where_it_goes_on()}, once there is room to write"
-        )
+        self.failure = Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
         return True
 
     @contextlib.contextmanager
@@ -423,7 +438,8 @@ class _Run:
         values = {key: value for key, value in values.items() if np.isfinite(value)}
         self.metrics.write(step, values)
         if evaluated:
-            self.examination.report()
+            with self.heartbeat.standing():
+                self.examination.report()
         self.show(step, values)
         self.notice.lap(step, values["data_wait"], values["images_per_second"])
 

@@ -170,7 +170,8 @@ def _nothing_is_left(
 ) -> None:
     """An error that names every one; only without a trace of a finished save may a run begin."""
     before = sorted(str(path) for path in root.rglob("*"))
-    if (root / SAVED).exists() or list(root.rglob(SEAL)):
+    finished = [step for step in spoilt if (root / str(step) / "_CHECKPOINT_METADATA").exists()]
+    if (root / SAVED).exists() or list(root.rglob(SEAL)) or len(finished) > 1:
         with pytest.raises(InputError) as error:
             checkpoints.newest()
         for step, kind in zip(spoilt, kinds, strict=True):

@@ -106,11 +106,28 @@ def _deadline(bench: Bench) -> None:
 
 
 def hosts(bench: Bench, count: int, seed: int) -> list[Fault]:
-    """One process of two is killed: the other says so and ends, and both go on later."""
-    return [
+    """One process of two is killed: the other says so and ends, and both go on later. Saves that
+    fail on the first host: both go on.
+    """
+    found = [
         Fault(f"pair {number}", lambda number=number: _host(bench, number, seed))
         for number in range(count)
     ]
+    return [Fault("saves that fail on one host", lambda: _unsaved(bench)), *found][: count + 1]
+
+
+def _unsaved(bench: Bench) -> None:
+    """Files where the directories of some saves belong."""
+    workdir = bench.root / "hosts unsaved"
+    pair, folder = _pair(bench, workdir), workdir / "checkpoints"
+    until(lambda: any(p.poll() is not None for p in pair) or (folder / "2" / "seal.json").exists())
+    for step in (10, 12, 14):
+        (folder / f"{step}").touch()
+    said = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert "the checkpoint of step 12 could not be saved: " in said[0]
+    assert "the newest is of step 8" in said[0]
+    assert rows(workdir) == rows(_undisturbed_pair(bench))
 
 
 def _host(bench: Bench, number: int, seed: int) -> None:
@@ -131,14 +148,19 @@ def _host(bench: Bench, number: int, seed: int) -> None:
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
     assert len(again) == 2
+    expected = _undisturbed_pair(bench)
+    assert rows(workdir) == rows(expected)
+    weights = Path("student", "model.safetensors")
+    assert (workdir / weights).read_bytes() == (expected / weights).read_bytes()
+
+
+def _undisturbed_pair(bench: Bench) -> Path:
     expected = bench.root / "hosts undisturbed"
     if not expected.exists():
         for process in _pair(bench, expected):
             said, _ = process.communicate(timeout=120)
             assert process.returncode == 0, said
-    assert rows(workdir) == rows(expected)
-    weights = Path("student", "model.safetensors")
-    assert (workdir / weights).read_bytes() == (expected / weights).read_bytes()
+    return expected
 
 
 def _pair(bench: Bench, workdir: Path) -> list[subprocess.Popen]:
