@@ -113,7 +113,7 @@ def hosts(bench: Bench, count: int, seed: int) -> list[Fault]:
         Fault(f"pair {number}", lambda number=number: _host(bench, number, seed))
         for number in range(count)
     ]
-    return [Fault("saves that fail on one host", lambda: _unsaved(bench)), *found][: count + 1]
+    return [Fault("saves that fail on one host", lambda: _unsaved(bench)), *found]
 
 
 def _unsaved(bench: Bench) -> None:
