@@ -288,7 +288,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     # Another factor, another teacher or another start is another run.
     other = finish([*arguments, "--config.more_teachers.other.loss.token=2"], tmp_path)
     assert other.returncode == 2
-    assert "teachers: the checkpoint has" in other.stderr
+    assert "teachers.other.factors: the checkpoint has" in other.stderr
 
 
 def test_a_start_is_where_training_begins(
