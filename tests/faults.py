@@ -30,8 +30,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults é ") as folder:
         bench = Bench(Path(folder).resolve())
         groups = {
-            "killed": lambda: killed.kills(bench, 4 if quick else 100, seed),
-            "signals": lambda: killed.signals(bench),
+            "killed": lambda: killed.kills(bench, 3 if quick else 100, seed),
+            "signals": lambda: killed.signals(bench, quick=quick),
             "hosts": lambda: [] if quick else killed.hosts(bench, 6, seed),
             "bits": lambda: bits.corruptions(bench, 40 if quick else 200, seed),
             "bits, resumed": lambda: bits.resumed(bench, 2 if quick else 20, seed),
