@@ -69,6 +69,8 @@ def write_dump(
     ) as checkpoints:
         if jax.process_index() == 0:
             # The same command diverges at the same step; another one's dump is none of this run.
+            # Without its description first: half of a dump is none.
+            (folder / ABOUT).unlink(missing_ok=True)
             checkpoints.forget()
         checkpoints.save(moment.step, before, experiment.facts)
     if failures:

@@ -8,11 +8,13 @@ import concurrent.futures
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from proteus_jax.errors import Interrupted
+from proteus_jax.storage import write_atomically
 
 SEAL = "seal.json"
 _PIECE = 2**22
@@ -72,16 +74,7 @@ def write_whole(path: epath.Path, text: str) -> None:
     if not _is_local(path):
         path.write_text(text)
         return
-    beside = path.parent / f".{path.name}-new"
-    try:
-        with open(os.fspath(beside), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(os.fspath(beside), os.fspath(path))
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    write_atomically(Path(os.fspath(path)), text)
     _sync_folder(path.parent)
 
 

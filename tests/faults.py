@@ -1,6 +1,6 @@
 """What can go wrong in a month of training, tried: python tests/faults.py [--quick] [--only=GROUP]
 
---quick takes some minutes on two cores, all of it the better part of an hour. The last line counts
+--quick takes some minutes on two cores, all of it less than half an hour. The last line counts
 the faults; the exit code is 1 where one was lost.
 """
 
