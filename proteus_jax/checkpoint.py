@@ -36,6 +36,9 @@ TRIAL = 2**16
 ORBAXS = "_CHECKPOINT_METADATA"
 # Hosts wait for each other so long in a save before it fails, in seconds.
 PATIENCE = 600
+# The threads of a failed save have come to rest when they leave nothing new for so long, and are
+# waited for so long at most; in seconds.
+REST, RESTLESS = 0.5, 15
 
 
 class Keep(NamedTuple):
@@ -78,8 +81,8 @@ class Checkpoints:
         self._root, self._keep = epath.Path(directory), keep
         self._saved, self._failed = saved, failed
         self._writing: threading.Thread | None = None
-        # Saves that failed since the last good one.
-        self.failed_in_a_row = 0
+        # Saves that failed since the last good one; and whether one ever did.
+        self.failed_in_a_row, self._ever_failed = 0, False
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(PARAMS, PROGRESS, STATISTICS, FACTS),
             # Where directories cannot be made the save fails at once: threads that wait for them
@@ -139,11 +142,28 @@ class Checkpoints:
                 _remove(directory)
         self._clear()
 
-    def _clear(self) -> None:
-        """Removes what saves left unfinished."""
-        for path in self._root.iterdir():
-            if UNFINISHED in path.name:
-                _remove(path)
+    def _clear(self) -> bool:
+        """Removes what saves left unfinished; whether there was any."""
+        if not self._root.is_dir():
+            return False
+        unfinished = [path for path in self._root.iterdir() if UNFINISHED in path.name]
+        for path in unfinished:
+            _remove(path)
+        return bool(unfinished)
+
+    def _clear_for_good(self) -> None:
+        """The same where threads of a failed save may still write, below a directory that is being
+        removed too: orbax ends a save with its first error, whatever its other threads do.
+        """
+        begin = quiet = time.monotonic()
+        while time.monotonic() < min(quiet + REST, begin + RESTLESS):
+            try:
+                there_was_some = self._clear()
+            except Exception:
+                there_was_some = True
+            if there_was_some:
+                quiet = time.monotonic()
+            time.sleep(REST / 10)
 
     def why_not(self, step: int) -> OSError | None:
         """What would stop a save at once, on the first host: then no host has to begin with it."""
@@ -207,6 +227,7 @@ class Checkpoints:
     def fail(self, step: int, error: Exception) -> None:
         """Counts and tells of a save that came to nothing, and removes what there is of it."""
         self.failed_in_a_row += 1
+        self._ever_failed = True
         self._failed(step, _in_words(error))
         if jax.process_index() == 0:
             # Each file system has its own errors.
@@ -314,9 +335,8 @@ class Checkpoints:
         """Waits, and lets go of the directory."""
         self.wait()
         self._orbax.close()
-        if self.failed_in_a_row and jax.process_index() == 0:
-            with contextlib.suppress(Exception):
-                self._clear()
+        if self._ever_failed and jax.process_index() == 0:
+            self._clear_for_good()
 
 
 def _name(step: int) -> str:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,24 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(tmp_path: Path) -> N
         checkpoints.wait()
         assert checkpoints.failed_in_a_row == 0
         assert checkpoints.newest().step == 3
+
+
+def test_nothing_is_left_of_a_save_whose_threads_outlive_it(tmp_path: Path) -> None:
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp" / "params"
+
+    def write_on() -> None:
+        for number in range(8):
+            unfinished.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (unfinished / str(number)).touch()
+            time.sleep(0.05)
+
+    writer = threading.Thread(target=write_on)
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        writer.start()
+        checkpoints.fail(2, OSError(errno.ENOSPC, "no space"))
+    writer.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_wait_for_room(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 import contextlib
 import re
-import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +13,11 @@ from fault_suite.bench import EVERY, STEPS, Bench, assert_same, rows, until
 from proteus_jax.checkpoint import Checkpoints, Keep
 
 SIZE = 40 * 2**20
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def faults(bench: Bench, *, quick: bool) -> list[Fault]:
@@ -40,19 +45,7 @@ def faults(bench: Bench, *, quick: bool) -> list[Fault]:
 
 def _limited(bench: Bench, command: list[str], bytes_a_file: int) -> subprocess.CompletedProcess:
     """With files of at most so many bytes: a write beyond fails, as on a full disk."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, resource.RLIM_INFINITY))
-
-    return subprocess.run(
-        command,
-        cwd=bench.root,
-        env=bench.environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-        timeout=300,
-    )
+    return bench.run([sys.executable, "-c", LIMITED, str(bytes_a_file), *command])
 
 
 def _limited_stops(bench: Bench) -> None:
