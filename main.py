@@ -27,8 +27,8 @@ On several hosts the same command runs on each. Under SLURM and on TPU pods they
 elsewhere --hosts=N --host=I --coordinator=ADDRESS:PORT say how (ADDRESS is host 0's, which also
 listens on PORT + 1). --wait=SECONDS is how long they wait for each other (600).
 
-Exit codes: 0 done; 2 the input was wrong, and nothing was written; 3 training diverged;
-75 interrupted: the same command goes on.
+Exit codes: 0 done; 2 the input was wrong, and nothing was written, or memory does not suffice;
+3 training diverged; 75 interrupted: the same command goes on.
 """
 
 import math
@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import proteus_jax
 from proteus_jax.console import Console
-from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, is_of_the_disk
+from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, fitting, is_of_the_disk
 from proteus_jax.hosts import ALONE, Place, find_place
 
 PATHS = ("--config", "--workdir", "--output", "--replay")
@@ -48,6 +48,12 @@ PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
 FLAGS = ("--doctor", "--profile", "--plan")
 PLAN = ("--topology", "--mfu", "--price")
+LESS_IN_TRAINING = (
+    "--plan says what a device needs; less takes --config.accumulate=2 or more (the same batch "
+    "in parts), --config.remat=blocks, --config.fsdp over several devices, or a smaller "
+    "--config.batch"
+)
+LESS_IN_EVALUATION = "less takes a smaller --config.batch or --config.data.crop"
 
 
 class Arguments(NamedTuple):
@@ -145,11 +151,11 @@ def distil(arguments: list[str], console: Console) -> int:
     ) as company:
         if evaluates:
             found = evaluation.open_inputs(configuration, workdir, known)
-            with opened_workdir(workdir) as folder:
+            with opened_workdir(workdir) as folder, fitting(LESS_IN_EVALUATION):
                 return evaluation.run(configuration, found, folder, console)
         inputs = experiment.open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
-        with opened_workdir(workdir) as folder:
+        with opened_workdir(workdir) as folder, fitting(LESS_IN_TRAINING):
             return train.run(configuration, inputs, folder, console, company, profile=profile)
 
 

@@ -76,6 +76,25 @@ def exit_code(error: BaseException) -> int:
 
 
 @contextlib.contextmanager
+def fitting(advice: str) -> Iterator[None]:
+    """A host or device that runs out of memory becomes an InputError with what to do about it: the
+    same command would come to the same end.
+    """
+    try:
+        yield
+    except Exception as error:
+        # JAX has one class for all that XLA says; it is not imported for its name.
+        of_jax = type(error).__name__ == "JaxRuntimeError"
+        of_a_device = of_jax and "RESOURCE_EXHAUSTED" in str(error)
+        if not of_a_device and not isinstance(error, MemoryError):
+            raise
+        where = "a device" if of_a_device else "this host"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")[:300].rstrip(".")
+        raise InputError(f"{where} has not enough memory ({said}): {advice}") from None
+
+
+@contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Whatever reading something from outside provokes becomes an InputError about it: parsers
     raise all there is on broken bytes. InputErrors pass as they are.

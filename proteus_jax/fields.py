@@ -32,6 +32,9 @@ OPTIONAL = (
 )
 # Lists of numbers; every other list is one of texts.
 NUMBERS = ("data.weights", "knn.neighbours", "linear.learning_rates", "linear.blocks")
+# Processes or threads that decode, more than any machine has a use for: a digit too many would
+# fill its table of processes.
+MOST_WORKERS = 1024
 
 
 class Rule(NamedTuple):
@@ -43,6 +46,10 @@ class Rule(NamedTuple):
 
 def _at_least(least: float) -> Rule:
     return Rule(lambda value: least <= value < math.inf, f"at least {least:g}")
+
+
+def _up_to(most: int) -> Rule:
+    return Rule(lambda value: 0 <= value <= most, f"from 0 to {most}")
 
 
 def _share(below_one: bool = False) -> Rule:
@@ -57,8 +64,8 @@ def _numbers(least: float, *, whole: bool = False) -> Rule:
     def holds(values: Any) -> bool:
         fits = [
             isinstance(value, int | float)
-            and (least <= value == int(value) if whole else least < value)
             and value < math.inf
+            and (least <= value == int(value) if whole else least < value)
             for value in values
         ]
         return bool(fits) and all(fits) and len(set(values)) == len(values)
@@ -126,8 +133,8 @@ _TRAINING: dict[str, Rule] = {
     "data.randaugment.deviation": _at_least(0),
     "data.randaugment.probability": _share(),
     "data.erasing": _share(),
-    "data.workers": _at_least(0),
-    "data.threads": _at_least(0),
+    "data.workers": _up_to(MOST_WORKERS),
+    "data.threads": _up_to(MOST_WORKERS),
     "data.unreadable": _share(),
     "data.held_out.share": _share(below_one=True),
     "data.held_out.minimum": _at_least(1),
@@ -154,8 +161,8 @@ _EVALUATION: dict[str, Rule] = {
     "data.root": Rule(lambda value: isinstance(value, str), "a place of images"),
     "data.resize": _at_least(1),
     "data.crop": _at_least(1),
-    "data.workers": _at_least(0),
-    "data.threads": _at_least(0),
+    "data.workers": _up_to(MOST_WORKERS),
+    "data.threads": _up_to(MOST_WORKERS),
     "knn.neighbours": _numbers(1, whole=True),
     "knn.temperature": _ABOVE_ZERO,
     "linear.epochs": _ABOVE_ZERO,

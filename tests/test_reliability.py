@@ -20,7 +20,7 @@ from proteus_jax import heartbeat
 from proteus_jax.changes import changes
 from proteus_jax.checkpoint import Checkpoints, Keep
 from proteus_jax.data.pipeline import Batch
-from proteus_jax.errors import Diverged, InputError, exit_code
+from proteus_jax.errors import Diverged, InputError, exit_code, fitting
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
 from proteus_jax.step import Skipped, TrainState
@@ -242,6 +242,15 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
     assert found["memory_bytes"] > 2**20
     assert found["descriptors"] > 2
     assert any("MB resident" in text for text in log)
+
+
+def test_what_does_not_fit_is_the_inputs_mistake() -> None:
+    said = r"this host has not enough memory \(Unable .*\): smaller"
+    with pytest.raises(InputError, match=said), fitting("smaller"):
+        np.empty(2**62, np.uint8)
+    # Not of a device: a store that has no quota left.
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED"), fitting("smaller"):
+        raise ValueError("RESOURCE_EXHAUSTED: quota")
 
 
 def test_a_disk_is_nobodys_mistake() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,20 @@ from proteus_jax.pretrained import ModelCard, save_model
 STEPS, EVERY = 24, 2
 CLOCK = ("images_per_second", "images_per_second_per_device", "data_wait")
 FLAGS = "--xla_backend_optimization_level=0"
+# Sets a limit on itself, then becomes another program.
+_LIMITED = """
+import os, resource, sys
+name, value, *command = sys.argv[1:]
+resource.setrlimit(getattr(resource, name), (int(value), resource.RLIM_INFINITY))
+os.execv(command[0], command)
+"""
+
+
+class Limit(NamedTuple):
+    """Of a process, by its name in the module `resource`."""
+
+    name: str
+    value: int
 
 
 class Bench:
@@ -83,6 +97,10 @@ class Bench:
             text=True,
             start_new_session=True,
         )
+
+    def run_limited(self, command: list[str], limit: Limit) -> subprocess.CompletedProcess:
+        """To its end, which the limit may bring about."""
+        return self.run([sys.executable, "-c", _LIMITED, limit.name, str(limit.value), *command])
 
     def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess:
         """To its end."""

@@ -4,20 +4,14 @@ import contextlib
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from fault_suite.account import Fault
-from fault_suite.bench import EVERY, STEPS, Bench, assert_same, rows, until
+from fault_suite.bench import EVERY, STEPS, Bench, Limit, assert_same, rows, until
 from proteus_jax.checkpoint import Checkpoints, Keep
 
 SIZE = 40 * 2**20
-LIMITED = """
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def faults(bench: Bench, *, quick: bool) -> list[Fault]:
@@ -45,7 +39,7 @@ def faults(bench: Bench, *, quick: bool) -> list[Fault]:
 
 def _limited(bench: Bench, command: list[str], bytes_a_file: int) -> subprocess.CompletedProcess:
     """With files of at most so many bytes: a write beyond fails, as on a full disk."""
-    return bench.run([sys.executable, "-c", LIMITED, str(bytes_a_file), *command])
+    return bench.run_limited(command, Limit("RLIMIT_FSIZE", bytes_a_file))
 
 
 def _limited_stops(bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """Configurations and command lines that nobody should give: one clear list, never a traceback."""
 
 import random
+import shutil
 from typing import Any
 
 from conftest import ROOT
@@ -49,9 +50,16 @@ ANYTHING = (
     *("vit_giant9", "float32", "bfloat16", "float8", "auto", "off", "blocks", "imagenet", "own"),
     *("teacher", "scikit", "1000000000000", "28", "27", "196", "-0.0", "1e-9", "0.999999999"),
 )
-# What reads a whole disk, or fetches from a network.
+# What reads a whole disk, or fetches from a network; and what nobody has the time for.
 _FAR = ("..", "~", "../../etc", "gs://bucket/x", "s3://b/c")
-NOT_FOR = {"data.root": _FAR, "eval.root": _FAR}
+_LONG = ("1000000000000", "9" * 400, "1e99")
+NOT_FOR = {
+    "data.root": _FAR,
+    "eval.root": _FAR,
+    "linear.epochs": _LONG,
+    "data.workers": ("7", "27", "28", "196", "1_000", "\uff11\uff12"),
+}
+PROTOCOLS = ("knn", "linear", "analysis", "finegrained", "robustness")
 STRANGE = (
     *("--", "-", "---", "--config.", "--config.=1", "--config.data=1", "--config.nonsense=1"),
     *("--config.batch.x=1", "--config.data..root=1", "--wrokdir=x", "positional", "--doctor=1"),
@@ -97,12 +105,19 @@ SPOILT = (
 
 
 def faults(bench: Bench, count: int, seed: int) -> list[Fault]:
-    """So many command lines, of one to four wrong words each, and all files."""
+    """So many command lines, of one to four wrong words each, a fifth of them evaluations; and all
+    files. Evaluations in which nothing is wrong after all are made.
+    """
     _only_begins()
     fields = config.fields_of(QUICKSTART)
     lines = [
         Fault(f"line {number}", lambda number=number: _line(bench, fields, number, seed))
-        for number in range(count)
+        for number in range(count - count // 5)
+    ]
+    _write_classes(bench)
+    lines += [
+        Fault(f"evaluation {number}", lambda number=number: _evaluation(bench, number, seed))
+        for number in range(count // 5)
     ]
     files = [
         Fault(f"a file: {name}", lambda text=text, name=name: _file(bench, name, text))
@@ -131,6 +146,40 @@ class _Silent:
 def _line(bench: Bench, fields: list[str], number: int, seed: int) -> None:
     rng = random.Random(seed * 100000 + number)
     arguments = bench.command(bench.root / "fuzzed")[2:]
+    _add_words(arguments, fields, rng)
+    _ends_in_words(bench, arguments)
+
+
+def _write_classes(bench: Bench) -> None:
+    """Labelled images."""
+    for number, path in enumerate(sorted(bench.images.iterdir())):
+        folder = bench.root / "classes" / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+
+
+def _evaluation(bench: Bench, number: int, seed: int) -> None:
+    rng = random.Random(seed * 100000 + 50000 + number)
+    protocol, workdir = rng.choice(PROTOCOLS), bench.root / "fuzzed"
+    path = ROOT / "configs" / "eval" / f"{protocol}.py"
+    arguments = [
+        *(f"--config={path}", f"--workdir={workdir}", f"--config.model={bench.teacher}"),
+        *(f"--config.data.root={bench.root / 'classes'}", "--config.data.workers=0"),
+        *(f"--config.analysis.teacher={bench.teacher}", "--config.linear.epochs=1"),
+        *("--config.batch=8", "--config.data.resize=32", "--config.data.crop=28"),
+    ]
+    _add_words(arguments, config.fields_of(str(path)), rng)
+    try:
+        main.distil(arguments, _Silent())  # type: ignore[arg-type]
+    except InputError as error:
+        _assert_words(error.problems, arguments)
+    else:
+        assert (workdir / "results.json").exists(), arguments
+    shutil.rmtree(workdir, ignore_errors=True)
+
+
+def _add_words(arguments: list[str], fields: list[str], rng: random.Random) -> None:
+    """One to four, anywhere."""
     for _ in range(rng.randint(1, 4)):
         if rng.random() < 0.15:
             arguments.insert(rng.randrange(len(arguments)), rng.choice(STRANGE))
@@ -140,7 +189,6 @@ def _line(bench: Bench, fields: list[str], number: int, seed: int) -> None:
         value = rng.choice(ANYTHING)
         if value not in NOT_FOR.get(field, ()):
             arguments.append(f"--config.{name}={value}")
-    _ends_in_words(bench, arguments)
 
 
 def _misspelt(field: str, rng: random.Random) -> str:
@@ -164,11 +212,15 @@ def _ends_in_words(bench: Bench, arguments: list[str], *, wrong: bool = False) -
         assert problems, arguments
     else:
         assert not wrong, arguments
+    _assert_words(problems, arguments)
+    assert not (bench.root / "fuzzed").exists(), arguments
+
+
+def _assert_words(problems: list[str], arguments: list[str]) -> None:
     for problem in problems:
         assert problem.strip(), arguments
         assert "Traceback" not in problem, arguments
         assert len(problem) < 7000, arguments
-    assert not (bench.root / "fuzzed").exists(), arguments
 
 
 def _only_begins() -> None:
