@@ -8,18 +8,16 @@ rows are on the disk before it is.
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from proteus_jax import dump, sharding
 from proteus_jax.changes import changes
-from proteus_jax.checkpoint import Checkpoints, Keep
+from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.compiled import keep_compiled_programs
-from proteus_jax.console import Console, duration
+from proteus_jax.console import Console
 from proteus_jax.data.pipeline import training_batches, worker_count
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
@@ -29,6 +27,8 @@ from proteus_jax.messages import conclude, introduce
 from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
 from proteus_jax.outcome import export_students
 from proteus_jax.rendezvous import Company
+from proteus_jax.rows import Rows
+from proteus_jax.saving import Saving
 from proteus_jax.step import TrainState
 from proteus_jax.storage import write_atomically
 from proteus_jax.watch import (
@@ -79,8 +79,8 @@ def _run_alone(
     console.quiet = host > 0
     with contextlib.ExitStack() as stack:
         run = _Run(experiment, place, console)
-        stack.callback(run.checkpoints.close)
-        resumed, remarks = _resumed(run.checkpoints, experiment)
+        stack.callback(run.saving.checkpoints.close)
+        resumed, remarks = _resumed(run.saving.checkpoints, experiment)
         console.keep_log(workdir / (f"log.{host}.txt" if host else "log.txt"))
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
@@ -121,39 +121,23 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
     return (None if step < 0 else step), remarks
 
 
-class _Pending(NamedTuple):
-    """A logged step whose numbers are still on the device."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    measured: dict[str, float]
-    evaluated: bool
-
-
 class _Run:
     """One run of the loop and its accounts."""
 
     stop: StopRequest
     profiling: Profiling
     heartbeat: Heartbeat
+    rows: Rows
 
     def __init__(self, experiment: Experiment, place: Workdir, console: Console):
         self.experiment, self.config = experiment, experiment.config
         self.place, self.workdir, self.console = place, place.local, console
         self.leads = jax.process_index() == 0
-        self.pending: _Pending | None = None
         self.failure: InputError | Interrupted | None = None
-        # The newest checkpoint that is complete on the disk.
-        self.saved: int | None = None
         # With which the process is to end.
         self.code = DONE
         config, data = self.config, self.config.data
-        self.checkpoints = Checkpoints(
-            place.checkpoints,
-            keep=Keep(config.keep_checkpoints, config.keep_every),
-            saved=self.note_saved,
-            failed=self.note_failed,
-        )
+        self.saving = Saving(config, place, console)
         name = experiment.split.training.name
         self.unreadable = UnreadableImages(
             name, limit=data.unreadable, repeats=data.repeats, say=console.line
@@ -174,6 +158,7 @@ class _Run:
             log=self.console.log,
             **known,
         )
+        self.saving.heartbeat = self.heartbeat
         state = "failed"
         try:
             yield
@@ -184,38 +169,25 @@ class _Run:
         finally:
             self.heartbeat.close(state)
 
-    def note_saved(self, step: int, seconds: float) -> None:
-        """A checkpoint is complete on the disk."""
-        self.saved = step
-        self.heartbeat.saved(step)
-        self.console.log(f"step {step} is saved, in {seconds:.1f} s")
-
-    def note_failed(self, step: int, reason: str) -> None:
-        """A checkpoint is not to be had."""
-        before = (
-            "there is none yet" if self.saved is None else f"the newest is of step {self.saved}"
-        )
-        self.console.line(f"the checkpoint of step {step} could not be saved: {reason}; {before}")
-
     def to_the_end(self, resumed: int | None) -> int:
         """Restores or begins, trains, exports, and says what was learnt."""
         experiment, total = self.experiment, self.experiment.total_steps
-        self.saved = resumed
         self.refuse_hosts_that_differ(resumed)
         if resumed is None:
             state, step = experiment.init(), 0
             self.console.log(parameter_table(state.params))
         else:
-            state = self.checkpoints.restore(
+            self.saving.resumed(resumed)
+            state = self.saving.checkpoints.restore(
                 resumed, experiment.state_shapes, experiment.state_shardings
             )
             step = resumed
-            self.heartbeat.saved(step)
         trains = step < total
-        self.metrics = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
-        with contextlib.closing(self.metrics):
+        writer = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
+        self.rows = Rows(experiment, writer, self.console)
+        with contextlib.closing(self.rows):
             if resumed is None:
-                self.metrics.write(0, self.renamed(self.examination.measure(0, state)))
+                self.rows.measure(step, self.examination.measure(step, state))
                 self.examination.report()
             if trains:
                 state, step = self.train(state, step)
@@ -225,18 +197,19 @@ class _Run:
     def end(self, state: TrainState, step: int, trained: bool) -> int:
         """Waits for the last checkpoint; exports where the run is at its end."""
         experiment, total = self.experiment, self.experiment.total_steps
-        self.checkpoints.wait()
-        if isinstance(self.failure, Interrupted) and not (step == total == self.saved):
+        self.saving.checkpoints.wait()
+        saved, goes_on = self.saving.newest, self.saving.where_it_goes_on()
+        if isinstance(self.failure, Interrupted) and not (step == total == saved):
             raise Interrupted(
-                f"{self.failure}; the same command goes on from {self.where_it_goes_on()}, once "
-                "there is room to write"
+                f"{self.failure}; the same command goes on from {goes_on}, once there is room to "
+                "write"
             )
         if isinstance(self.failure, InputError):
             raise self.failure
         if step < total:
             self.console.line(
                 f"interrupted at step {step} of {total}; the same command goes on from "
-                + ("here" if self.saved == step else self.where_it_goes_on())
+                + ("here" if saved == step else goes_on)
             )
             return Interrupted.EXIT_CODE
         if self.unreadable.met:
@@ -248,16 +221,12 @@ class _Run:
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
             conclude(experiment, self.workdir, names, self.console)
-        if self.saved != step and self.leads:
+        if saved != step and self.leads:
             raise Interrupted(
-                f"the run is at its end, but not its checkpoint: the same command goes on from "
-                f"{self.where_it_goes_on()}"
+                "the run is at its end, but not its checkpoint: the same command goes on from "
+                f"{goes_on}"
             )
         return DONE
-
-    def where_it_goes_on(self) -> str:
-        """In words."""
-        return "its beginning" if self.saved is None else f"step {self.saved}"
 
     def refuse_hosts_that_differ(self, resumed: int | None) -> None:
         """InputError on all hosts where one sees other images, another teacher or another workdir:
@@ -267,7 +236,7 @@ class _Run:
         seen = {
             "images or teacher": json.dumps([self.experiment.facts, self.experiment.total_steps]),
             "checkpoint in the workdir": str(
-                resumed is None or resumed in self.checkpoints.steps()
+                resumed is None or resumed in self.saving.checkpoints.steps()
             ),
             "held-out images that can be read": hashlib.sha256(views).hexdigest(),
         }
@@ -279,8 +248,8 @@ class _Run:
         """Steps until the end or a request to stop; the last one is saved."""
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self.console.progress(f"step {step}/{total}: compiling")
-        self.began, self.began_at = time.monotonic(), step
-        clock = Clock()
+        self.rows.begin(step)
+        began_at, clock = step, Clock()
         makers = f"{self.config.data.threads} threads"
         if self.workers:
             makers = f"{self.workers} worker processes"
@@ -300,32 +269,32 @@ class _Run:
                     self.unreadable.note(batch.unreadable)
                 except InputError as error:
                     # As a request to stop: all hosts save the same step, then this one says why.
-                    self.failure, self.stop.made = error, True
+                    self.failure = error
                 images = sharding.place_batch(batch.images, experiment.mesh)
                 state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
                 self.heartbeat.step(step)
                 self.skipped.note(step, values, batch)
                 with self.heartbeat.standing():
-                    self.profiling.after(step - self.began_at, values)
-                if self.too_many_failed_saves():
+                    self.profiling.after(step - began_at, values)
+                self.failure = self.failure or self.saving.reason_to_stop()
+                if self.failure is not None:
                     self.stop.made = True
                 stopping = agreement.any(self.stop.made)
                 evaluating = step % config.eval_every == 0 or step == total
                 if evaluating or step % config.log_every == 0:
                     # First the row before this one: its numbers are ready, and the device is
                     # already busy with this step.
-                    self.write_pending()
-                    measured = self.rates(clock.lap(step, config.batch))
+                    self.write_row()
+                    measured = self.rows.rates(clock.lap(step, config.batch))
                     if evaluating:
                         with (
                             clock.standing(),
                             self.heartbeat.standing(),
                             jax.transfer_guard("allow"),
                         ):
-                            found = self.examination.measure(step, state)
-                            measured |= self.renamed(found)
-                    self.pending = _Pending(step, values, measured, evaluating)
+                            measured |= self.examination.measure(step, state)
+                    self.rows.hold(step, values, measured, evaluated=evaluating)
                 if stopping or step == total or step % config.checkpoint_every == 0:
                     self.save(step, state)
         if self.profiling.missed:
@@ -334,49 +303,21 @@ class _Run:
             )
         return state, step
 
-    def rates(self, measured: dict[str, float]) -> dict[str, float]:
-        """With the images a second of each device and, where the devices' peak is known, the share
-        of it that the work needed.
-        """
-        rate = measured["images_per_second"]
-        measured["images_per_second_per_device"] = rate / jax.device_count()
-        if self.experiment.peak is not None:
-            measured["mfu"] = rate * self.experiment.work / self.experiment.peak
-        return measured
-
     def save(self, step: int, state: TrainState) -> None:
-        """A checkpoint, once the rows before it are on the disk. Where too many fail the run
-        stops.
-        """
-        self.write_pending()
+        """A checkpoint, with all that is due before it."""
+        self.write_row()
         self.skipped.settle()
         with self.heartbeat.standing(), jax.transfer_guard("allow"):
-            self.checkpoints.wait()
-            failure = self.rows_written()
-            if failure is None and self.leads:
-                failure = self.checkpoints.why_not(step)
-            # All hosts save, or none does: they wait for each other in it.
-            if sharding.from_first_host(int(failure is None)):
-                self.checkpoints.save(step, state, self.experiment.facts)
-            else:
-                self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))
+            self.saving.save(step, state, self.experiment.facts, self.rows_written)
 
     def rows_written(self) -> OSError | None:
         """Why the rows until now are not where a resumed run would look for them; on host 0."""
         try:
-            self.metrics.sync()
+            self.rows.sync()
         except OSError as error:
             return error
         reason = self.place.upload()
         return None if reason is None else OSError(f"not uploaded: {reason}")
-
-    def too_many_failed_saves(self) -> bool:
-        """Whether they are a reason to stop; that is kept for the end."""
-        failed = self.checkpoints.failed_in_a_row
-        if failed <= self.config.max_failed_saves or self.failure is not None:
-            return False
-        self.failure = Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
-        return True
 
     @contextlib.contextmanager
     def dumping(self, state: Callable[[], TrainState]) -> Iterator[None]:
@@ -395,7 +336,7 @@ class _Run:
                 {key: float(value) for key, value in jax.device_get(dict(last.metrics)).items()},
             )
             folder = self.workdir / dump.FOLDER / f"step_{last.step}"
-            self.checkpoints.wait()
+            self.saving.checkpoints.wait()
             try:
                 with jax.transfer_guard("allow"), self.heartbeat.standing():
                     dump.write_dump(
@@ -425,51 +366,12 @@ class _Run:
             threads=config.data.threads,
         )
 
-    def write_pending(self) -> None:
-        """Fetches and writes the row that waits; what is not finite is left out of it."""
-        if self.pending is None:
+    def write_row(self) -> None:
+        """The one that waits, and what is told with it."""
+        row = self.rows.write()
+        if row is None:
             return
-        step, metrics, measured, evaluated = self.pending
-        self.pending = None
-        values = (
-            self.renamed({key: float(value) for key, value in jax.device_get(metrics).items()})
-            | measured
-        )
-        values = {key: value for key, value in values.items() if np.isfinite(value)}
-        self.metrics.write(step, values)
-        if evaluated:
+        if row.evaluated:
             with self.heartbeat.standing():
                 self.examination.report()
-        self.show(step, values)
-        self.notice.lap(step, values["data_wait"], values["images_per_second"])
-
-    def renamed(self, values: dict[str, float]) -> dict[str, float]:
-        """With one student its name is left out of the keys."""
-        if len(self.experiment.students) > 1:
-            return values
-        return {key.rpartition("/")[2]: value for key, value in values.items()}
-
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """The live line."""
-        total = self.experiment.total_steps
-        used = f"MFU {values['mfu']:.0%}  " if "mfu" in values else ""
-        pace = (time.monotonic() - self.began) / max(step - self.began_at, 1)
-        first = next(iter(self.experiment.students))
-        own = {key.removeprefix(f"{first}/"): value for key, value in values.items()}
-        nothing = float("nan")
-        losses = "  ".join(
-            f"{name} {own.get(key, nothing):.3f}"
-            for name, key in (
-                ("loss", "loss"),
-                ("token", "token_loss"),
-                ("feature", "feature_loss"),
-                ("patch", "patch_loss"),
-            )
-        )
-        self.console.progress(
-            f"step {step}/{total}  {losses}  "
-            f"{values['images_per_second']:.1f} images/s  {used}"
-            f"data wait {values['data_wait']:.0%}  "
-            f"{duration(pace * (total - step))} left",
-            last=step == total,
-        )
+        self.notice.lap(row.step, row.values["data_wait"], row.values["images_per_second"])

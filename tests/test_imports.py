@@ -41,7 +41,7 @@ LAYERS = [
     ("experiment", "checkup", "plan"),
     ("examination",),
     ("heartbeat",),
-    ("messages", "visualize", "outcome", "dump"),
+    ("messages", "visualize", "outcome", "dump", "rows", "saving"),
     ("train",),
 ]
 # Where an outside library may be named.
