@@ -1,6 +1,7 @@
 """What differs between a run and the command that goes on with it, and what of it may."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -47,16 +48,27 @@ def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
     for facts in (was, now):
         facts.pop(CARD, None)
     refused = _different(dict(_leaves(was)), dict(_leaves(now)))
-    lines = [
-        f"{key}: the checkpoint has {_short(before)}, this run has {_short(after)}"
-        for key, (before, after) in refused.items()
-    ]
+    lines = [f"{key}: {_refusal(key, *values)}" for key, values in refused.items()]
     allowed = [
         f"--config.{field}: {_short(before)} until now, {_short(after)} from here on{_rule(field)}"
         for field, (before, after) in _different(*own).items()
         if not (refused and _within(field, IDENTITY))
     ]
     return Changes(lines, allowed)
+
+
+def _refusal(key: str, before: Any, after: Any) -> str:
+    """Of digests, which say nothing to a reader, what they are of."""
+    if not (_is_digest(before) and _is_digest(after)):
+        return f"the checkpoint has {_short(before)}, this run has {_short(after)}"
+    what = "other weights"
+    if key == "data":
+        what = "other images (added, removed, renamed, changed or in another order)"
+    return f"{what} than in the checkpoint: sha256 {before[:12]}... there, {after[:12]}... here"
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _leaves(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:

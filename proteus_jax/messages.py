@@ -56,7 +56,10 @@ def introduce(
     for remark in remarks:
         console.line(remark)
     if resumed is not None:
-        console.line(f"resuming at step {resumed}")
+        at_its_end = resumed >= experiment.total_steps
+        console.line(
+            f"resuming at step {resumed}" + (", where nothing is left to train" * at_its_end)
+        )
 
 
 def _given(lesson: Lesson) -> str:

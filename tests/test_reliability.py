@@ -186,6 +186,9 @@ def test_what_differs_is_said_and_only_some_is_refused() -> None:
     found = changes(facts(), facts(seed=1, log_every=2))
     assert found.refused == ["seed: the checkpoint has 0, this run has 1"]
     assert found.allowed == [f"--config.log_every: 1 until now, 2 {without}"]
+    found = changes(facts() | {"data": "0" * 64}, facts() | {"data": "f" * 64})
+    assert found.refused[0].startswith("data: other images (added, ")
+    assert found.refused[0].endswith("sha256 000000000000... there, ffffffffffff... here")
 
 
 def batch(numbers: list[int]) -> Batch:
