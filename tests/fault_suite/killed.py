@@ -51,10 +51,10 @@ def _wait_for_a_moment(rng: random.Random, workdir: Path, process: subprocess.Po
             return True
         if kind == "step":
             return any(row["step"] >= wanted for row in rows(workdir))
-        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-        return any(
-            "tmp" in name and int(name.partition(".")[0]) >= wanted for name in names
-        ) or any(name.isdecimal() and int(name) >= wanted for name in names)
+        # Of saves that are finished and of those that are not; other names have no number.
+        paths = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
+        numbers = [path.name.partition(".")[0] for path in paths]
+        return any(number.isdecimal() and int(number) >= wanted for number in numbers)
 
     until(come)
     time.sleep(rng.uniform(0.0, 0.1))
