@@ -100,7 +100,7 @@ def _other_images(bench: Bench) -> None:
     workdir = bench.copy("other images run")
     result = bench.run(bench.command(workdir, f"--config.data.root={images}"))
     assert result.returncode == 2
-    assert "data: the checkpoint has" in result.stderr
+    assert "data: other images" in result.stderr
 
 
 def _other_teacher(bench: Bench) -> None:
