@@ -63,7 +63,7 @@ def _refusal(key: str, before: Any, after: Any) -> str:
         return f"the checkpoint has {_short(before)}, this run has {_short(after)}"
     what = "other weights"
     if key == "data":
-        what = "other images (added, removed, renamed, changed or in another order)"
+        what = "other images (added, removed, renamed, changed, held out otherwise)"
     return f"{what} than in the checkpoint: sha256 {before[:12]}... there, {after[:12]}... here"
 
 

@@ -200,7 +200,7 @@ def test_a_signal_saves_and_says_so(
     [
         ("--config.seed=1", "seed: the checkpoint has 0, this run has 1"),
         ("--config.batch=8", "batch: the checkpoint has 4, this run has 8"),
-        ("--config.data.held_out.minimum=8", "data: the checkpoint has"),
+        ("--config.data.held_out.minimum=8", "data: other images"),
     ],
 )
 def test_another_run_is_not_continued(
