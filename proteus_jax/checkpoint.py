@@ -2,8 +2,8 @@
 only while they equal their seal, restored onto whatever devices there are.
 
 A directory a step, `checkpoints/4`. Orbax writes it; the first host then seals it, notes the step
-in saved.json, says so, and removes the oldest. Orbax's own manager is not used: it takes an empty
-directory for the newest step, and forgets the others when a save fails.
+in checkpoints.json beside the directory, says so, and removes the oldest. Orbax's own manager is
+not used: it takes an empty directory for the newest step, and forgets the others when a save fails.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from proteus_jax.step import Skipped, TrainState
 
 # Parameters are an item of their own: who only wants the model need not know the optimizer.
 PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts"
-# The newest step that was said to be saved; and where damaged ones are put.
-SAVED, DAMAGED = "saved.json", "damaged"
+# Where damaged ones are put.
+DAMAGED = "damaged"
 UNFINISHED = ".orbax-checkpoint-tmp"
 # So much has to find room, in bytes.
 TRIAL = 2**16
@@ -79,6 +79,9 @@ class Checkpoints:
         failed: Callable[[int, str], None] = lambda step, reason: None,
     ):
         self._root, self._keep = epath.Path(directory), keep
+        # The newest step that was said to be saved. Not in the directory: one that is lost, or was
+        # emptied, must not pass for one that never was.
+        self._noted = self._root.parent / f"{self._root.name}.json"
         self._saved, self._failed = saved, failed
         self._writing: threading.Thread | None = None
         # Saves that failed since the last good one; and whether one ever did.
@@ -122,7 +125,7 @@ class Checkpoints:
             raise InputError(
                 f"{self._root}: a run was saved here{known}, and no checkpoint of it is whole "
                 f"({'; '.join(reasons) or 'there is none'}). Give another workdir, or remove this "
-                "folder to begin anew"
+                f"folder and {self._noted.name} beside it to begin anew"
             )
         return Found(None, faults)
 
@@ -213,7 +216,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 seal(self._root / str(step), _name(step))
-                write_whole(self._root / SAVED, json.dumps({"step": step}) + "\n")
+                write_whole(self._noted, json.dumps({"step": step}) + "\n")
         except Exception as error:
             self.fail(step, error)
             return
@@ -245,6 +248,7 @@ class Checkpoints:
 
     def forget(self) -> None:
         """Removes all there is, to begin anew; on one host."""
+        self._noted.unlink(missing_ok=True)
         if self._root.exists():
             self._root.rmtree()
 
@@ -316,12 +320,11 @@ class Checkpoints:
         return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
     def _last_saved(self) -> int | None:
-        """What saved.json says; 0 where it is there and says nothing that can be read."""
-        path = self._root / SAVED
-        if not path.exists():
+        """What was noted; 0 where that says nothing that can be read, None where nothing was."""
+        if not self._noted.exists():
             return None
         try:
-            return int(json.loads(path.read_text())["step"])
+            return int(json.loads(self._noted.read_text())["step"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 

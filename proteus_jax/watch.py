@@ -5,6 +5,7 @@ finite, and images that cannot be read.
 import collections
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -207,37 +208,73 @@ class UnreadableImages:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for an end after the current step; a second signal does not wait, and
-    nor does this process longer than `deadline` seconds.
+    """SIGINT and SIGTERM ask for an end after the current step; a second one does not wait for it,
+    and nor does this process longer than `deadline` seconds: it ends with 75.
+
+    A thread hears of them. Python's own handlers wait for the main thread, which may be compiling,
+    or waiting for a host that is lost.
     """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    # Beside the numbers of signals, to the thread.
+    GOODBYE = b"\0"
+    # Seconds until it ends whether or not what it says is read.
+    UNREAD = 2.0
 
     def __init__(self, deadline: float, say: Callable[[str], None]):
         self.made = False
         self._deadline, self._say = deadline, say
-        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._ears, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        # The number of each signal is written there the moment that it comes.
+        self._wakeup_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in self.NUMBERS}
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._mouth, self.GOODBYE)
+        self._thread.join()
+        os.close(self._mouth)
+        os.close(self._ears)
 
-    def _note(self, number: int, _: object) -> None:
-        self.made = True
-        signal.signal(number, signal.SIG_DFL)
-        self._timer = threading.Timer(self._deadline, self._end)
-        self._timer.daemon = True
-        self._timer.start()
+    def _listen(self) -> None:
+        if self._hears_one(None):
+            self.made = True
+            again = self._hears_one(time.monotonic() + self._deadline)
+            if again is not False:
+                self._end(
+                    "a second request to stop"
+                    if again
+                    else f"not saved within {self._deadline:g} s of the request to stop "
+                    "(--config.stop_within)"
+                )
 
-    def _end(self) -> None:
-        self._say(
-            f"not saved within {self._deadline:g} s of the request to stop (--config.stop_within); "
-            "the same command goes on from the last checkpoint"
-        )
-        os._exit(Interrupted.EXIT_CODE)
+    def _hears_one(self, until: float | None) -> bool | None:
+        """True for a request; False for goodbye; None where neither came in time."""
+        poll = select.poll()
+        poll.register(self._ears, select.POLLIN)
+        while True:
+            left = None if until is None else max(until - time.monotonic(), 0.0) * 1000
+            if not poll.poll(left):
+                return None
+            heard = os.read(self._ears, 1)
+            if heard == self.GOODBYE:
+                return False
+            # Other signals may have handlers of theirs.
+            if heard[0] in self.NUMBERS:
+                return True
+
+    def _end(self, reason: str) -> None:
+        code = Interrupted.EXIT_CODE
+        timer = threading.Timer(self.UNREAD, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+        self._say(f"{reason}; the same command goes on from the last checkpoint")
+        os._exit(code)

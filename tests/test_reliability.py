@@ -5,6 +5,10 @@ import errno
 import json
 import os
 import resource
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_metrics import scalars
 
 from proteus_jax import heartbeat
@@ -24,7 +29,12 @@ from proteus_jax.errors import Diverged, InputError, exit_code, fitting
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
 from proteus_jax.step import Skipped, TrainState
-from proteus_jax.watch import SkippedUpdates
+from proteus_jax.watch import SkippedUpdates, StopRequest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
 
 
 def state(value: float) -> TrainState:
@@ -43,12 +53,10 @@ def saved(folder: Path, *steps: int, **more: Any) -> list[int]:
     return told
 
 
-def test_a_checkpoint_is_told_of_when_it_is_sealed(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-
+def test_a_checkpoint_is_told_of_when_it_is_sealed(folder: Path) -> None:
     def look(step: int, _: float) -> None:
         assert (folder / str(step) / "seal.json").is_file()
-        assert json.loads((folder / "saved.json").read_text()) == {"step": step}
+        assert json.loads((folder.parent / "checkpoints.json").read_text()) == {"step": step}
         told.append(step)
 
     told: list[int] = []
@@ -63,46 +71,51 @@ def test_a_checkpoint_is_told_of_when_it_is_sealed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(restored.params["a"]["weights"], np.full(300, 4.0))
 
 
-def test_what_is_damaged_is_named_put_aside_and_never_loaded(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2, 3)
-    (file,) = (tmp_path / "3" / "params" / "d").iterdir()
+def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> None:
+    saved(folder, 1, 2, 3)
+    (file,) = (folder / "3" / "params" / "d").iterdir()
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
-    (tmp_path / "9").mkdir()
-    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+    (folder / "9").mkdir()
+    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
         found = checkpoints.newest()
         assert found.step == 2
         assert "expected sha256" in found.faults[3]
         assert found.faults[9] == "no seal.json: a save that was not finished"
         checkpoints.make_way(found)
         assert sorted(checkpoints.steps()) == [1, 2]
-        assert (tmp_path / "damaged" / "3" / "seal.json").exists()
+        assert (folder / "damaged" / "3" / "seal.json").exists()
         for step in ("1", "2"):
-            (tmp_path / step / "seal.json").write_text("")
+            (folder / step / "seal.json").write_text("")
         with pytest.raises(InputError, match=r"saved here at step 3.*step 2: seal.json is damaged"):
             checkpoints.newest()
-
-
-def test_a_directory_without_a_finished_save_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "2").mkdir()
-    (tmp_path / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
-        found = checkpoints.newest()
-        assert found.step is None
-        checkpoints.make_way(found)
-    assert list(tmp_path.iterdir()) == []
-    with contextlib.closing(Checkpoints(str(tmp_path / "absent"))) as checkpoints:
+        shutil.rmtree(folder)
+        with pytest.raises(InputError, match=r"saved here at step 3, and .*\(there is none\)"):
+            checkpoints.newest()
+        checkpoints.forget()
         assert checkpoints.newest() == (None, {})
 
 
-def test_a_save_that_fails_is_told_of_and_leaves_the_others(tmp_path: Path) -> None:
-    saved(tmp_path, 1)
+def test_a_directory_without_a_finished_save_is_no_run(folder: Path) -> None:
+    (folder / "2").mkdir(parents=True)
+    (folder / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
+        found = checkpoints.newest()
+        assert found.step is None
+        checkpoints.make_way(found)
+    assert list(folder.iterdir()) == []
+    with contextlib.closing(Checkpoints(str(folder / "absent"))) as checkpoints:
+        assert checkpoints.newest() == (None, {})
+
+
+def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> None:
+    saved(folder, 1)
     told: list[tuple[int, str]] = []
-    checkpoints = Checkpoints(str(tmp_path), failed=lambda *failure: told.append(failure))
+    checkpoints = Checkpoints(str(folder), failed=lambda *failure: told.append(failure))
     with contextlib.closing(checkpoints):
-        (tmp_path / "2").mkdir()
-        (tmp_path / "2" / "seal.json").touch()
+        (folder / "2").mkdir()
+        (folder / "2" / "seal.json").touch()
         # What has a seal is nobody's to replace.
         checkpoints.save(2, state(2), {})
         checkpoints.wait()
@@ -115,8 +128,8 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(tmp_path: Path) -> N
         assert checkpoints.newest().step == 3
 
 
-def test_nothing_is_left_of_a_save_whose_threads_outlive_it(tmp_path: Path) -> None:
-    unfinished = tmp_path / "2.orbax-checkpoint-tmp" / "params"
+def test_nothing_is_left_of_a_save_whose_threads_outlive_it(folder: Path) -> None:
+    unfinished = folder / "2.orbax-checkpoint-tmp" / "params"
 
     def write_on() -> None:
         for number in range(8):
@@ -126,11 +139,11 @@ def test_nothing_is_left_of_a_save_whose_threads_outlive_it(tmp_path: Path) -> N
             time.sleep(0.05)
 
     writer = threading.Thread(target=write_on)
-    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
         writer.start()
         checkpoints.fail(2, OSError(errno.ENOSPC, "no space"))
     writer.join()
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_rows_wait_for_room(tmp_path: Path) -> None:
@@ -245,6 +258,52 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
     assert found["memory_bytes"] > 2**20
     assert found["descriptors"] > 2
     assert any("MB resident" in text for text in log)
+
+
+# A main thread that hears of no signal, as one that compiles: it waits for itself, in C.
+STUCK = """
+import ctypes, sys
+from proteus_jax.watch import StopRequest
+with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)):
+    print("stuck", flush=True)
+    lock = ctypes.create_string_buffer(256)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize(
+    ("deadline", "signals", "said"),
+    [
+        (0.1, [signal.SIGTERM], "not saved within 0.1 s of the request to stop"),
+        (600, [signal.SIGINT, signal.SIGTERM], "a second request to stop; the same command"),
+    ],
+)
+def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
+    deadline: float, signals: list[signal.Signals], said: str
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(deadline)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    for number in signals:
+        process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said in printed
+
+
+def test_after_the_block_signals_are_as_before() -> None:
+    before = [signal.getsignal(number) for number in StopRequest.NUMBERS]
+    with StopRequest(600, print) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not stop.made and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert stop.made
+    assert [signal.getsignal(number) for number in StopRequest.NUMBERS] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_what_does_not_fit_is_the_inputs_mistake() -> None:

@@ -10,13 +10,15 @@ import pytest
 
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, arrays
-from proteus_jax.checkpoint import SAVED, Checkpoints
+from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.errors import InputError
 from proteus_jax.integrity import SEAL
 
 NEWEST = STEPS
 # Of the undisturbed run, so many of the newest are looked at.
 KEPT = 3
+# What says that something was saved, beside the directory.
+NOTED = "checkpoints.json"
 
 
 def _files(step: Path) -> list[Path]:
@@ -107,8 +109,8 @@ BESIDE: dict[str, Callable[[Path], object]] = {
     "a save that was not finished": lambda root: shutil.copytree(
         root / str(NEWEST), root / "99.orbax-checkpoint-tmp"
     ),
-    "a saved.json of nothing": lambda root: (root / SAVED).write_text("{"),
-    "no saved.json": lambda root: (root / SAVED).unlink(),
+    "a note of nothing": lambda root: (root.parent / NOTED).write_text("{"),
+    "no note": lambda root: (root.parent / NOTED).unlink(),
     "a loop of links": lambda root: (root / "98").symlink_to(root / "98"),
     "a stranger's file": lambda root: (root / "notes.txt").write_text("mine"),
 }
@@ -145,7 +147,7 @@ def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
         kind(root / str(step), rng)
         kinds.append(kind.__name__)
     if number % 7 == 0:
-        (root / SAVED).unlink()
+        (root.parent / NOTED).unlink()
     left = [step for step in known if step not in spoilt]
     checkpoints = Checkpoints(str(root))
     try:
@@ -155,7 +157,7 @@ def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
         found = checkpoints.newest()
         assert found.step == max(left), (found, kinds)
         for step, kind in zip(spoilt, kinds, strict=True):
-            if not (kind == "gone" and (step != NEWEST or not (root / SAVED).exists())):
+            if not (kind == "gone" and (step != NEWEST or not (root.parent / NOTED).exists())):
                 assert found.faults[step], kinds
         checkpoints.make_way(found)
         assert sorted(checkpoints.steps()) == left
@@ -171,7 +173,7 @@ def _nothing_is_left(
     """An error that names every one; only without a trace of a finished save may a run begin."""
     before = sorted(str(path) for path in root.rglob("*"))
     finished = [step for step in spoilt if (root / str(step) / "_CHECKPOINT_METADATA").exists()]
-    if (root / SAVED).exists() or list(root.rglob(SEAL)) or len(finished) > 1:
+    if (root.parent / NOTED).exists() or list(root.rglob(SEAL)) or len(finished) > 1:
         with pytest.raises(InputError) as error:
             checkpoints.newest()
         for step, kind in zip(spoilt, kinds, strict=True):
@@ -200,7 +202,7 @@ def _few(bench: Bench, known: Known, name: str) -> Path:
     root = bench.root / name / "checkpoints"
     for step in known:
         shutil.copytree(bench.undisturbed / "checkpoints" / str(step), root / str(step))
-    shutil.copy(bench.undisturbed / "checkpoints" / SAVED, root / SAVED)
+    shutil.copy(bench.undisturbed / NOTED, root.parent)
     return root
 
 
@@ -231,19 +233,36 @@ def _resumed(bench: Bench, number: int, seed: int) -> None:
 
 
 def nothing_left(bench: Bench) -> list[Fault]:
-    """All checkpoints damaged: an error, and the workdir as it was."""
-    return [Fault("no good one left", lambda: _refused(bench))]
+    """All checkpoints damaged or gone: an error, and the workdir as it was."""
+    return [
+        Fault("no good one left", lambda: _refused(bench, "spoilt", _spoil_all)),
+        Fault("an empty folder left", lambda: _refused(bench, "emptied", _empty_all)),
+        Fault("no folder left", lambda: _refused(bench, "removed", shutil.rmtree)),
+    ]
 
 
-def _refused(bench: Bench) -> None:
-    workdir, rng = bench.copy("nothing left"), random.Random(0)
-    for step in (workdir / "checkpoints").iterdir():
-        if step.is_dir():
-            flip(step, rng)
-    rows = (workdir / "metrics.jsonl").read_bytes()
+def _spoil_all(folder: Path) -> None:
+    for step in folder.iterdir():
+        flip(step, random.Random(0))
+
+
+def _empty_all(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _refused(bench: Bench, name: str, act: Callable[[Path], None]) -> None:
+    workdir = bench.copy(f"nothing left, {name}")
+    act(workdir / "checkpoints")
+    before = _contents(workdir)
     result = bench.run(bench.command(workdir))
     assert result.returncode == 2, result.stdout
     assert f"a run was saved here at step {NEWEST}, and no checkpoint of it is whole" in (
         result.stderr
     )
-    assert (workdir / "metrics.jsonl").read_bytes() == rows
+    assert _contents(workdir) == before
+
+
+def _contents(workdir: Path) -> dict[Path, bytes]:
+    # The lock says who was here last.
+    return {path: path.read_bytes() for path in _files(workdir) if path.name != ".lock"}
