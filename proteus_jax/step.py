@@ -223,8 +223,10 @@ def make_train_step(
 
 
 def _finite(found: Any) -> Bool[Array, ""]:
-    """Whether all numbers are; one that is not makes the sum of its array none."""
-    sums = [jnp.sum(array.astype(jnp.float32)) for array in jax.tree.leaves(found)]
+    """Whether all numbers are, and their squares: AdamW keeps those of gradients, and one that
+    overflows would stay. One that is not makes the sum of its array none.
+    """
+    sums = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(found)]
     return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 
