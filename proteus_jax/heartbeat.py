@@ -21,9 +21,14 @@ from proteus_jax.storage import write_atomically
 FILE = "heartbeat.json"
 # Seconds between two beats, and between two lines in the log of what the process holds.
 EVERY, LOGGED_EVERY = 10.0, 60.0
+# Seconds between two copies of it that go to an address, and without a new one until the run there
+# is taken for dead.
+PUBLISHED_EVERY, DEAD_AFTER = 20.0, 60.0
 # A step is late after so many times the median of the last ones, and not before so many seconds.
 LATE, PATIENCE = 10.0, 10.0
 REMEMBERED, ENOUGH = 100, 5
+# States after which nothing more comes.
+ENDED = ("stopped", "done", "failed")
 
 
 class Heartbeat:
@@ -33,7 +38,8 @@ class Heartbeat:
     measuring, stopped, done or failed.
 
     Where a step is late the stacks of all threads go to the log, and `say` hears of it; with
-    several hosts, `steps` says how far each is, and those that are behind are named.
+    several hosts, `steps` says how far each is, and those that are behind are named. `publish` is
+    given the file now and then, where it is to be seen from elsewhere.
     """
 
     def __init__(
@@ -45,9 +51,11 @@ class Heartbeat:
         say: Callable[[str], None],
         log: Callable[[str], None],
         steps: Callable[[int], Mapping[str, int]] = lambda step: {},
+        publish: Callable[[Path], None] | None = None,
     ):
         self._path = workdir / (f"heartbeat.{host}.json" if host else FILE)
         self._say, self._log, self._steps = say, log, steps
+        self._publish, self._publishing = publish, threading.Thread()
         self._total, self._name = total, socket.gethostname()
         self._lock = threading.Lock()
         self._step: int | None = None
@@ -56,7 +64,7 @@ class Heartbeat:
         self._last = time.monotonic()
         self._times: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
         self._told = False
-        self._beaten = self._logged = -float("inf")
+        self._beaten = self._logged = self._published = -float("inf")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
         self._beat()
@@ -90,6 +98,9 @@ class Heartbeat:
         """The last beat."""
         self._end.set()
         self._thread.join()
+        if self._publishing.is_alive():
+            # An old copy should not come after the last one.
+            self._publishing.join(EVERY)
         self._state = state
         self._beat()
 
@@ -101,6 +112,15 @@ class Heartbeat:
             self._look(now)
             if now - self._beaten >= EVERY:
                 self._beat()
+            if self._publish and now - self._published >= PUBLISHED_EVERY:
+                self._begin_to_publish(self._publish, now)
+
+    def _begin_to_publish(self, publish: Callable[[Path], None], now: float) -> None:
+        """Beside this thread: a network may keep it waiting."""
+        if not self._publishing.is_alive():
+            self._published = now
+            self._publishing = threading.Thread(target=publish, args=(self._path,), daemon=True)
+            self._publishing.start()
 
     def _look(self, now: float) -> None:
         """Whether the step that is being made is late; said once a step."""
@@ -146,6 +166,33 @@ class Heartbeat:
                 f"{beat['time']} step {self._step}: {held['memory_bytes'] / 2**20:.0f} MB resident,"
                 f" {held['descriptors']} descriptors, {held['threads']} threads"
             )
+
+
+def living(read: Callable[[], str], say: Callable[[str], None]) -> str | None:
+    """Who writes a heartbeat that is published, where a new one comes within DEAD_AFTER seconds;
+    None, at once, where it is at its end or `read` finds none.
+    """
+    text = read()
+    who = _writer(text)
+    if who is None:
+        return None
+    say(f"{who} may still be running there: waiting {DEAD_AFTER:.0f} s for a sign of life")
+    end = time.monotonic() + DEAD_AFTER
+    while time.monotonic() < end:
+        time.sleep(min(1.0, DEAD_AFTER / 10))
+        now = read()
+        if now != text:
+            return _writer(now)
+    return None
+
+
+def _writer(text: str) -> str | None:
+    """Of a heartbeat that has not come to its end."""
+    try:
+        beat = json.loads(text)
+        return None if beat["state"] in ENDED else f"process {beat['process']} on {beat['host']}"
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def held_by_this_process() -> dict[str, int]:

@@ -24,7 +24,7 @@ from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.messages import conclude, introduce
-from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table
+from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table, read_metrics
 from proteus_jax.outcome import export_students
 from proteus_jax.rendezvous import Company
 from proteus_jax.rows import Rows
@@ -61,7 +61,7 @@ def run(
     """
     keep_compiled_programs()
     # The hosts of a run share a workdir: the first one holds it.
-    with contextlib.nullcontext() if jax.process_index() else place.locked():
+    with contextlib.nullcontext() if jax.process_index() else place.locked(console.line):
         return _run_alone(config, inputs, place, console, company, profile)
 
 
@@ -81,6 +81,8 @@ def _run_alone(
         run = _Run(experiment, place, console)
         stack.callback(run.saving.checkpoints.close)
         resumed, remarks = _resumed(run.saving.checkpoints, experiment)
+        if resumed is None and any(row["step"] for row in read_metrics(workdir)):
+            remarks.append("nothing was saved here before: the run begins anew")
         console.keep_log(workdir / (f"log.{host}.txt" if host else "log.txt"))
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
@@ -156,6 +158,7 @@ class _Run:
             host=jax.process_index(),
             say=self.console.line,
             log=self.console.log,
+            publish=self.place.publish if self.place.remote else None,
             **known,
         )
         self.saving.heartbeat = self.heartbeat

@@ -19,6 +19,8 @@ from pathlib import Path
 import fsspec
 
 from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.heartbeat import FILE as HEARTBEAT
+from proteus_jax.heartbeat import living
 from proteus_jax.storage import why_unwritable
 
 SCHEMES = ("gs",)
@@ -46,12 +48,17 @@ class Workdir:
         return self.address_of(self.local / CHECKPOINTS)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
         """Nobody else's as long as the block lasts, or this process; InputError where it is
-        somebody's already. An address on gs:// has no lock.
+        somebody's already.
 
-        A record lock: it ends with its process however that ends, and no child inherits it.
+        A record lock: it ends with its process however that ends, and no child inherits it. An
+        address has none: there it is somebody's as long as a heartbeat comes.
         """
+        if self.remote:
+            who = living(self._heartbeat, say)
+            if who is not None:
+                raise _in_use(self.remote, who)
         self.local.mkdir(parents=True, exist_ok=True)
         with open(self.local / LOCK, "a+") as file:
             try:
@@ -62,14 +69,26 @@ class Workdir:
                         f"--workdir: {self.local} cannot be locked: {error.strerror}"
                     ) from None
                 file.seek(0)
-                raise InputError(
-                    f"--workdir: {self.local} is in use by another run ({file.read().strip()}); "
-                    "wait for it, or give another workdir"
-                ) from None
+                raise _in_use(str(self.local), file.read().strip()) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+    def _heartbeat(self) -> str:
+        """The one at the address; nothing where none can be read."""
+        try:
+            system, root = fsspec.url_to_fs(self.remote)
+            return system.cat_file(f"{root}/{HEARTBEAT}").decode()
+        except Exception:  # Each file system has its own.
+            return ""
+
+    def publish(self, path: Path) -> None:
+        """Brings one file to the address, where that can be reached."""
+        with contextlib.suppress(Exception):
+            system, root = fsspec.url_to_fs(self.remote)
+            system.makedirs(root, exist_ok=True)
+            system.put_file(str(path), f"{root}/{path.relative_to(self.local).as_posix()}")
 
     def address_of(self, path: Path) -> str:
         """What all hosts call a path under `local`, for orbax."""
@@ -125,6 +144,12 @@ class Workdir:
             if path.is_file() and not hidden:
                 status = path.stat()
                 yield path, (status.st_mtime_ns, status.st_size)
+
+
+def _in_use(name: str, who: str) -> InputError:
+    return InputError(
+        f"--workdir: {name} is in use by another run ({who}); wait for it, or give another workdir"
+    )
 
 
 def _persistently(act: Callable[[], None]) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from conftest import ROOT
 from test_main import assert_same_run, command
 
 import proteus_jax
-from proteus_jax import workdir
+from proteus_jax import heartbeat, workdir
 from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.workdir import Workdir, opened_workdir, why_no_workdir
 
 # main.py with a bucket that is a folder: orbax has its own way to the real ones.
@@ -134,6 +136,33 @@ def test_an_address_that_is_away_for_a_while_loses_nothing(
     with pytest.raises(Interrupted, match="cannot be fetched: OSError: no route"):
         end(None)
     assert memory.cat("/bucket/run/log.1.txt") == b"two, two"
+
+
+def test_an_address_is_somebodys_as_long_as_a_heartbeat_comes(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "DEAD_AFTER", 0.5)
+    monkeypatch.setattr(heartbeat, "PUBLISHED_EVERY", 0.0)
+    monkeypatch.setattr(heartbeat, "EVERY", 0.05)
+    said: list[str] = []
+    with opened_workdir("memory://bucket/run") as first, opened_workdir(first.remote) as second:
+        beat = Heartbeat(first.local, 4, say=said.append, log=said.append, publish=first.publish)
+        while not memory.exists("/bucket/run/heartbeat.json"):
+            time.sleep(0.01)
+        lasting = memory.cat("/bucket/run/heartbeat.json")
+        message = rf"memory://bucket/run is in use by another run \(process {os.getpid()} on"
+        with pytest.raises(InputError, match=message), second.locked(said.append):
+            pass
+        assert "may still be running there: waiting" in said[-1]
+        said.clear()
+        beat.close("done")
+        first.publish(first.local / "heartbeat.json")
+        with second.locked(said.append):
+            assert said == []
+        # Killed, it leaves one that says that it lives.
+        memory.pipe("/bucket/run/heartbeat.json", lasting)
+        with second.locked(said.append):
+            assert "may still be running" in said[-1]
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/run", "http://host/run", "hdfs://x"])
