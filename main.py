@@ -53,6 +53,7 @@ LESS_IN_TRAINING = (
     "in parts), --config.remat=blocks, --config.fsdp over several devices, or a smaller "
     "--config.batch"
 )
+LESS_IN_REPLAY = "a step made again takes what it took in the run, over as many devices"
 LESS_IN_EVALUATION = "less takes a smaller --config.batch or --config.data.crop"
 
 
@@ -168,7 +169,8 @@ def _replay(read: Arguments, console: Console) -> int:
     known = [f"{name}: not with --replay" for name in others if name != "--replay"]
     if read.problems or known:
         raise InputError([*read.problems, *known])
-    dump.replay(read.paths["--replay"], console)
+    with fitting(LESS_IN_REPLAY):
+        dump.replay(read.paths["--replay"], console)
     return 0
 
 

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.integrity import SEAL, damage, is_sealed, seal, write_whole
+from proteus_jax.integrity import SEAL, damage, is_sealed, seal, there, write_whole
 from proteus_jax.standardise import Moments, no_moments
 from proteus_jax.step import Skipped, TrainState
 
@@ -124,24 +124,26 @@ class Checkpoints:
             reasons = [f"step {step}: {reason}" for step, reason in faults.items()]
             raise InputError(
                 f"{self._root}: a run was saved here{known}, and no checkpoint of it is whole "
-                f"({'; '.join(reasons) or 'there is none'}). Give another workdir, or remove this "
-                f"folder and {self._noted.name} beside it to begin anew"
+                f"({'; '.join(reasons) or 'there is none'})"
             )
         return Found(None, faults)
 
     def make_way(self, found: Found) -> None:
-        """Puts what is damaged aside, and removes what saves left unfinished; on one host."""
-        if not self._root.exists():
+        """Puts what is damaged, or nothing of ours, aside, and removes what saves left unfinished;
+        on one host.
+        """
+        if not there(self._root):
             return
         last = self._last_saved()
         for step in self.steps():
             directory = self._root / str(step)
-            newer = found.step is None or step > found.step
-            was_saved = is_sealed(directory) or (last or -1) >= step
+            if step == found.step or (step not in found.faults and is_sealed(directory)):
+                continue
+            was_saved = is_sealed(directory) or (step in found.faults and (last or -1) >= step)
             was_saved |= found.step is None and _is_orbaxs(directory)
-            if step in found.faults and was_saved:
+            if was_saved or not _is_a_part(directory):
                 _put_aside(directory, self._root / DAMAGED)
-            elif step in found.faults or not (newer or is_sealed(directory)):
+            else:
                 _remove(directory)
         self._clear()
 
@@ -223,7 +225,6 @@ class Checkpoints:
         self.failed_in_a_row = 0
         self._saved(step, time.monotonic() - start)
         if jax.process_index() == 0 and self._keep is not None:
-            # What cannot be removed now is met again at the next save.
             with contextlib.suppress(Exception):
                 self._remove_oldest(self._keep)
 
@@ -240,16 +241,22 @@ class Checkpoints:
                 self._clear()
 
     def _remove_oldest(self, keep: Keep) -> None:
-        sealed = [step for step in self.steps() if is_sealed(self._root / str(step))]
-        for step in keep.superfluous(sealed):
-            # Without its seal first: killed meanwhile, what is left is no checkpoint.
-            (self._root / str(step) / SEAL).unlink()
-            (self._root / str(step)).rmtree()
+        """What cannot be removed now is met again at the next save."""
+        steps = self.steps()
+        sealed = [step for step in steps if is_sealed(self._root / str(step))]
+        begun = [step for step in steps if step < max(sealed) and step not in sealed]
+        for step in [*begun, *keep.superfluous(sealed)]:
+            directory = self._root / str(step)
+            with contextlib.suppress(Exception):
+                if _is_a_part(directory):
+                    # Without its seal first: killed meanwhile, what is left is no checkpoint.
+                    (directory / SEAL).unlink(missing_ok=True)
+                    directory.rmtree()
 
     def forget(self) -> None:
         """Removes all there is, to begin anew; on one host."""
         self._noted.unlink(missing_ok=True)
-        if self._root.exists():
+        if there(self._root):
             self._root.rmtree()
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
@@ -314,14 +321,14 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Of all directories that are named like one, whatever is in them."""
-        if not self._root.is_dir():
+        if not there(self._root) or not self._root.is_dir():
             return []
         names = [path.name for path in self._root.iterdir()]
         return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
     def _last_saved(self) -> int | None:
         """What was noted; 0 where that says nothing that can be read, None where nothing was."""
-        if not self._noted.exists():
+        if not there(self._noted):
             return None
         try:
             return int(json.loads(self._noted.read_text())["step"])
@@ -366,6 +373,16 @@ def _remove(path: epath.Path) -> None:
 def _is_orbaxs(directory: epath.Path) -> bool:
     """Whether orbax had come to its end there."""
     return (directory / ORBAXS).exists() and (directory / PARAMS).exists()
+
+
+def _is_a_part(directory: epath.Path) -> bool:
+    """Whether there is nothing in it but what belongs to a checkpoint."""
+    own = (PARAMS, PROGRESS, STATISTICS, FACTS, SEAL)
+    return directory.is_dir() and all(
+        # Orbax's own begin so; and what a file system keeps of files that are still open.
+        path.name in own or path.name.startswith(("_", "."))
+        for path in directory.iterdir()
+    )
 
 
 def _put_aside(directory: epath.Path, folder: epath.Path) -> None:

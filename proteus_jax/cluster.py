@@ -44,6 +44,8 @@ def joined(
     company = meet(place, about, timeout=timeout, say=say)
     try:
         with _exit_in_place_of_abort(company):
+            # It would take SIGTERM from us and keep it to itself.
+            jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(
                 f"{place.address}:{place.port}",
                 num_processes=place.hosts,

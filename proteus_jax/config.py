@@ -65,7 +65,8 @@ def fields_of(path: str) -> list[str]:
 def complete(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
     """A configuration that was written as JSON; InputError where a field is missing or wrong."""
     config = ml_collections.ConfigDict(values)
-    faults = _check_fields(config, schema_of(config))
+    schema = schema_of(config)
+    faults = _check_fields(config, schema) or schema.together(config)
     if faults:
         raise InputError(faults)
     return ml_collections.FrozenConfigDict(config)

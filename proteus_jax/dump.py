@@ -1,7 +1,8 @@
 """A step that went wrong, kept: its batch and the state before it, from which it is made again.
 
-DUMP/state holds the state as a sealed checkpoint, DUMP/batch.npz the images, DUMP/dump.json the
-configuration and what the run saw. Neither the images' folder nor the workdir is needed to replay.
+DUMP/state holds the state as a checkpoint, DUMP/batch.npz the images, DUMP/dump.json the
+configuration and what the run saw; all of it is sealed. Neither the images' folder nor the workdir
+is needed to replay.
 """
 
 import contextlib
@@ -17,22 +18,27 @@ import numpy as np
 import proteus_jax
 from proteus_jax import sharding
 from proteus_jax.assembly import Assembly, Known, assemble, length
+from proteus_jax.changes import changes
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.config import complete
 from proteus_jax.console import Console
-from proteus_jax.errors import Diverged, InputError, refusing
-from proteus_jax.experiment import Experiment, placed_teacher
+from proteus_jax.errors import Diverged, InputError, about, refusing
+from proteus_jax.experiment import Experiment, images_together, placed_teacher, teacher_facts
+from proteus_jax.integrity import SEAL, damage, seal
 from proteus_jax.lens import resized
-from proteus_jax.lessons import FIRST, lessons
+from proteus_jax.lessons import FIRST, lessons, side_of_images
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.vit import Features
-from proteus_jax.pretrained import WEIGHTS, load_card
+from proteus_jax.pretrained import load_card
 from proteus_jax.step import Skipped, TrainState, one_grid, seen_by
-from proteus_jax.storage import sha256, write_atomically
+from proteus_jax.storage import write_atomically
 from proteus_jax.teachers import find_teacher, obtain_teacher
 from proteus_jax.workdir import is_remote
 
 STATE, BATCH, ABOUT = "state", "batch.npz", "dump.json"
+SEALED_AS = "a dump"
+# Images that go through the models together where each is looked at.
+TOGETHER = 64
 FOLDER = "dump"
 
 
@@ -69,8 +75,8 @@ def write_dump(
     ) as checkpoints:
         if jax.process_index() == 0:
             # The same command diverges at the same step; another one's dump is none of this run.
-            # Without its description first: half of a dump is none.
-            (folder / ABOUT).unlink(missing_ok=True)
+            # Without its seal first: half of a dump is none.
+            (folder / SEAL).unlink(missing_ok=True)
             checkpoints.forget()
         checkpoints.save(moment.step, before, experiment.facts)
     if failures:
@@ -78,7 +84,7 @@ def write_dump(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / BATCH, images=whole)
-        about = {
+        written = {
             "proteus_jax": proteus_jax.__version__,
             "step": moment.step,
             "images_an_epoch": experiment.config.data.epoch or len(experiment.split.training),
@@ -86,7 +92,8 @@ def write_dump(
             "metrics": {key: repr(value) for key, value in moment.metrics.items()},
             "configuration": json.loads(experiment.config.to_json()),
         }
-        write_atomically(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+        write_atomically(folder / ABOUT, json.dumps(written, indent=2) + "\n")
+        seal(folder, SEALED_AS)
 
 
 def _set(counter: jax.Array, value: int) -> jax.Array:
@@ -101,9 +108,10 @@ def replay(source: str, console: Console) -> None:
     if is_remote(source):
         raise InputError(f"--replay: {source}: copy the folder to this machine first")
     folder = Path(source).expanduser()
-    about, images = _read(folder)
-    config = about["configuration"]
-    assembly, directories = _assembled(config, about["images_an_epoch"])
+    said, images = _read(folder)
+    config = said["configuration"]
+    with refusing(f"--replay: {folder} is no dump of a step"):
+        assembly, directories = _assembled(config, said["images_an_epoch"])
     mesh = _mesh(config, len(images))
     params = {
         name: placed_teacher(assembly.teachers[name], directory, mesh)
@@ -118,20 +126,21 @@ def replay(source: str, console: Console) -> None:
         state = checkpoints.restore(found.step, shapes, sharding.shardings(shapes, mesh))
         facts = checkpoints.facts(found.step)
     step = found.step
-    for name, directory in directories.items():
-        if sha256(directory / WEIGHTS) != facts["teachers"][name]["weights"]:
-            raise InputError(f"--replay: {directory}: other weights than those of the run")
+    taught = (facts["teachers"], teacher_facts(assembly, directories))
+    different = changes(*({"teachers": each} for each in taught)).refused
+    if different:
+        raise InputError([f"--replay: another teacher than the run's: {d}" for d in different])
     console.line(
         f"step {step}: {len(images)} images of {images.shape[1]} px on {jax.device_count()} "
         f"devices, from {folder}"
     )
-    for line in _not_finite(config, assembly, params, state, images, about["names"]):
+    for line in _not_finite(config, assembly, params, state, images, said["names"]):
         console.line(f"  {line}")
     _, metrics = train_step(state, params, sharding.place_batch(images, mesh))
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     console.line(f"{'':36}{'the run':>16}{'again':>16}")
     for key, value in values.items():
-        seen = about["metrics"].get(key, float("nan"))
+        seen = said["metrics"].get(key, float("nan"))
         console.line(f"{key:36}{seen:16.8g}{value:16.8g}")
     if values["skipped_in_a_row"] > 0:
         raise Diverged(f"step {step}: a loss or gradient is not finite, as in the run")
@@ -140,20 +149,26 @@ def replay(source: str, console: Console) -> None:
 
 def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What dump.json and batch.npz hold; InputError where that is no dump's."""
-    with refusing(f"--replay: {folder} is no dump of a step"):
-        about = json.loads((folder / ABOUT).read_text())
-        names, metrics = about["names"], about["metrics"]
+    wrong = f"--replay: {folder} is no dump of a step"
+    reason = damage(folder, SEALED_AS)
+    if reason is not None:
+        raise InputError(f"{wrong}: {reason}")
+    with about(wrong), refusing("it cannot be read"):
+        said = json.loads((folder / ABOUT).read_text())
+        names, metrics = said["names"], said["metrics"]
         with np.load(folder / BATCH, allow_pickle=False) as arrays:
             images = arrays["images"]
-        if not (isinstance(names, list) and isinstance(metrics, dict)):
-            raise ValueError(ABOUT)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{BATCH}: expected uint8 images, found {images.dtype}")
-        if not isinstance(about["images_an_epoch"], int):
-            raise ValueError("images_an_epoch")
-        about["metrics"] = {key: float(value) for key, value in metrics.items()}
-        about["configuration"] = complete(about["configuration"])
-    return about, images
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{ABOUT}: expected names of images")
+        if not (isinstance(said["images_an_epoch"], int) and said["images_an_epoch"] > 0):
+            raise ValueError(f"{ABOUT}: expected a number of images_an_epoch")
+        said["metrics"] = {key: float(value) for key, value in metrics.items()}
+        config = said["configuration"] = complete(said["configuration"])
+        expected = (config.batch, side_of_images(config), side_of_images(config), 3)
+        if images.dtype != np.uint8 or images.shape != expected:
+            found = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {found}")
+    return said, images
 
 
 def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
@@ -174,7 +189,7 @@ def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
 def _mesh(config: Any, images: int) -> jax.sharding.Mesh:
     """Of all devices here; InputError where the batch does not divide among them."""
     devices = jax.device_count()
-    if images % (2 * devices * config.accumulate):
+    if images % images_together(config):
         raise InputError(
             f"--replay: {images} images in {config.accumulate} parts do not divide among the "
             f"{devices} devices here"
@@ -197,27 +212,30 @@ def _not_finite(
         return patches & jnp.isfinite(features.cls).all(1)
 
     normalise, grid = assembly.normalisation, one_grid(assembly.students)
-    pixels = normalise(jnp.asarray(images))
+
+    @jax.jit
+    def look(params: dict[str, Any], students: dict[str, Any], images: jax.Array) -> dict:
+        pixels = normalise(images)
+        seen = {
+            name: finite(seen_by(teacher, params[name], pixels, normalise, config.data.crop, grid))
+            for name, teacher in assembly.teachers.items()
+        }
+        small = resized(pixels, config.data.crop)
+        for name, student in assembly.students.items():
+            backbone = BackboneFunction(student.spec, student.dtype)
+            seen[name] = finite(backbone(students[name]["backbone"], small))
+        return seen
+
     lines = []
     for name, values in state.params.items():
         wrong = sum(not bool(jnp.isfinite(array).all()) for array in jax.tree.leaves(values))
         lines.append(f"{name}: {wrong} arrays of parameters are not finite")
-    seen = {
-        name: jax.jit(
-            lambda values, pixels, teacher=teacher: finite(
-                seen_by(teacher, values, pixels, normalise, config.data.crop, grid)
-            )
-        )(params[name], pixels)
-        for name, teacher in assembly.teachers.items()
-    }
-    for name, student in assembly.students.items():
-        backbone = BackboneFunction(student.spec, student.dtype)
-        small = resized(pixels, config.data.crop)
-        seen[name] = jax.jit(lambda values, pixels, of=backbone: finite(of(values, pixels)))(
-            state.params[name]["backbone"], small
-        )
-    for name, good in seen.items():
-        bad = np.flatnonzero(~np.asarray(good)).tolist()
+    parts = [
+        jax.device_get(look(params, state.params, images[start : start + TOGETHER]))
+        for start in range(0, len(images), TOGETHER)
+    ]
+    for name in (*assembly.teachers, *assembly.students):
+        bad = np.flatnonzero(~np.concatenate([part[name] for part in parts])).tolist()
         who = "the teacher" if name == FIRST else name
         named = ", ".join(names[at] if at < len(names) else f"image {at}" for at in bad[:8])
         lines.append(

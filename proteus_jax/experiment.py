@@ -183,8 +183,7 @@ def _check_devices(config: Any) -> list[str]:
         ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
-    # Half of the images is masked, and each device has its share of that half, in every part.
-    unit = (2 if masks(config) else 1) * devices * config.accumulate
+    unit = images_together(config)
     if config.batch % unit:
         parts = f" and {config.accumulate} parts" if config.accumulate > 1 else ""
         return [
@@ -192,6 +191,12 @@ def _check_devices(config: Any) -> list[str]:
             f"{config.batch}"
         ]
     return []
+
+
+def images_together(config: Any) -> int:
+    """What a batch has to be a multiple of."""
+    # Half of the images is masked, and each device has its share of that half, in every part.
+    return (2 if masks(config) else 1) * jax.device_count() * config.accumulate
 
 
 def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
@@ -293,6 +298,21 @@ def _peak(config: Any) -> float | None:
     return device.peak * jax.device_count()
 
 
+def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[str, Any]:
+    """What must be the same of the teachers, by name."""
+    return {
+        name: {
+            "weights": sha256(directories[name] / WEIGHTS),
+            # Its grid follows the crop, which is a fact of its own.
+            "spec": {**each.backbone.spec.to_json(), "grid": None},
+            "factors": list(each.weights),
+            "normalisation": _listed(each.normalisation),
+            "side": each.side,
+        }
+        for name, each in assembly.teachers.items()
+    }
+
+
 def _facts(
     config: Any,
     inputs: Inputs,
@@ -301,16 +321,6 @@ def _facts(
     start: ModelCard | None,
 ) -> dict[str, Any]:
     """What must be the same for a run to go on, and, as `card`, what its student carries on."""
-    teachers = {
-        name: {
-            "weights": sha256(inputs.teachers[name] / WEIGHTS),
-            "factors": list(each.weights),
-            "normalisation": _listed(each.normalisation),
-            "side": each.side,
-            "patch_size": each.backbone.spec.patch_size,
-        }
-        for name, each in assembly.teachers.items()
-    }
     return {
         "data": inputs.split.training.fingerprint,
         "seed": config.seed,
@@ -324,7 +334,7 @@ def _facts(
         "student_specs": {name: each.spec.to_json() for name, each in assembly.students.items()},
         "start": None if inputs.start is None else sha256(inputs.start / WEIGHTS),
         "normalisation": _listed(assembly.normalisation),
-        "teachers": teachers,
+        "teachers": teacher_facts(assembly, inputs.teachers),
         "teacher_widths": {
             name: each.backbone.spec.width for name, each in assembly.teachers.items()
         },

@@ -5,10 +5,11 @@ Orbax restores a flipped bit without a word, so a checkpoint counts only while i
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from etils import epath
@@ -19,31 +20,42 @@ from proteus_jax.storage import write_atomically
 SEAL = "seal.json"
 _PIECE = 2**22
 _READERS = 4
+# What the system says of nothing; and of a file that is not one, or lies on a broken place of the
+# disk. Anything else says that the file system is away.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_OF_THE_FILE = (*_ABSENT, errno.EISDIR, errno.EIO)
 
 
-def seal(directory: epath.Path, what: str) -> None:
+def seal(folder: epath.PathLike, what: str) -> None:
     """Writes the digests of all files of a directory that is complete, last of all. `what` names
     it: a directory under another name is not what was sealed.
 
     OSError where it cannot be written; then there is no seal.
     """
+    directory = epath.Path(folder)
     files = sorted(_files(directory))
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         digests = readers.map(lambda name: _digest(directory / name), files)
         found = dict(zip(files, digests, strict=True))
+    if _is_local(directory):
+        # The names too: those of the files, and the directory's own.
+        inside = {parent for name in files for parent in PurePosixPath(name).parents}
+        for each in (*(directory / parent for parent in inside), directory.parent):
+            _sync_folder(each)
     body = json.dumps({"of": what, "files": found}, sort_keys=True)
     text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n"
     write_whole(directory / SEAL, text)
 
 
-def damage(directory: epath.Path, what: str) -> str | None:
+def damage(folder: epath.PathLike, what: str) -> str | None:
     """What is wrong with a sealed directory, in words; None where it is as it was sealed.
 
     Interrupted where it cannot be read, as of a store that is away: that says nothing about it.
     """
+    directory = epath.Path(folder)
     try:
         sealed = _read_seal(directory, what)
-        missing = [name for name in sealed if not (directory / name).exists()]
+        missing = [name for name in sealed if not there(directory / name)]
         if missing:
             return f"{missing[0]} is missing"
         with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
@@ -57,16 +69,33 @@ def damage(directory: epath.Path, what: str) -> str | None:
                     )
     except ValueError as error:
         return str(error)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        return f"it cannot be read: {error}"
+    except Interrupted:
+        raise
     except Exception as error:  # Each file system has its own.
+        if isinstance(error, OSError) and error.errno in _OF_THE_FILE:
+            return f"it cannot be read: {error}"
         raise Interrupted(f"{directory} cannot be read: {type(error).__name__}: {error}") from None
     return None
 
 
 def is_sealed(directory: epath.Path) -> bool:
     """Whether there is a seal, whole or not."""
-    return (directory / SEAL).exists()
+    return there(directory / SEAL)
+
+
+def there(path: epath.Path) -> bool:
+    """Whether something is at a path. Interrupted where that cannot be told: exists() says no of
+    what lies on a file system that is away.
+    """
+    if not _is_local(path):
+        return path.exists()
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise Interrupted(f"{path} cannot be looked at: {error.strerror}") from None
+    return True
 
 
 def write_whole(path: epath.Path, text: str) -> None:
@@ -105,14 +134,18 @@ def _files(directory: epath.Path) -> list[str]:
 
 
 def _digest(path: epath.Path, *, sync: bool = True) -> dict[str, Any]:
-    """Of one file, which is on the disk itself and not only in the machine's memory after it."""
+    """Of one file; with `sync` it is on the disk itself first, and read back from there where the
+    system lets go of its copy in memory.
+    """
     digest, count = hashlib.sha256(), 0
     with path.open("rb") as file:
+        if sync and _is_local(path):
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while piece := file.read(_PIECE):
             digest.update(piece)
             count += len(piece)
-        if sync and _is_local(path):
-            os.fsync(file.fileno())
     return {"bytes": count, "sha256": digest.hexdigest()}
 
 

@@ -77,7 +77,7 @@ class Heads(NamedTuple):
 
     @property
     def teacher(self) -> dict[str, Any]:
-        """What the first one is: `patch_size`, `side`, `normalisation` and more."""
+        """What the first one is: `spec`, `side`, `normalisation` and more."""
         return self.facts["teachers"][FIRST] | {"width": self.facts["teacher_widths"][FIRST]}
 
     @property

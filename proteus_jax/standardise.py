@@ -43,14 +43,16 @@ def moments_of(features: Features) -> Moments:
     )
 
 
-def known_at(step: jax.Array, running: Moments, found: Moments) -> Moments:
-    """What a step may use: the running moments or, before there are any, the batch's own."""
-    return jax.tree.map(lambda old, new: jnp.where(step == 0, new, old), running, found)
+def known_at(updates: jax.Array, running: Moments, found: Moments) -> Moments:
+    """What a step after so many updates may use: the running moments or, before there are any, the
+    batch's own.
+    """
+    return jax.tree.map(lambda old, new: jnp.where(updates == 0, new, old), running, found)
 
 
-def updated(step: jax.Array, running: Moments, found: Moments) -> Moments:
+def updated(updates: jax.Array, running: Moments, found: Moments) -> Moments:
     """A plain mean over the first batches, then an average that forgets slowly."""
-    share = jnp.maximum(1.0 / (step + 1.0), LEAST_SHARE)
+    share = jnp.maximum(1.0 / (updates + 1.0), LEAST_SHARE)
     return jax.tree.map(lambda old, new: old + share * (new - old), running, found)
 
 

@@ -157,7 +157,7 @@ def make_train_step(
             said = seen_by(teacher, teacher_params[name], pixels, normalisation, crop, grid)
             if teacher.standardise:
                 moments[name] = moments_of(said)
-                known = known_at(state.step, state.statistics[name], moments[name])
+                known = known_at(_updates(state), state.statistics[name], moments[name])
                 said = standardised(said, known)
             targets[name] = said
         return targets, moments
@@ -195,7 +195,7 @@ def make_train_step(
 
         good = _finite(found)
         params, optimizer_state, ema = {}, {}, {}
-        metrics: Metrics = {"learning_rate": jnp.asarray(schedule(state.step))}
+        metrics: Metrics = {"learning_rate": jnp.asarray(schedule(_updates(state)))}
         for name, (gradients, losses) in found.students.items():
             updates, optimizer_state[name] = optimizer.update(
                 gradients, state.optimizer[name], state.params[name]
@@ -208,7 +208,7 @@ def make_train_step(
                     params[name]["backbone"], state.ema[name], 1.0 - ema_decay
                 )
         statistics = {
-            name: updated(state.step, state.statistics[name], moments)
+            name: updated(_updates(state), state.statistics[name], moments)
             for name, moments in found.moments.items()
         }
         averages = ema if state.ema is not None else None
@@ -220,6 +220,11 @@ def make_train_step(
         return kept._replace(step=state.step + 1, skipped=skipped), metrics
 
     return train_step
+
+
+def _updates(state: TrainState) -> jax.Array:
+    """How many were made, as AdamW counts them too."""
+    return state.step - state.skipped.total
 
 
 def _finite(found: Any) -> Bool[Array, ""]:

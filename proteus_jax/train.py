@@ -101,7 +101,13 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
     """
     remarks = []
     if jax.process_index() == 0:
-        found = checkpoints.newest()
+        try:
+            found = checkpoints.newest()
+        except InputError as error:
+            raise InputError(
+                f"{error}. Restore it from a copy, give another workdir, or remove checkpoints/ "
+                "and checkpoints.json to begin anew"
+            ) from None
         step = -1 if found.step is None else found.step
         instead = "there is none before it" if found.step is None else f"step {step} is whole"
         remarks += [
@@ -158,6 +164,7 @@ class _Run:
             host=jax.process_index(),
             say=self.console.line,
             log=self.console.log,
+            stopping=lambda: self.stop.made,
             publish=self.place.publish if self.place.remote else None,
             **known,
         )
@@ -345,7 +352,8 @@ class _Run:
                     dump.write_dump(
                         self.experiment, moment, state(), folder, self.place.address_of(folder)
                     )
-            except OSError as failure:
+            except Exception as failure:
+                # Whatever a store may say: that the run diverged is what it ends with.
                 error.add_note(f"its batch and state could not be kept: {failure}")
             else:
                 error.add_note(

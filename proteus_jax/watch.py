@@ -208,8 +208,9 @@ class UnreadableImages:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for an end after the current step; a second one does not wait for it,
-    and nor does this process longer than `deadline` seconds: it ends with 75.
+    """SIGINT and SIGTERM ask for an end after the current step; a second one, later than REPEATED
+    seconds, does not wait for it, and nor does this process longer than `deadline` seconds: it ends
+    with 75.
 
     A thread hears of them. Python's own handlers wait for the main thread, which may be compiling,
     or waiting for a host that is lost.
@@ -218,6 +219,8 @@ class StopRequest:
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
     # Beside the numbers of signals, to the thread.
     GOODBYE = b"\0"
+    # In seconds: a signal to a group comes a second time from a script that passes it on.
+    REPEATED = 0.5
     # Seconds until it ends whether or not what it says is read.
     UNREAD = 2.0
 
@@ -246,8 +249,10 @@ class StopRequest:
 
     def _listen(self) -> None:
         if self._hears_one(None):
-            self.made = True
-            again = self._hears_one(time.monotonic() + self._deadline)
+            self.made, heard = True, time.monotonic()
+            again = self._hears_one(heard + self._deadline)
+            while again and time.monotonic() < heard + self.REPEATED:
+                again = self._hears_one(heard + self._deadline)
             if again is not False:
                 self._end(
                     "a second request to stop"

@@ -15,12 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import fsspec
 
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.heartbeat import FILE as HEARTBEAT
-from proteus_jax.heartbeat import living
+from proteus_jax.heartbeat import is_stopping, living
 from proteus_jax.storage import why_unwritable
 
 SCHEMES = ("gs",)
@@ -30,6 +31,8 @@ CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png", "report/*.png", "repo
 # An upload is tried again after so many seconds.
 PAUSES = (1.0, 4.0, 16.0)
 EXTRA = "requirements-gcs.txt"
+# What file systems say that have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclasses.dataclass
@@ -50,34 +53,55 @@ class Workdir:
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None]) -> Iterator[None]:
         """Nobody else's as long as the block lasts, or this process; InputError where it is
-        somebody's already.
+        somebody's already. One that has been asked to stop is waited for.
 
-        A record lock: it ends with its process however that ends, and no child inherits it. An
-        address has none: there it is somebody's as long as a heartbeat comes.
+        A record lock: it ends with its process however that ends, and no child inherits it. Where
+        there are none, as on an address, it is somebody's as long as a heartbeat comes.
         """
         if self.remote:
-            who = living(self._heartbeat, say)
-            if who is not None:
-                raise _in_use(self.remote, who)
+            self._refuse_while_it_lives(say)
         self.local.mkdir(parents=True, exist_ok=True)
         with open(self.local / LOCK, "a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise InputError(
-                        f"--workdir: {self.local} cannot be locked: {error.strerror}"
-                    ) from None
-                file.seek(0)
-                raise _in_use(str(self.local), file.read().strip()) from None
+            self._lock(file, say)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
 
+    def _lock(self, file: IO[str], say: Callable[[str], None]) -> None:
+        waiting = False
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    self._refuse_while_it_lives(say)
+                    return
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise InputError(
+                        f"--workdir: {self.local} cannot be locked: {error.strerror}"
+                    ) from None
+                file.seek(0)
+                who = file.read().strip()
+                if not is_stopping(self._heartbeat()):
+                    raise _in_use(str(self.local), who) from None
+                if not waiting:
+                    say(f"waiting for {who}, which is stopping")
+                waiting = True
+                time.sleep(1.0)
+            else:
+                return
+
+    def _refuse_while_it_lives(self, say: Callable[[str], None]) -> None:
+        who = living(self._heartbeat, say)
+        if who is not None:
+            raise _in_use(self.remote or str(self.local), who)
+
     def _heartbeat(self) -> str:
-        """The one at the address; nothing where none can be read."""
+        """The first host's, as others see it; nothing where none can be read."""
         try:
+            if not self.remote:
+                return (self.local / HEARTBEAT).read_text()
             system, root = fsspec.url_to_fs(self.remote)
             return system.cat_file(f"{root}/{HEARTBEAT}").decode()
         except Exception:  # Each file system has its own.

@@ -88,7 +88,7 @@ def _refuse_crop(config: Any, teacher: Model) -> None:
 def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
     if heads is None:
         return
-    learnt = heads.teacher["width"], heads.teacher["patch_size"]
+    learnt = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
     found = teacher.spec.width, teacher.spec.patch_size
     if learnt != found:
         raise InputError(

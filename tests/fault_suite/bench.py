@@ -1,5 +1,6 @@
 """Small runs of the real command line, and what two of them must have in common."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -19,6 +20,12 @@ from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.pretrained import ModelCard, save_model
 
 STEPS, EVERY = 24, 2
+# All that a state can hold, beside what the plain run has.
+RICH = (
+    "--config.student=vit_tiny_1blocks,vit_tiny_2blocks",
+    *("--config.standardise=true", "--config.ema_decay=0.9", "--config.drop_path=0.2"),
+    *("--config.accumulate=2", "--config.data.repeats=2", "--config.data.workers=1"),
+)
 CLOCK = ("images_per_second", "images_per_second_per_device", "data_wait")
 FLAGS = "--xla_backend_optimization_level=0"
 # Sets a limit on itself, then becomes another program.
@@ -48,9 +55,18 @@ class Bench:
         for number in range(24):
             Image.fromarray(photograph(rng, 40, 48)).save(self.images / f"{number}.png")
         self.write_teacher(self.teacher, seed=1)
-        self.undisturbed = root / "undisturbed"
-        result = self.run(self.command(self.undisturbed, "--config.keep_checkpoints=100"))
+        self.undisturbed = self._undisturbed("undisturbed")
+
+    def _undisturbed(self, name: str, *more: str) -> Path:
+        command = self.command(self.root / name, "--config.keep_checkpoints=100", *more)
+        result = self.run(command)
         assert result.returncode == 0, result.stdout + result.stderr
+        return self.root / name
+
+    @functools.cached_property
+    def rich(self) -> Path:
+        """The other run that nothing disturbs."""
+        return self._undisturbed("undisturbed, rich", *RICH)
 
     def write_teacher(self, folder: Path, *, seed: int) -> None:
         """A random ViT as a model directory."""
@@ -113,11 +129,13 @@ class Bench:
             timeout=300,
         )
 
-    def goes_on_and_is_the_same(self, workdir: Path, *more: str) -> str:
-        """Runs to the end and compares with the undisturbed run; returns what was printed."""
+    def goes_on_and_is_the_same(
+        self, workdir: Path, *more: str, expected: Path | None = None
+    ) -> str:
+        """Runs to the end and compares with an undisturbed run; returns what was printed."""
         result = self.run(self.command(workdir, *more))
         assert result.returncode == 0, result.stdout + result.stderr
-        assert_same(workdir, self.undisturbed)
+        assert_same(workdir, expected or self.undisturbed)
         return result.stdout
 
     def copy(self, name: str) -> Path:
@@ -137,20 +155,23 @@ def rows(workdir: Path) -> list[dict[str, Any]]:
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Everything that a checkpoint holds, by name."""
-    items = ("params", "progress")
+    place = (workdir / "checkpoints" / str(step)).absolute()
+    items = [name for name in ("params", "progress", "statistics") if (place / name).exists()]
     handler = ocp.CompositeCheckpointHandler(*items)
     wanted = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in items})
     with ocp.Checkpointer(handler) as reader:
-        found = reader.restore((workdir / "checkpoints" / str(step)).absolute(), args=wanted)
+        found = reader.restore(place, args=wanted)
     leaves = jax.tree_util.tree_flatten_with_path({name: found[name] for name in items})[0]
     return {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
 
 
 def assert_same(workdir: Path, expected: Path, step: int = STEPS) -> None:
-    """Parameters, optimizer, exported student and metrics, bit for bit."""
+    """Parameters, optimizer, averages, statistics, exported students and metrics, bit for bit."""
     assert rows(workdir) == rows(expected)
-    weights = Path("student", "model.safetensors")
-    assert (workdir / weights).read_bytes() == (expected / weights).read_bytes()
+    exported = sorted(path.relative_to(expected) for path in expected.glob("student*/**/*.safet*"))
+    assert exported
+    for weights in exported:
+        assert (workdir / weights).read_bytes() == (expected / weights).read_bytes(), weights
     ours, theirs = arrays(workdir, step), arrays(expected, step)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():

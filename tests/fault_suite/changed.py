@@ -53,6 +53,7 @@ def faults(bench: Bench, *, quick: bool) -> list[Fault]:
             if quick
             else [
                 Fault("another teacher", lambda: _other_teacher(bench)),
+                Fault("a teacher that computes otherwise", lambda: _other_arithmetic(bench)),
                 Fault("a shorter run", lambda: _shorter(bench)),
                 Fault("two at once", lambda: _two_at_once(bench)),
                 Fault("moved images and teacher", lambda: _moved(bench)),
@@ -109,6 +110,17 @@ def _other_teacher(bench: Bench) -> None:
     result = bench.run(bench.command(workdir, f"--config.teacher={teacher}"))
     assert result.returncode == 2, result.stderr
     assert "teachers.teacher.weights: other weights than" in result.stderr
+
+
+def _other_arithmetic(bench: Bench) -> None:
+    """The same weights under another description."""
+    teacher, workdir = bench.root / "other heads", bench.copy("other heads run")
+    shutil.copytree(bench.teacher, teacher)
+    card = (teacher / "config.json").read_text()
+    (teacher / "config.json").write_text(card.replace('"heads": 2', '"heads": 4'))
+    result = bench.run(bench.command(workdir, f"--config.teacher={teacher}"))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "teachers.teacher.spec.heads: the checkpoint has 2, this run has 4" in result.stderr
 
 
 def _longer(bench: Bench) -> None:

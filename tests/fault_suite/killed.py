@@ -1,5 +1,6 @@
 """Runs that end when they should not: SIGKILL at any moment, signals, one host of two."""
 
+import contextlib
 import os
 import random
 import re
@@ -12,28 +13,42 @@ from pathlib import Path
 from test_hosts import free_port
 
 from fault_suite.account import Fault
-from fault_suite.bench import FLAGS, STEPS, Bench, rows, until
+from fault_suite.bench import FLAGS, RICH, STEPS, Bench, rows, until
 
 
 def kills(bench: Bench, count: int, seed: int) -> list[Fault]:
     """So many runs, each killed once or twice, at moments of three kinds: anywhere from its start,
-    after some step was logged, while a save is being written.
+    after some step was logged, while a save is being written. Every third one has all that a state
+    can hold, and a worker process.
     """
+    # Made before they are tried a few at a time.
+    undisturbed = [bench.rich, bench.undisturbed, bench.undisturbed]
     return [
-        Fault(f"run {number}", lambda number=number: _killed(bench, number, seed))
+        Fault(
+            f"run {number}",
+            lambda number=number: _killed(bench, number, seed, undisturbed[number % 3]),
+        )
         for number in range(count)
     ]
 
 
-def _killed(bench: Bench, number: int, seed: int) -> None:
+def _killed(bench: Bench, number: int, seed: int, expected: Path) -> None:
     rng = random.Random(seed * 1000 + number)
-    workdir = bench.root / f"killed {number}"
-    for _ in range(rng.choice((1, 1, 2))):
-        process = bench.start(bench.command(workdir))
+    workdir, more = bench.root / f"killed {number}", RICH if expected == bench.rich else ()
+    kills = rng.choice((1, 1, 2))
+    while kills:
+        process = bench.start(bench.command(workdir, *more))
         _wait_for_a_moment(rng, workdir, process)
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            kills -= 1
+        else:
+            # It came to its end first, which tries nothing: another one.
+            shutil.rmtree(workdir)
+        # Workers of a process that is gone may live on in its group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    bench.goes_on_and_is_the_same(workdir)
+    bench.goes_on_and_is_the_same(workdir, *more, expected=expected)
     assert [row["step"] for row in rows(workdir)] == list(range(STEPS + 1))
     shutil.rmtree(workdir)
 
@@ -63,7 +78,7 @@ def _wait_for_a_moment(rng: random.Random, workdir: Path, process: subprocess.Po
 def signals(bench: Bench, *, quick: bool) -> list[Fault]:
     """Requests to stop: exit code 75, saved, and the same run after it."""
     found = [
-        Fault("twice", lambda: _signalled(bench, "twice", [signal.SIGTERM, signal.SIGTERM])),
+        Fault("SIGTERM to each of a group and again", lambda: _repeated(bench)),
         Fault("a deadline", lambda: _deadline(bench)),
     ]
     if quick:
@@ -71,31 +86,70 @@ def signals(bench: Bench, *, quick: bool) -> list[Fault]:
         return found
     return [
         *found,
-        Fault("SIGTERM", lambda: _signalled(bench, "term", [signal.SIGTERM])),
-        Fault("SIGINT", lambda: _signalled(bench, "int", [signal.SIGINT])),
+        Fault("SIGTERM", lambda: _signalled(bench, signal.SIGTERM)),
+        Fault("SIGINT", lambda: _signalled(bench, signal.SIGINT)),
+        Fault("a second one while it saves", lambda: _second(bench)),
     ]
 
 
-def _signalled(bench: Bench, name: str, numbers: list[signal.Signals]) -> None:
-    workdir = bench.root / f"signalled {name}"
+def _signalled(bench: Bench, number: signal.Signals) -> None:
+    workdir = bench.root / f"signalled {number}"
     process = bench.start(bench.command(workdir))
     until(lambda: process.poll() is not None or len(rows(workdir)) > 5)
+    os.kill(process.pid, number)
+    _stopped(bench, process, workdir)
+
+
+def _repeated(bench: Bench) -> None:
+    """As launch/node.sh does with a signal to the group: one request, and it saves."""
+    workdir = bench.root / "signalled and again"
+    process = bench.start(bench.command(workdir, "--config.data.workers=1"))
+    until(lambda: process.poll() is not None or len(rows(workdir)) > 5)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    _stopped(bench, process, workdir)
+
+
+def _stopped(bench: Bench, process: subprocess.Popen, workdir: Path) -> None:
     start = time.monotonic()
-    for number in numbers:
-        os.kill(process.pid, number)
-        time.sleep(0.002)
     printed, _ = process.communicate(timeout=60)
     assert time.monotonic() - start < 30
-    if len(numbers) == 1:
-        assert process.returncode == 75, printed
-        assert re.search(
-            r"interrupted at step \d+ of 24; the same command goes on from here", printed
-        )
-    else:
-        # Before the first was heard, between both, or after the end: never a traceback.
-        assert process.returncode in (75, -signal.SIGTERM), printed
-        assert "Traceback" not in printed
+    assert process.returncode == 75, printed
+    assert re.search(r"interrupted at step \d+ of 24; the same command goes on from here", printed)
     bench.goes_on_and_is_the_same(workdir)
+
+
+def _second(bench: Bench) -> None:
+    """A save that waits for ever: where it tries to write stands a pipe that nobody reads."""
+    workdir = bench.root / "signalled twice"
+    command = bench.command(workdir)
+    process = bench.start([*command, "--config.steps=5000"])
+    trial = workdir / "checkpoints" / "trial.orbax-checkpoint-tmp"
+
+    def stands_still() -> bool:
+        # Saves that are quicker take the pipe away with them.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            trial.mkdir(exist_ok=True)
+            os.mkfifo(trial / "file")
+        before = len(rows(workdir))
+        time.sleep(0.5)
+        return before > 5 and len(rows(workdir)) == before
+
+    until(lambda: process.poll() is not None or stands_still())
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(1.0)
+    assert process.poll() is None
+    start = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 75, printed
+    assert "a second request to stop; the same command goes on" in printed
+    newest = len(rows(workdir)) + 1
+    result = bench.run([*command, f"--config.steps={newest}"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [row["step"] for row in rows(workdir)] == list(range(newest + 1))
 
 
 def _deadline(bench: Bench) -> None:
