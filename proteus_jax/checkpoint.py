@@ -32,8 +32,8 @@ DAMAGED = "damaged"
 UNFINISHED = ".orbax-checkpoint-tmp"
 # So much has to find room, in bytes.
 TRIAL = 2**16
-# Every directory that orbax finished has it.
-ORBAXS = "_CHECKPOINT_METADATA"
+# Every directory that orbax finished has the one; and the other, where it says so by a file.
+ORBAXS, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 # Hosts wait for each other so long in a save before it fails, in seconds.
 PATIENCE = 600
 # The threads of a failed save have come to rest when they leave nothing new for so long, and are
@@ -377,9 +377,9 @@ def _is_orbaxs(directory: epath.Path) -> bool:
 
 def _is_a_part(directory: epath.Path) -> bool:
     """Whether there is nothing in it but what belongs to a checkpoint."""
-    own = (PARAMS, PROGRESS, STATISTICS, FACTS, SEAL)
+    own = (PARAMS, PROGRESS, STATISTICS, FACTS, SEAL, COMMITTED)
     return directory.is_dir() and all(
-        # Orbax's own begin so; and what a file system keeps of files that are still open.
+        # Orbax's other ones begin so; and what a file system keeps of files that are still open.
         path.name in own or path.name.startswith(("_", "."))
         for path in directory.iterdir()
     )

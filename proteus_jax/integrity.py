@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from proteus_jax.errors import Interrupted
-from proteus_jax.storage import write_atomically
+from proteus_jax.storage import synced, write_atomically
 
 SEAL = "seal.json"
 _PIECE = 2**22
@@ -41,7 +41,7 @@ def seal(folder: epath.PathLike, what: str) -> None:
         # The names too: those of the files, and the directory's own.
         inside = {parent for name in files for parent in PurePosixPath(name).parents}
         for each in (*(directory / parent for parent in inside), directory.parent):
-            _sync_folder(each)
+            synced(each)
     body = json.dumps({"of": what, "files": found}, sort_keys=True)
     text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n"
     write_whole(directory / SEAL, text)
@@ -104,20 +104,11 @@ def write_whole(path: epath.Path, text: str) -> None:
         path.write_text(text)
         return
     write_atomically(Path(os.fspath(path)), text)
-    _sync_folder(path.parent)
+    synced(path.parent)
 
 
 def _is_local(path: epath.Path) -> bool:
     return "://" not in str(path)
-
-
-def _sync_folder(folder: epath.Path) -> None:
-    """New names are on the disk too when this returns."""
-    number = os.open(os.fspath(folder), os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _files(directory: epath.Path) -> list[str]:

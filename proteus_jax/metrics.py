@@ -5,16 +5,34 @@ import json
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from clu import parameter_overview
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from proteus_jax.storage import write_atomically
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """A module that is not loaded yet cannot be imported in the block."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+# It would import torch where there is one: a second at every start, and nothing here needs it.
+with _without("torch"):
+    from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.record_writer import masked_crc32c
 
 FILE, EVENTS = "metrics.jsonl", "tensorboard"
 # Their classes are made at run time.

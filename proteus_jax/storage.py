@@ -17,6 +17,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def synced(path: str | os.PathLike[str]) -> None:
+    """What was written of a file, or the names in a folder, is on the disk itself."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is the old one or the whole new one, never a part."""
     with tempfile.NamedTemporaryFile(
@@ -79,6 +88,8 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            synced(path)
         # mkdtemp makes it private; the finished directory is as open as any other.
         temporary.chmod(0o755)
         if target.exists():
@@ -88,5 +99,6 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
             shutil.rmtree(aside)
         else:
             os.replace(temporary, target)
+        synced(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

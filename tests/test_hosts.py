@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -303,6 +304,43 @@ def test_a_signal_while_hosts_wait_for_each_other(
     first.send_signal(signal.SIGTERM)
     ((code, _, err),) = ended([first], timeout=30)
     assert (code, err) == (75, "interrupted; the same command goes on\n")
+
+
+# What a process does between meeting the others and its first step.
+JOINED = """
+import os, signal, sys, time
+from proteus_jax import cluster
+from proteus_jax.hosts import Place
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+place = Place(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
+try:
+    with cluster.joined(place, {}, timeout=60, progress=print, say=print):
+        print("joined", flush=True)
+        time.sleep(300)
+except KeyboardInterrupt:
+    os._exit(7)
+"""
+
+
+def test_a_signal_before_the_loop_of_several_hosts_is_heard() -> None:
+    port = str(free_port())
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOINED, str(host), port],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    for process in running:
+        assert process.stdout is not None
+        while process.stdout.readline() != "joined\n":
+            assert process.poll() is None
+    running[1].send_signal(signal.SIGTERM)
+    assert [code for code, _, _ in ended(running, timeout=60)] == [75, 7]
 
 
 @pytest.mark.parametrize("killed", [0, 1])

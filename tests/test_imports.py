@@ -30,6 +30,7 @@ LAYERS = [
     ("modelcard",),
     ("convert.importer", "convert.verify", "convert.onnx_writer", "convert.exporter"),
     ("data",),
+    ("heartbeat",),
     ("workdir",),
     ("fields",),
     ("known",),
@@ -40,7 +41,6 @@ LAYERS = [
     ("topology",),
     ("experiment", "checkup", "plan"),
     ("examination",),
-    ("heartbeat",),
     ("messages", "visualize", "outcome", "dump", "rows", "saving"),
     ("train",),
 ]

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
 from test_metrics import scalars
 
-from proteus_jax import heartbeat
+from proteus_jax import heartbeat, integrity
 from proteus_jax.changes import changes
 from proteus_jax.checkpoint import Checkpoints, Keep
 from proteus_jax.data.pipeline import Batch
-from proteus_jax.errors import Diverged, InputError, exit_code, fitting
+from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, fitting
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
 from proteus_jax.step import Skipped, TrainState
@@ -126,6 +127,54 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> Non
         checkpoints.wait()
         assert checkpoints.failed_in_a_row == 0
         assert checkpoints.newest().step == 3
+
+
+def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
+    folder: Path,
+) -> None:
+    keep = Keep(1)
+    with contextlib.closing(Checkpoints(str(folder), keep=keep)) as checkpoints:
+        checkpoints.save(5, state(5), {})
+        checkpoints.wait()
+        # As a removal that was cut short leaves it; and what somebody else put there.
+        shutil.copytree(folder / "5", folder / "2")
+        (folder / "2" / "seal.json").unlink()
+        (folder / "3").mkdir()
+        (folder / "3" / "notes.txt").write_text("mine")
+        checkpoints.save(6, state(6), {})
+        checkpoints.wait()
+        assert sorted(checkpoints.steps()) == [3, 6]
+        checkpoints.make_way(checkpoints.newest())
+        assert checkpoints.steps() == [6]
+    assert (folder / "damaged" / "3" / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_system_that_is_away_is_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is put aside, and no run begins anew; a bad place of the disk is damage."""
+    saved(folder, 1, 2)
+    stat, number = os.stat, errno.ESTALE
+
+    def away(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if number and str(path).startswith(str(folder / "2")):
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, *args, **more)
+
+    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", away)
+            with pytest.raises(Interrupted, match=r"seal.json cannot be looked at: Stale file"):
+                checkpoints.newest()
+        assert checkpoints.newest() == (2, {})
+
+        def broken(path: epath.Path, **_: Any) -> dict[str, Any]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(integrity, "_digest", broken)
+            with pytest.raises(InputError, match=r"step 2: it cannot be read: .*Input/output"):
+                checkpoints.newest()
 
 
 def test_nothing_is_left_of_a_save_whose_threads_outlive_it(folder: Path) -> None:
@@ -246,8 +295,17 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
+    with open(tmp_path / "stacks", "a") as stacks:
+        monkeypatch.setattr("sys.stderr", stacks)
+        # What is no step has no median: it is long after STILL.
+        monkeypatch.setattr(heartbeat, "STILL", 0.1)
+        with beat.standing():
+            deadline = time.monotonic() + 10
+            while len(said) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
     beat.saved(7)
     beat.close("done")
+    assert said.pop().startswith("measuring, at step 8, takes 0 s so far; the stacks of all")
     (line,) = said
     assert line.startswith("step 9 takes 0 s so far, others ")
     assert line.endswith("host 1 (b) has come to step 5, others to step 8")
@@ -289,6 +347,7 @@ def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
     assert process.stdout.readline() == "stuck\n"
     for number in signals:
         process.send_signal(number)
+        time.sleep(2 * StopRequest.REPEATED)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said in printed

@@ -44,15 +44,22 @@ def images() -> np.ndarray:
 
 
 def trained(
-    teachers: dict[str, Teacher], images: np.ndarray, steps: int = 1, **changes: Any
+    teachers: dict[str, Teacher],
+    images: np.ndarray,
+    steps: int = 1,
+    skipped: int = 0,
+    **changes: Any,
 ) -> tuple[TrainState, list[dict], dict]:
-    """After some steps on the same images: state, rows of metrics, the teachers' parameters."""
+    """After some steps on the same images: state, rows of metrics, the teachers' parameters.
+    `skipped` steps without an update come first.
+    """
     widths = {name: teacher.backbone.spec.width for name, teacher in teachers.items()}
     students = {"small": StudentFunction(changes.pop("spec", SMALL), widths)}
     optimizer = adamw(1e-3)
     normalisation = next(iter(teachers.values())).normalisation
     step = make_train_step(
-        teachers=teachers, students=students, optimizer=optimizer, schedule=lambda _: 1e-3,
+        teachers=teachers, students=students, optimizer=optimizer,
+        schedule=lambda updates: 1e-3 / (1 + updates),
         normalisation=normalisation, mask_ratio=0.5, ema_decay=0.0, seed=3, **changes,
     )  # fmt: skip
     params = {
@@ -61,6 +68,9 @@ def trained(
     }
     scaled = {name: widths[name] for name, each in teachers.items() if each.standardise}
     state = init_state(students, optimizer, ema=False, seed=3, standardise=scaled)
+    state = state._replace(
+        step=jnp.int32(skipped), skipped=state.skipped._replace(total=jnp.int32(skipped))
+    )
     compiled, rows = jax.jit(step), []
     for _ in range(steps):
         state, metrics = compiled(state, params, images)
@@ -181,6 +191,11 @@ def test_standardised_tokens(images: np.ndarray) -> None:
     )
     # A student that says nothing of note is off by the targets' variance, 1, and its own.
     assert 0.9 < rows[0]["small/token_loss"] < 4
+    # Steps without an update have left no moments, and no trace in the learning rate.
+    later, (row,), _ = trained({"teacher": scaled}, images, skipped=3)
+    np.testing.assert_allclose(later.statistics["teacher"].cls, moments_of(seen).cls, rtol=1e-4)
+    assert row["learning_rate"] == np.float32(1e-3)
+    assert 0.9 < row["small/token_loss"] < 4
 
 
 def tiny_features(params: Any, images: np.ndarray) -> Features:

@@ -2,13 +2,17 @@
 stands for a bucket.
 """
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -163,6 +167,49 @@ def test_an_address_is_somebodys_as_long_as_a_heartbeat_comes(
         memory.pipe("/bucket/run/heartbeat.json", lasting)
         with second.locked(said.append):
             assert "may still be running" in said[-1]
+
+
+def test_a_run_that_is_stopping_is_waited_for(tmp_path: Path) -> None:
+    """A lock of another process, which says that it has been asked to stop."""
+    holder = "import sys; from proteus_jax.workdir import Workdir; from pathlib import Path\n"
+    holder += "with Workdir(Path(sys.argv[1])).locked(print): print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        said: list[str] = []
+        beat = {"state": "training", "process": process.pid, "host": "here"}
+        (tmp_path / "heartbeat.json").write_text(json.dumps(beat))
+        message = rf"in use by another run \(process {process.pid} on"
+        with pytest.raises(InputError, match=message), Workdir(tmp_path).locked(said.append):
+            pass
+        (tmp_path / "heartbeat.json").write_text(json.dumps(beat | {"state": "stopping"}))
+        threading.Timer(0.2, process.stdin.close).start()
+        with Workdir(tmp_path).locked(said.append):
+            assert said[0].startswith(f"waiting for process {process.pid} on ")
+
+
+def test_where_there_are_no_locks_a_heartbeat_stands_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(heartbeat, "DEAD_AFTER", 0.5)
+    monkeypatch.setattr(heartbeat, "EVERY", 0.05)
+    with Workdir(tmp_path).locked(print):
+        beat = Heartbeat(tmp_path, 4, say=print, log=print)
+        with pytest.raises(InputError, match="in use by"), Workdir(tmp_path).locked(print):
+            pass
+        beat.close("stopped")
+    with Workdir(tmp_path).locked(print):
+        pass
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/run", "http://host/run", "hdfs://x"])
