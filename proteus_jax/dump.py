@@ -77,7 +77,7 @@ def write_dump(
             # The same command diverges at the same step; another one's dump is none of this run.
             # Without its seal first: half of a dump is none.
             (folder / SEAL).unlink(missing_ok=True)
-            checkpoints.forget()
+            checkpoints.shelf.forget()
         checkpoints.save(moment.step, before, experiment.facts)
     if failures:
         raise OSError(failures[0])
@@ -120,7 +120,7 @@ def replay(source: str, console: Console) -> None:
     _, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
     with contextlib.closing(Checkpoints(str((folder / STATE).absolute()))) as checkpoints:
-        found = checkpoints.newest()
+        found = checkpoints.shelf.newest()
         if found.step is None:
             raise InputError(f"{folder / STATE}: expected the state of a step, found none")
         state = checkpoints.restore(found.step, shapes, sharding.shardings(shapes, mesh))

@@ -110,7 +110,7 @@ def load_heads(source: str | Path) -> Heads | None:
         return None
     (name,) = config["student"]
     with contextlib.closing(Checkpoints(Workdir(workdir).checkpoints)) as checkpoints:
-        step = checkpoints.newest().step
+        step = checkpoints.shelf.newest().step
         if step is None:
             return None
         facts = checkpoints.facts(step)

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 
 from proteus_jax import sharding
-from proteus_jax.checkpoint import Checkpoints, Keep
+from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.console import Console
 from proteus_jax.errors import Interrupted
 from proteus_jax.heartbeat import Heartbeat
+from proteus_jax.shelf import Keep
 from proteus_jax.step import TrainState
 from proteus_jax.workdir import Workdir
 
@@ -60,7 +61,7 @@ class Saving:
         self.checkpoints.wait()
         failure = rows_written()
         if failure is None and jax.process_index() == 0:
-            failure = self.checkpoints.why_not(step)
+            failure = self.checkpoints.shelf.why_not(step)
         if sharding.from_first_host(int(failure is None)):
             self.checkpoints.save(step, state, facts)
         else:

@@ -102,7 +102,7 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
     remarks = []
     if jax.process_index() == 0:
         try:
-            found = checkpoints.newest()
+            found = checkpoints.shelf.newest()
         except InputError as error:
             raise InputError(
                 f"{error}. Restore it from a copy, give another workdir, or remove checkpoints/ "
@@ -125,7 +125,7 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
             raise InputError(problems + [f"{line} (this may differ)" for line in different.allowed])
         remarks += different.allowed
     if found is not None:
-        checkpoints.make_way(found)
+        checkpoints.shelf.make_way(found)
     return (None if step < 0 else step), remarks
 
 
@@ -246,7 +246,7 @@ class _Run:
         seen = {
             "images or teacher": json.dumps([self.experiment.facts, self.experiment.total_steps]),
             "checkpoint in the workdir": str(
-                resumed is None or resumed in self.saving.checkpoints.steps()
+                resumed is None or resumed in self.saving.checkpoints.shelf.steps()
             ),
             "held-out images that can be read": hashlib.sha256(views).hexdigest(),
         }

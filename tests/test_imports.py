@@ -35,6 +35,7 @@ LAYERS = [
     ("fields",),
     ("known",),
     ("integrity", "changes"),
+    ("shelf",),
     ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("loading",),
     ("evaluation",),
@@ -48,7 +49,7 @@ LAYERS = [
 DOORS = {
     "flax": ("models.",),
     "orbax": ("checkpoint",),
-    "etils": ("checkpoint", "integrity"),
+    "etils": ("shelf", "integrity"),
     "grain": ("data.",),
     "tensorflow_datasets": ("data.",),
     "PIL": (

@@ -24,11 +24,12 @@ from test_metrics import scalars
 
 from proteus_jax import heartbeat, integrity
 from proteus_jax.changes import changes
-from proteus_jax.checkpoint import Checkpoints, Keep
+from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.data.pipeline import Batch
 from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, fitting
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
+from proteus_jax.shelf import Keep, Shelf
 from proteus_jax.step import Skipped, TrainState
 from proteus_jax.watch import SkippedUpdates, StopRequest
 
@@ -65,7 +66,7 @@ def test_a_checkpoint_is_told_of_when_it_is_sealed(folder: Path) -> None:
         for step in (1, 2, 3, 4, 5):
             each.save(step, state(step), {"seed": 1})
         each.wait()
-        assert sorted(each.steps()) == [3, 4, 5]
+        assert sorted(each.shelf.steps()) == [3, 4, 5]
         shardings = jax.tree.map(lambda array: array.sharding, state(0))
         restored = each.restore(4, jax.eval_shape(lambda: state(0)), shardings)
     assert told == [1, 2, 3, 4, 5]
@@ -79,35 +80,34 @@ def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> No
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
     (folder / "9").mkdir()
-    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
-        found = checkpoints.newest()
-        assert found.step == 2
-        assert "expected sha256" in found.faults[3]
-        assert found.faults[9] == "no seal.json: a save that was not finished"
-        checkpoints.make_way(found)
-        assert sorted(checkpoints.steps()) == [1, 2]
-        assert (folder / "damaged" / "3" / "seal.json").exists()
-        for step in ("1", "2"):
-            (folder / step / "seal.json").write_text("")
-        with pytest.raises(InputError, match=r"saved here at step 3.*step 2: seal.json is damaged"):
-            checkpoints.newest()
-        shutil.rmtree(folder)
-        with pytest.raises(InputError, match=r"saved here at step 3, and .*\(there is none\)"):
-            checkpoints.newest()
-        checkpoints.forget()
-        assert checkpoints.newest() == (None, {})
+    shelf = Shelf(str(folder))
+    found = shelf.newest()
+    assert found.step == 2
+    assert "expected sha256" in found.faults[3]
+    assert found.faults[9] == "no seal.json: a save that was not finished"
+    shelf.make_way(found)
+    assert sorted(shelf.steps()) == [1, 2]
+    assert (folder / "damaged" / "3" / "seal.json").exists()
+    for step in ("1", "2"):
+        (folder / step / "seal.json").write_text("")
+    with pytest.raises(InputError, match=r"saved here at step 3.*step 2: seal.json is damaged"):
+        shelf.newest()
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"saved here at step 3, and .*\(there is none\)"):
+        shelf.newest()
+    shelf.forget()
+    assert shelf.newest() == (None, {})
 
 
 def test_a_directory_without_a_finished_save_is_no_run(folder: Path) -> None:
     (folder / "2").mkdir(parents=True)
     (folder / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
-        found = checkpoints.newest()
-        assert found.step is None
-        checkpoints.make_way(found)
+    shelf = Shelf(str(folder))
+    found = shelf.newest()
+    assert found.step is None
+    shelf.make_way(found)
     assert list(folder.iterdir()) == []
-    with contextlib.closing(Checkpoints(str(folder / "absent"))) as checkpoints:
-        assert checkpoints.newest() == (None, {})
+    assert Shelf(str(folder / "absent")).newest() == (None, {})
 
 
 def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> Non
         checkpoints.save(3, state(3), {})
         checkpoints.wait()
         assert checkpoints.failed_in_a_row == 0
-        assert checkpoints.newest().step == 3
+        assert checkpoints.shelf.newest().step == 3
 
 
 def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
@@ -143,9 +143,9 @@ def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
         (folder / "3" / "notes.txt").write_text("mine")
         checkpoints.save(6, state(6), {})
         checkpoints.wait()
-        assert sorted(checkpoints.steps()) == [3, 6]
-        checkpoints.make_way(checkpoints.newest())
-        assert checkpoints.steps() == [6]
+        assert sorted(checkpoints.shelf.steps()) == [3, 6]
+        checkpoints.shelf.make_way(checkpoints.shelf.newest())
+        assert checkpoints.shelf.steps() == [6]
     assert (folder / "damaged" / "3" / "notes.txt").read_text() == "mine"
 
 
@@ -154,27 +154,26 @@ def test_a_file_system_that_is_away_is_no_damage(
 ) -> None:
     """Nothing is put aside, and no run begins anew; a bad place of the disk is damage."""
     saved(folder, 1, 2)
-    stat, number = os.stat, errno.ESTALE
+    stat = os.stat
 
     def away(path: Any, *args: Any, **more: Any) -> os.stat_result:
-        if number and str(path).startswith(str(folder / "2")):
-            raise OSError(number, os.strerror(number), str(path))
+        if str(path).startswith(str(folder / "2")):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return stat(path, *args, **more)
 
-    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "stat", away)
-            with pytest.raises(Interrupted, match=r"seal.json cannot be looked at: Stale file"):
-                checkpoints.newest()
-        assert checkpoints.newest() == (2, {})
+    shelf = Shelf(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", away)
+        with pytest.raises(Interrupted, match=r"seal.json cannot be looked at: Stale file"):
+            shelf.newest()
+    assert shelf.newest() == (2, {})
 
-        def broken(path: epath.Path, **_: Any) -> dict[str, Any]:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    def broken(path: epath.Path, **_: Any) -> dict[str, Any]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-        with monkeypatch.context() as patch:
-            patch.setattr(integrity, "_digest", broken)
-            with pytest.raises(InputError, match=r"step 2: it cannot be read: .*Input/output"):
-                checkpoints.newest()
+    monkeypatch.setattr(integrity, "_digest", broken)
+    with pytest.raises(InputError, match=r"step 2: it cannot be read: .*Input/output"):
+        shelf.newest()
 
 
 def test_nothing_is_left_of_a_save_whose_threads_outlive_it(folder: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, arrays
-from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.errors import InputError
 from proteus_jax.integrity import SEAL
+from proteus_jax.shelf import Shelf
 
 NEWEST = STEPS
 # Of the undisturbed run, so many of the newest are looked at.
@@ -149,53 +149,45 @@ def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
     if number % 7 == 0:
         (root.parent / NOTED).unlink()
     left = [step for step in known if step not in spoilt]
-    checkpoints = Checkpoints(str(root))
-    try:
-        if not left:
-            _nothing_is_left(checkpoints, root, spoilt, kinds)
-            return
-        found = checkpoints.newest()
-        assert found.step == max(left), (found, kinds)
-        for step, kind in zip(spoilt, kinds, strict=True):
-            if not (kind == "gone" and (step != NEWEST or not (root.parent / NOTED).exists())):
-                assert found.faults[step], kinds
-        checkpoints.make_way(found)
-        assert sorted(checkpoints.steps()) == left
-        _is(root, max(left), known)
-    finally:
-        checkpoints.close()
+    shelf = Shelf(str(root))
+    if not left:
+        _nothing_is_left(shelf, root, spoilt, kinds)
+        return
+    found = shelf.newest()
+    assert found.step == max(left), (found, kinds)
+    for step, kind in zip(spoilt, kinds, strict=True):
+        if not (kind == "gone" and (step != NEWEST or not (root.parent / NOTED).exists())):
+            assert found.faults[step], kinds
+    shelf.make_way(found)
+    assert sorted(shelf.steps()) == left
+    _is(root, max(left), known)
     shutil.rmtree(root.parent)
 
 
-def _nothing_is_left(
-    checkpoints: Checkpoints, root: Path, spoilt: list[int], kinds: list[str]
-) -> None:
+def _nothing_is_left(shelf: Shelf, root: Path, spoilt: list[int], kinds: list[str]) -> None:
     """An error that names every one; only without a trace of a finished save may a run begin."""
     before = sorted(str(path) for path in root.rglob("*"))
     finished = [step for step in spoilt if (root / str(step) / "_CHECKPOINT_METADATA").exists()]
     if (root.parent / NOTED).exists() or list(root.rglob(SEAL)) or len(finished) > 1:
         with pytest.raises(InputError) as error:
-            checkpoints.newest()
+            shelf.newest()
         for step, kind in zip(spoilt, kinds, strict=True):
             assert kind == "gone" or f"step {step}: " in str(error.value)
     else:
-        assert checkpoints.newest().step is None, kinds
+        assert shelf.newest().step is None, kinds
     assert sorted(str(path) for path in root.rglob("*")) == before
 
 
 def _beside(bench: Bench, known: Known, name: str, act: Callable[[Path], object]) -> None:
     root = _few(bench, known, f"beside {name}")
     act(root)
-    checkpoints = Checkpoints(str(root))
-    try:
-        found = checkpoints.newest()
-        assert found.step == NEWEST, found
-        checkpoints.make_way(found)
-        assert sorted(checkpoints.steps()) == sorted(known)
-        assert not list(root.glob("*tmp*"))
-        _is(root, NEWEST, known)
-    finally:
-        checkpoints.close()
+    shelf = Shelf(str(root))
+    found = shelf.newest()
+    assert found.step == NEWEST, found
+    shelf.make_way(found)
+    assert sorted(shelf.steps()) == sorted(known)
+    assert not list(root.glob("*tmp*"))
+    _is(root, NEWEST, known)
 
 
 def _few(bench: Bench, known: Known, name: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, Limit, assert_same, rows, until
-from proteus_jax.checkpoint import Checkpoints, Keep
+from proteus_jax.shelf import Keep, Shelf
 
 SIZE = 40 * 2**20
 
@@ -56,9 +56,7 @@ def _limited_stops(bench: Bench) -> None:
         result.stderr
     )
     assert "Traceback" not in result.stderr
-    checkpoints = Checkpoints(str(workdir / "checkpoints"))
-    assert checkpoints.newest().step == 4
-    checkpoints.close()
+    assert Shelf(str(workdir / "checkpoints")).newest().step == 4
     assert not [path for path in (workdir / "checkpoints").iterdir() if "tmp" in path.name]
     after = bench.run(command)
     assert after.returncode == 0, after.stderr
@@ -181,9 +179,7 @@ def _full(bench: Bench, what: str) -> None:
             assert process.returncode in (0, 75), printed
             assert "Traceback" not in printed
         ballast.unlink(missing_ok=True)
-        checkpoints = Checkpoints(str(workdir / "checkpoints"))
-        newest = checkpoints.newest().step
-        checkpoints.close()
+        newest = Shelf(str(workdir / "checkpoints")).newest().step
         assert newest is not None
         assert newest >= 4
         after = bench.run(command)
