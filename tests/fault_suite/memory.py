@@ -11,12 +11,12 @@ from fault_suite.bench import Bench, Limit, rows
 ADDRESSES = Limit("RLIMIT_AS", 16 * 2**30)
 
 
-def faults(bench: Bench, *, quick: bool) -> list[Fault]:
+def faults(bench: Bench) -> list[Fault]:
     """Steps and features that are too large."""
-    step = Fault("a step that does not fit", lambda: _step(bench))
-    if quick:
-        return [step]
-    return [step, Fault("features that do not fit", lambda: _features(bench))]
+    return [
+        Fault("a step that does not fit", lambda: _step(bench)),
+        Fault("features that do not fit", lambda: _features(bench)),
+    ]
 
 
 def _step(bench: Bench) -> None:
