@@ -37,7 +37,7 @@ lock: .venv/tools.stamp
 		requirements.txt --output-file requirements.lock
 
 audit: .venv/tools.stamp
-	$(TOOLS)/pip-audit --strict --no-deps --disable-pip -r requirements.lock
+	$(TOOLS)/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
 
 .venv/tools.stamp: | .venv/bin/python
 	$(PYTHON) -m venv $(dir $(TOOLS))

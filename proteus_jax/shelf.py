@@ -44,12 +44,13 @@ class Keep(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The newest checkpoint that is whole, or None, and what is wrong with those after it, in words
-    by the name of their directory.
+    """The newest checkpoint that is whole, or None; what is wrong with those after it, in words by
+    the name of their directory; and the names of what saves have left unfinished.
     """
 
     step: int | None
     faults: dict[int, str]
+    unfinished: list[str]
 
 
 class Shelf:
@@ -78,12 +79,13 @@ class Shelf:
         """
         last = self._last_saved()
         faults: dict[int, str] = {}
+        unfinished = sorted(path.name for path in self._unfinished())
         for step in sorted(self.steps(), reverse=True):
             reason = damage(self.place(step), _name(step))
             if reason is None:
                 if last is not None and last > step:
                     faults.setdefault(last, "it is gone")
-                return Found(step, faults)
+                return Found(step, faults, unfinished)
             faults[step] = reason
         directories = [self.place(step) for step in faults]
         # A kill between orbax's end and the seal leaves one; several are a run of a version
@@ -96,7 +98,7 @@ class Shelf:
                 f"{self._root}: a run was saved here{known}, and no checkpoint of it is whole "
                 f"({'; '.join(reasons) or 'there is none'})"
             )
-        return Found(None, faults)
+        return Found(None, faults, unfinished)
 
     def make_way(self, found: Found) -> None:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
@@ -117,12 +119,15 @@ class Shelf:
 
     def clear(self) -> bool:
         """Removes what saves left unfinished; whether there was any."""
-        if not self._root.is_dir():
-            return False
-        unfinished = [path for path in self._root.iterdir() if UNFINISHED in path.name]
+        unfinished = self._unfinished()
         for path in unfinished:
             _remove(path)
         return bool(unfinished)
+
+    def _unfinished(self) -> list[epath.Path]:
+        if not there(self._root) or not self._root.is_dir():
+            return []
+        return [path for path in self._root.iterdir() if UNFINISHED in path.name]
 
     def clear_for_good(self) -> None:
         """The same where threads of a failed save may still write, below a directory that is being

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from proteus_jax.errors import InputError
 
+# Beside a name, what is to get it once it is whole, or had it before.
+BESIDE = ".{name}.unfinished-"
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
@@ -29,7 +32,7 @@ def synced(path: str | os.PathLike[str]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is the old one or the whole new one, never a part."""
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}-", delete=False
+        "w", dir=path.parent, prefix=BESIDE.format(name=path.name), delete=False
     ) as file:
         beside = Path(file.name)
         try:
@@ -41,6 +44,16 @@ def write_atomically(path: Path, text: str) -> None:
         except OSError:
             beside.unlink(missing_ok=True)
             raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process was writing in a folder, or one below it, that nobody else
+    writes to.
+    """
+    pattern = BESIDE.format(name="*") + "*"
+    for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def why_unwritable(directory: Path) -> str | None:
@@ -85,7 +98,8 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _named_at_the_end(target: Path) -> Iterator[Path]:
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    prefix = BESIDE.format(name=target.name)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
@@ -93,7 +107,7 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
         # mkdtemp makes it private; the finished directory is as open as any other.
         temporary.chmod(0o755)
         if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
             os.replace(target, aside)
             os.replace(temporary, target)
             shutil.rmtree(aside)

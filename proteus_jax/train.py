@@ -114,6 +114,9 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
             f"the checkpoint of step {number} is not whole: {reason}; {instead}"
             for number, reason in found.faults.items()
         ]
+        remarks += [
+            f"{name}, which a save left unfinished, is removed" for name in found.unfinished
+        ]
     else:
         found, step = None, -1
     step = sharding.from_first_host(step)

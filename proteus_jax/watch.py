@@ -250,6 +250,9 @@ class StopRequest:
     def _listen(self) -> None:
         if self._hears_one(None):
             self.made, heard = True, time.monotonic()
+            # Not here: where nobody reads, this thread must not wait.
+            words = "asked to stop: the run saves after this step; once more ends it at once"
+            threading.Thread(target=self._say, args=(words,), daemon=True).start()
             again = self._hears_one(heard + self._deadline)
             while again and time.monotonic() < heard + self.REPEATED:
                 again = self._hears_one(heard + self._deadline)

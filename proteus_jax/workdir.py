@@ -22,7 +22,7 @@ import fsspec
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.heartbeat import FILE as HEARTBEAT
 from proteus_jax.heartbeat import is_stopping, living
-from proteus_jax.storage import why_unwritable
+from proteus_jax.storage import remove_leftovers, why_unwritable
 
 SCHEMES = ("gs",)
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
@@ -63,6 +63,7 @@ class Workdir:
         self.local.mkdir(parents=True, exist_ok=True)
         with open(self.local / LOCK, "a+") as file:
             self._lock(file, say)
+            remove_leftovers(self.local)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

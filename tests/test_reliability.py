@@ -96,7 +96,7 @@ def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> No
     with pytest.raises(InputError, match=r"saved here at step 3, and .*\(there is none\)"):
         shelf.newest()
     shelf.forget()
-    assert shelf.newest() == (None, {})
+    assert shelf.newest() == (None, {}, [])
 
 
 def test_a_directory_without_a_finished_save_is_no_run(folder: Path) -> None:
@@ -105,9 +105,10 @@ def test_a_directory_without_a_finished_save_is_no_run(folder: Path) -> None:
     shelf = Shelf(str(folder))
     found = shelf.newest()
     assert found.step is None
+    assert found.unfinished == ["4.orbax-checkpoint-tmp"]
     shelf.make_way(found)
     assert list(folder.iterdir()) == []
-    assert Shelf(str(folder / "absent")).newest() == (None, {})
+    assert Shelf(str(folder / "absent")).newest() == (None, {}, [])
 
 
 def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_file_system_that_is_away_is_no_damage(
         patch.setattr(os, "stat", away)
         with pytest.raises(Interrupted, match=r"seal.json cannot be looked at: Stale file"):
             shelf.newest()
-    assert shelf.newest() == (2, {})
+    assert shelf.newest() == (2, {}, [])
 
     def broken(path: epath.Path, **_: Any) -> dict[str, Any]:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
@@ -181,8 +182,9 @@ def test_nothing_is_left_of_a_save_whose_threads_outlive_it(folder: Path) -> Non
 
     def write_on() -> None:
         for number in range(8):
-            unfinished.mkdir(parents=True, exist_ok=True)
+            # What it has just made may be gone already.
             with contextlib.suppress(FileNotFoundError):
+                unfinished.mkdir(parents=True, exist_ok=True)
                 (unfinished / str(number)).touch()
             time.sleep(0.05)
 

@@ -169,6 +169,24 @@ def test_an_address_is_somebodys_as_long_as_a_heartbeat_comes(
             assert "may still be running" in said[-1]
 
 
+def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
+    """A process that is killed leaves what it had not given its name yet."""
+    code = "import os, sys; from pathlib import Path; from proteus_jax.storage import *\n"
+    code += (
+        "with atomic_directory(Path(sys.argv[1])) as folder: (folder / 'a').touch(); os._exit(9)"
+    )
+    for name in ("student", "student/small"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT)
+    assert len(list(tmp_path.rglob("a"))) == 2
+    kept = (".notes", ".git-annex_1", "student/.hidden")
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    with Workdir(tmp_path).locked(print):
+        names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".*")}
+    assert names == {*kept, ".lock"}
+    assert not list(tmp_path.rglob("a"))
+
+
 def test_a_run_that_is_stopping_is_waited_for(tmp_path: Path) -> None:
     """A lock of another process, which says that it has been asked to stop."""
     holder = "import sys; from proteus_jax.workdir import Workdir; from pathlib import Path\n"

@@ -184,6 +184,7 @@ def _beside(bench: Bench, known: Known, name: str, act: Callable[[Path], object]
     shelf = Shelf(str(root))
     found = shelf.newest()
     assert found.step == NEWEST, found
+    assert found.unfinished == [path.name for path in root.glob("*tmp*")]
     shelf.make_way(found)
     assert sorted(shelf.steps()) == sorted(known)
     assert not list(root.glob("*tmp*"))
