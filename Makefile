@@ -4,13 +4,16 @@ BIN := .venv/bin
 TOOLS := .venv/tools/bin
 TESTS := $(BIN)/python -m pytest -n 2
 
-# LOCKED=1 installs what requirements.lock pins, each file checked against its digest.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# LOCKED=1 installs what requirements.lock pins, each file checked against its digest; into an
+# environment that is there already too.
 LOCKED ?=
-RUN := $(if $(LOCKED),--require-hashes -r requirements.lock,-r requirements.txt)
+RUN := $(if $(LOCKED),.venv/locked.stamp,.venv/run.stamp)
 
 .PHONY: quickstart test test-full faults lint format lock audit
 
-quickstart: .venv/run.stamp
+quickstart: $(RUN)
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: .venv/dev.stamp
@@ -49,13 +52,17 @@ audit: .venv/tools.stamp
 	$(PYTHON) -m venv .venv
 
 .venv/run.stamp: requirements.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(RUN)
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/locked.stamp: requirements.lock | .venv/bin/python
+	$(PIP) --require-hashes -r requirements.lock
 	touch $@
 
 .venv/dev.stamp: requirements-dev.txt .venv/run.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 .venv/parity.stamp: requirements-parity.txt .venv/dev.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-parity.txt
+	$(PIP) -r requirements-parity.txt
 	touch $@

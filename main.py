@@ -219,6 +219,10 @@ def _notes(error: Exception) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("proteus_jax", "configs")
+
+
 def main() -> int:
     """Runs the command line; returns the exit code."""
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -245,6 +249,12 @@ def main() -> int:
         if is_of_the_disk(error):
             said = f"{error}; the same command goes on once there is room to write"
             console.error("\n".join([said, *_notes(error)]))
+        elif isinstance(error, ModuleNotFoundError) and not _is_ours(error.name or ""):
+            console.error(
+                f"{sys.executable} has no {error.name}: expected what requirements.txt names; "
+                "`make .venv/run.stamp` installs it for .venv/bin/python"
+            )
+            return InputError.EXIT_CODE
         else:
             console.error(traceback.format_exc())
         return exit_code(error)

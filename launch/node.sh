@@ -3,7 +3,8 @@
 #
 #   launch/node.sh --config=configs/vitb14.py --workdir=~/runs/vitb14 --config.data.root=~/imagenet/train
 #
-# DRY_RUN=1 prints the commands. A run that was interrupted (exit code 75) is started again.
+# DRY_RUN=1 prints the commands. A run that was interrupted (exit code 75) is started again; any other
+# end, as when the system kills it for want of memory, is one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

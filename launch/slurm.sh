@@ -5,7 +5,8 @@
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/vitl14.py --workdir=/shared/vitl14 ...
 #
 # The workdir and this folder must lie where all nodes see them. One minute before the time limit or
-# a preemption SLURM sends SIGTERM: the run saves, exits with 75, and is queued again.
+# a preemption SLURM sends SIGTERM: the run saves, or gives that up after 50 s, exits with 75, and is
+# queued again. Any other end is one: SLURM itself queues again what a lost node ended.
 #SBATCH --job-name=proteus
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,7 +25,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 code=0
 # Since 22.05 srun does not take the job's --cpus-per-task by itself.
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" main.py \
-  "--config.hosts=${SLURM_NNODES}" "$@" || code=$?
+  "--config.hosts=${SLURM_NNODES}" --config.stop_within=50 "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

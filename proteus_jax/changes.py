@@ -30,6 +30,8 @@ WITHOUT_EFFECT = (
     *("checkpoint_every", "max_skipped", "max_failed_saves", "keep_checkpoints", "keep_every"),
     *("stop_within", "eval", "data.workers", "data.threads", "data.unreadable"),
 )
+# What is given in epochs counts only where it is not given in steps.
+_IN_STEPS = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 # Fields that decide when a run ends.
 LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "data.epoch")
 
@@ -49,8 +51,10 @@ def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
         facts.pop(CARD, None)
     refused = _different(dict(_leaves(was)), dict(_leaves(now)))
     lines = [f"{key}: {_refusal(key, *values)}" for key, values in refused.items()]
+    given = {field for field in ("steps", "warmup_steps") if own[1].get(field) is not None}
     allowed = [
-        f"--config.{field}: {_short(before)} until now, {_short(after)} from here on{_rule(field)}"
+        f"--config.{field}: {_short(before)} until now, {_short(after)} from here on"
+        f"{_rule(field, given)}"
         for field, (before, after) in _different(*own).items()
         if not (refused and _within(field, IDENTITY))
     ]
@@ -98,7 +102,10 @@ def _within(field: str, groups: tuple[str, ...]) -> bool:
     return any(field == group or field.startswith(f"{group}.") for group in groups)
 
 
-def _rule(field: str) -> str:
+def _rule(field: str, given: set[str]) -> str:
+    """What a change comes to; `given` are the fields in steps that a run has."""
+    if _IN_STEPS.get(field) in given:
+        return f", which counts for nothing beside --config.{_IN_STEPS[field]}"
     if _within(field, IDENTITY + WITHOUT_EFFECT):
         return ", which changes no number of the training"
     if field in LENGTH:

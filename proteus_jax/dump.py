@@ -150,7 +150,7 @@ def replay(source: str, console: Console) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What dump.json and batch.npz hold; InputError where that is no dump's."""
     wrong = f"--replay: {folder} is no dump of a step"
-    reason = damage(folder, SEALED_AS)
+    reason = damage(folder, SEALED_AS) if folder.is_dir() else "no such folder"
     if reason is not None:
         raise InputError(f"{wrong}: {reason}")
     with about(wrong), refusing("it cannot be read"):

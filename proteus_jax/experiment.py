@@ -27,9 +27,11 @@ from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.agreement import Said
+from proteus_jax.evaluation.results import FILE as RESULTS
 from proteus_jax.flops import known_device
 from proteus_jax.lens import resized
 from proteus_jax.lessons import FIRST, lessons, masks, side_of_images
+from proteus_jax.metrics import FILE as METRICS
 from proteus_jax.modelcard import licence_of
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
@@ -40,7 +42,7 @@ from proteus_jax.start import adapted
 from proteus_jax.step import Metrics, Teacher, TrainState, one_grid, seen_by
 from proteus_jax.storage import sha256
 from proteus_jax.teachers import find_teacher, obtain_teacher, teacher_spec
-from proteus_jax.workdir import why_no_workdir
+from proteus_jax.workdir import CHECKPOINTS, first_of, is_remote, why_no_workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,10 +159,28 @@ def _open_images(config: Any) -> Split:
 def _check_workdir(workdir: str | None) -> list[str]:
     problems: list[str] = []
     with collecting(problems, "--workdir"):
-        reason = None if workdir is None else why_no_workdir(workdir)
+        reason = None if workdir is None else why_no_workdir(workdir) or _why_no_run(workdir)
         if reason:
             raise InputError(reason)
     return problems
+
+
+def _why_no_run(workdir: str) -> str | None:
+    """Why a run would write over what lies in a folder; None where that is nothing, or a run."""
+    if first_of(workdir, (METRICS, CHECKPOINTS, f"{CHECKPOINTS}.json")):
+        return None
+    there = first_of(workdir, (WEIGHTS, RESULTS))
+    if there:
+        return f"{workdir} holds a model or an evaluation ({there}); give another folder"
+    described = Path(workdir).expanduser() / "config.json"
+    if not is_remote(workdir) and described.is_file():
+        try:
+            of_a_run = {"teacher", "student"} <= json.loads(described.read_text()).keys()
+        except (ValueError, AttributeError):
+            of_a_run = False
+        if not of_a_run:
+            return f"{workdir} holds a config.json that is no run's; give another folder"
+    return None
 
 
 def found_devices() -> str:

@@ -81,10 +81,14 @@ class Heartbeat:
         """The loop has ended a step."""
         now = time.monotonic()
         with self._lock:
-            # The first ones compile.
-            if self._state == "training" and self._step is not None:
+            # The first one compiles.
+            if self._state == "training":
                 self._times.append(now - self._last)
             self._step, self._last, self._state, self._told = step, now, "training", False
+
+    def resumed(self, step: int) -> None:
+        """The loop goes on from a checkpoint."""
+        self._step = self._saved = step
 
     def saved(self, step: int) -> None:
         """A checkpoint is complete."""

@@ -34,7 +34,7 @@ class Saving:
     def resumed(self, step: int) -> None:
         """The run goes on from there."""
         self.newest = step
-        self.heartbeat.saved(step)
+        self.heartbeat.resumed(step)
 
     def _note_saved(self, step: int, seconds: float) -> None:
         self.newest = step

@@ -124,8 +124,10 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
         different = changes(checkpoints.facts(step), experiment.facts)
         if different.refused:
             where = f"--workdir holds another run, at step {step}"
-            problems = [f"{where}: {line} (refused)" for line in different.refused]
-            raise InputError(problems + [f"{line} (this may differ)" for line in different.allowed])
+            error = InputError([f"{where}: {line} (refused)" for line in different.refused])
+            for line in different.allowed:
+                error.add_note(f"{line} (this may differ)")
+            raise error
         remarks += different.allowed
     if found is not None:
         checkpoints.shelf.make_way(found)

@@ -19,7 +19,7 @@ from typing import IO
 
 import fsspec
 
-from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.errors import InputError, Interrupted, about
 from proteus_jax.heartbeat import FILE as HEARTBEAT
 from proteus_jax.heartbeat import is_stopping, living
 from proteus_jax.storage import remove_leftovers, why_unwritable
@@ -60,8 +60,10 @@ class Workdir:
         """
         if self.remote:
             self._refuse_while_it_lives(say)
-        self.local.mkdir(parents=True, exist_ok=True)
-        with open(self.local / LOCK, "a+") as file:
+        with about("--workdir"):
+            self.local.mkdir(parents=True, exist_ok=True)
+            file = open(self.local / LOCK, "a+")  # noqa: SIM115  (just below)
+        with file:
             self._lock(file, say)
             remove_leftovers(self.local)
             file.truncate(0)

@@ -27,7 +27,7 @@ alone() {
 }
 
 if [ "$part" = --part ]; then
-    alone make .venv/run.stamp LOCKED=1 PYTHON="${PYTHON:-python3}"
+    alone make .venv/locked.stamp PYTHON="${PYTHON:-python3}"
     run=(.venv/bin/python main.py --config=configs/quickstart.py --config.steps=3)
 else
     alone make quickstart PYTHON="${PYTHON:-python3}"

@@ -246,6 +246,11 @@ def test_what_differs_is_said_and_only_some_is_refused() -> None:
         "--config.learning_rate: null until now, 0.1 from here on",
         f'--config.data.root: ["a"] until now, ["b"] {without}',
     ]
+    found = changes(facts(), facts(epochs=9.0))
+    assert found.allowed == [
+        "--config.epochs: null until now, 9.0 from here on, which counts for nothing beside "
+        "--config.steps"
+    ]
     found = changes(facts(), facts(seed=1, log_every=2))
     assert found.refused == ["seed: the checkpoint has 0, this run has 1"]
     assert found.allowed == [f"--config.log_every: 1 until now, 2 {without}"]

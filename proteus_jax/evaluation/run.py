@@ -14,7 +14,7 @@ from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console
 from proteus_jax.data.pipeline import worker_count
 from proteus_jax.data.views import CentreCrop
-from proteus_jax.errors import InputError, collecting
+from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation import analysis, finegrained, linear, neighbours, robustness
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Reading
@@ -106,7 +106,8 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     """Measures, and writes results.json; returns the exit code."""
     keep_compiled_programs()
     workdir, leads = place.local, jax.process_index() == 0
-    workdir.mkdir(parents=True, exist_ok=True)
+    with about("--workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
     console.quiet = not leads
     console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
     mesh = sharding.make_mesh()
