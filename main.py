@@ -32,6 +32,7 @@ Exit codes: 0 done; 2 the input was wrong, and nothing was written, or memory do
 """
 
 import math
+import os
 import signal
 import sys
 import traceback
@@ -40,7 +41,15 @@ from typing import Any, NamedTuple
 
 import proteus_jax
 from proteus_jax.console import Console
-from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, fitting, is_of_the_disk
+from proteus_jax.errors import (
+    Diverged,
+    InputError,
+    Interrupted,
+    exit_code,
+    fitting,
+    is_of_a_name,
+    is_of_the_disk,
+)
 from proteus_jax.hosts import ALONE, Place, find_place
 
 PATHS = ("--config", "--workdir", "--output", "--replay")
@@ -219,6 +228,22 @@ def _notes(error: Exception) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
+def _end_at_a_signal(console: Console) -> None:
+    """A request to stop ends this process at once: until it trains, which is when requests wait for
+    the step, nothing is lost. An exception in place of that may end in some library's callback.
+    """
+
+    def end(*_: Any) -> None:
+        try:
+            console.error("interrupted; the same command goes on")
+        finally:
+            os._exit(Interrupted.EXIT_CODE)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
 def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in ("proteus_jax", "configs")
 
@@ -228,9 +253,8 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    # A scheduler's request to end is a person's; once it trains, both wait for the step.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
+    _end_at_a_signal(console)
     try:
         return distil(sys.argv[1:], console)
     except InputError as error:
@@ -242,13 +266,13 @@ def main() -> int:
     except (Diverged, Interrupted) as error:
         console.error("\n".join([str(error), *_notes(error)]))
         return exit_code(error)
-    except KeyboardInterrupt as error:
-        console.error("interrupted; the same command goes on")
-        return exit_code(error)
     except Exception as error:
         if is_of_the_disk(error):
             said = f"{error}; the same command goes on once there is room to write"
             console.error("\n".join([said, *_notes(error)]))
+        elif isinstance(error, OSError) and is_of_a_name(error):
+            console.log(traceback.format_exc())
+            console.error(f"1 problem with the input:\n  {error.filename}: {error.strerror}")
         elif isinstance(error, ModuleNotFoundError) and not _is_ours(error.name or ""):
             console.error(
                 f"{sys.executable} has no {error.name}: expected what requirements.txt names; "

@@ -68,10 +68,24 @@ def is_of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _OF_THE_DISK
 
 
+# Something else is in the way of a name, or it is somebody else's.
+_OF_A_NAME = (
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ELOOP, errno.ENAMETOOLONG),
+)
+
+
+def is_of_a_name(error: BaseException) -> bool:
+    """True where the system refuses a name that this process was given, or made of one."""
+    return isinstance(error, OSError) and error.errno in _OF_A_NAME and bool(error.filename)
+
+
 def exit_code(error: BaseException) -> int:
     """With which a process ends of an error; 1 where it is a defect."""
     if isinstance(error, KeyboardInterrupt) or is_of_the_disk(error):
         return Interrupted.EXIT_CODE
+    if is_of_a_name(error):
+        return InputError.EXIT_CODE
     return error.EXIT_CODE if isinstance(error, InputError | Diverged | Interrupted) else DEFECT
 
 

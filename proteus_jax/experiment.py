@@ -42,7 +42,10 @@ from proteus_jax.start import adapted
 from proteus_jax.step import Metrics, Teacher, TrainState, one_grid, seen_by
 from proteus_jax.storage import sha256
 from proteus_jax.teachers import find_teacher, obtain_teacher, teacher_spec
-from proteus_jax.workdir import CHECKPOINTS, first_of, is_remote, why_no_workdir
+from proteus_jax.workdir import CHECKPOINTS, STUDENTS, first_of, is_remote, why_no_workdir
+
+# What a run writes after its config.json, and would take somebody else's place with.
+WRITTEN = (METRICS, *STUDENTS, "report.html", "report", "agreement.png", "dump", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     fetched while anything is wrong: a download of gigabytes must not come before the news of a
     misspelt path.
     """
-    problems = [*known, *_check_workdir(workdir), *_check_devices(config)]
+    problems = [*known, *_check_workdir(workdir, config.data.root), *_check_devices(config)]
     split, labelled = None, None
     models: dict[str, Path | None] = {}
     if config.eval.root not in ("", pictures.NAME):
@@ -156,10 +159,12 @@ def _open_images(config: Any) -> Split:
     )
 
 
-def _check_workdir(workdir: str | None) -> list[str]:
+def _check_workdir(workdir: str | None, roots: Sequence[str]) -> list[str]:
     problems: list[str] = []
     with collecting(problems, "--workdir"):
-        reason = None if workdir is None else why_no_workdir(workdir) or _why_no_run(workdir)
+        reason = None if workdir is None else why_no_workdir(workdir)
+        if workdir is not None and not reason:
+            reason = _why_no_run(workdir) or _why_among_images(workdir, roots)
         if reason:
             raise InputError(reason)
     return problems
@@ -167,19 +172,34 @@ def _check_workdir(workdir: str | None) -> list[str]:
 
 def _why_no_run(workdir: str) -> str | None:
     """Why a run would write over what lies in a folder; None where that is nothing, or a run."""
-    if first_of(workdir, (METRICS, CHECKPOINTS, f"{CHECKPOINTS}.json")):
+    if first_of(workdir, (f"{CHECKPOINTS}.json",)):
         return None
     there = first_of(workdir, (WEIGHTS, RESULTS))
     if there:
         return f"{workdir} holds a model or an evaluation ({there}); give another folder"
-    described = Path(workdir).expanduser() / "config.json"
-    if not is_remote(workdir) and described.is_file():
-        try:
-            of_a_run = {"teacher", "student"} <= json.loads(described.read_text()).keys()
-        except (ValueError, AttributeError):
-            of_a_run = False
-        if not of_a_run:
-            return f"{workdir} holds a config.json that is no run's; give another folder"
+    if is_remote(workdir) or _is_a_runs(Path(workdir).expanduser() / "config.json"):
+        return None
+    there = first_of(workdir, ("config.json", *WRITTEN))
+    if there:
+        return f"{workdir} holds {there}, and is no run's; give another folder"
+    return None
+
+
+def _is_a_runs(described: Path) -> bool:
+    try:
+        return {"teacher", "student"} <= json.loads(described.read_text()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _why_among_images(workdir: str, roots: Sequence[str]) -> str | None:
+    """A run's own pictures would be images to train on."""
+    place = Path(workdir).expanduser().resolve()
+    for root in roots:
+        folder = Path(root).expanduser()
+        inside = folder.is_dir() and place.is_relative_to(folder.resolve())
+        if inside and not (is_remote(workdir) or is_remote(root)):
+            return f"{workdir} lies in {root}, whose images the run's own would be among"
     return None
 
 

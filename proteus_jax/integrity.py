@@ -55,7 +55,7 @@ def damage(folder: epath.PathLike, what: str) -> str | None:
     directory = epath.Path(folder)
     try:
         sealed = _read_seal(directory, what)
-        missing = [name for name in sealed if not there(directory / name)]
+        missing = [name for name in sealed if not _is_file(directory / name)]
         if missing:
             return f"{missing[0]} is missing"
         with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
@@ -81,6 +81,11 @@ def damage(folder: epath.PathLike, what: str) -> str | None:
 def is_sealed(directory: epath.Path) -> bool:
     """Whether there is a seal, whole or not."""
     return there(directory / SEAL)
+
+
+def _is_file(path: epath.Path) -> bool:
+    # Anything else might be waited for without end, as a pipe.
+    return there(path) and path.is_file()
 
 
 def there(path: epath.Path) -> bool:
@@ -142,7 +147,7 @@ def _digest(path: epath.Path, *, sync: bool = True) -> dict[str, Any]:
 
 def _read_seal(directory: epath.Path, what: str) -> dict[str, dict[str, Any]]:
     """The digests by name; ValueError, in words, where the seal is missing, broken or another's."""
-    if not is_sealed(directory):
+    if not _is_file(directory / SEAL):
         raise ValueError(f"no {SEAL}: a save that was not finished")
     head, _, body = (directory / SEAL).read_bytes().partition(b"\n")
     body = body.removesuffix(b"\n")

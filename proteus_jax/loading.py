@@ -18,6 +18,7 @@ from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_model
+from proteus_jax.shelf import Shelf
 from proteus_jax.standardise import Moments, restored
 from proteus_jax.teachers import find_teacher, obtain_teacher
 from proteus_jax.workdir import CHECKPOINTS, Workdir, fetched, is_remote
@@ -37,7 +38,12 @@ def load_any(source: str | Path) -> Model:
         return Model(*load_model(directory))
     students = directory / "student"
     if (students / WEIGHTS).is_file():
-        return Model(*load_model(students))
+        model = Model(*load_model(students))
+        # A run that has been made longer, and has not ended again, has a newer one.
+        saved, exported = Shelf(Workdir(directory).checkpoints).noted(), model.card.source
+        if saved is None or saved <= exported.get("steps", saved):
+            return model
+        return _from_checkpoint(directory)
     if students.is_dir():
         names = sorted(path.name for path in students.iterdir() if (path / WEIGHTS).is_file())
         raise InputError(
@@ -105,15 +111,16 @@ def load_heads(source: str | Path) -> Heads | None:
     workdir = Path(source).expanduser()
     if is_remote(str(source)) or not (workdir / CHECKPOINTS).is_dir():
         return None
-    config = _run_config(workdir)
-    if len(config["student"]) != 1:
+    if len(_run_config(workdir)["student"]) != 1:
         return None
-    (name,) = config["student"]
     with contextlib.closing(Checkpoints(Workdir(workdir).checkpoints)) as checkpoints:
         step = checkpoints.shelf.newest().step
         if step is None:
             return None
         facts = checkpoints.facts(step)
+        if len(facts["student_specs"]) != 1:
+            return None
+        (name,) = facts["student_specs"]
         spec = ViTSpec.from_json(facts["student_specs"][name])
         student = StudentFunction(spec, facts["teacher_widths"])
         mean, deviation = (tuple(part) for part in facts["normalisation"])
@@ -138,7 +145,7 @@ def _from_checkpoint(workdir: Path) -> Model:
         raise InputError(f"{workdir}: a run without a checkpoint")
     card = ModelCard(
         spec=found.student.spec,
-        family=found.facts["card"]["families"][config["student"][0]],
+        family=next(iter(found.facts["card"]["families"].values())),
         normalisation=found.normalisation,
         licence=found.facts["card"]["licence"],
         source={"run": str(workdir), "step": found.step, "teacher": config["teacher"]},

@@ -60,7 +60,7 @@ class Shelf:
         self._root = epath.Path(directory)
         # Not in the directory: one that is lost, or was emptied, must not pass for one that never
         # was.
-        self._noted = self._root.parent / f"{self._root.name}.json"
+        self._note = self._root.parent / f"{self._root.name}.json"
 
     def place(self, step: int) -> epath.Path:
         """The directory of a step."""
@@ -77,7 +77,7 @@ class Shelf:
         """The newest checkpoint that is whole. InputError where there is none, but one had been
         saved: a run that lost its checkpoints must not begin anew without a word.
         """
-        last = self._last_saved()
+        last = self.noted()
         faults: dict[int, str] = {}
         unfinished = sorted(path.name for path in self._unfinished())
         for step in sorted(self.steps(), reverse=True):
@@ -104,7 +104,7 @@ class Shelf:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
         if not there(self._root):
             return
-        last = self._last_saved()
+        last = self.noted()
         for step in self.steps():
             directory = self.place(step)
             if step == found.step or (step not in found.faults and is_sealed(directory)):
@@ -159,7 +159,7 @@ class Shelf:
     def complete(self, step: int) -> None:
         """Seals and notes what orbax has written; OSError where that fails."""
         seal(self.place(step), _name(step))
-        write_whole(self._noted, json.dumps({"step": step}) + "\n")
+        write_whole(self._note, json.dumps({"step": step}) + "\n")
 
     def discard(self, step: int) -> None:
         """Removes what there is of a save that failed."""
@@ -183,17 +183,23 @@ class Shelf:
 
     def forget(self) -> None:
         """Removes all there is, to begin anew."""
-        self._noted.unlink(missing_ok=True)
-        if there(self._root):
-            self._root.rmtree()
+        self._note.unlink(missing_ok=True)
+        for step in self.steps():
+            if _is_a_part(self.place(step)):
+                _remove(self.place(step))
+        self.clear()
 
-    def _last_saved(self) -> int | None:
-        """What was noted; 0 where that says nothing that can be read, None where nothing was."""
-        if not there(self._noted):
+    def noted(self) -> int | None:
+        """The newest step that was said to be saved; 0 where that cannot be read, None where there
+        is no note. InputError where something else is in its place.
+        """
+        if not there(self._note):
             return None
+        if not self._note.is_file():
+            raise InputError(f"{self._note}: expected a file, which says what was saved last")
         try:
-            return int(json.loads(self._noted.read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(json.loads(self._note.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return 0
 
 

@@ -47,11 +47,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was writing in a folder, or one below it, that nobody else
-    writes to.
-    """
-    pattern = BESIDE.format(name="*") + "*"
-    for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
+    """Removes what a killed process was writing in a folder that nobody else writes to."""
+    for path in folder.glob(BESIDE.format(name="*") + "*"):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -71,6 +68,7 @@ def why_unwritable(directory: Path) -> str | None:
 @contextlib.contextmanager
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill, which gets its name only when the block ends without an error.
+    With `replace` it takes the place of one of that name, but for what lies only in that.
 
     InputError where `target` exists with something in it and `replace` is off.
     """
@@ -96,6 +94,14 @@ def made_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+def _give_back(aside: Path, target: Path) -> None:
+    """Removes what has been replaced, and puts back what has not."""
+    for path in aside.iterdir():
+        if not (target / path.name).exists():
+            os.replace(path, target / path.name)
+    shutil.rmtree(aside)
+
+
 @contextlib.contextmanager
 def _named_at_the_end(target: Path) -> Iterator[Path]:
     prefix = BESIDE.format(name=target.name)
@@ -107,10 +113,11 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
         # mkdtemp makes it private; the finished directory is as open as any other.
         temporary.chmod(0o755)
         if target.exists():
-            aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            # Under a name that nothing removes, as it may hold what somebody else put there.
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.before-", dir=target.parent))
             os.replace(target, aside)
             os.replace(temporary, target)
-            shutil.rmtree(aside)
+            _give_back(aside, target)
         else:
             os.replace(temporary, target)
         synced(target.parent)

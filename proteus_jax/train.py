@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ from proteus_jax.watch import (
     UnreadableImages,
     WaitNotice,
 )
-from proteus_jax.workdir import Workdir
+from proteus_jax.workdir import STUDENTS, Workdir
 
 DONE = 0
 
@@ -80,9 +81,12 @@ def _run_alone(
     with contextlib.ExitStack() as stack:
         run = _Run(experiment, place, console)
         stack.callback(run.saving.checkpoints.close)
-        resumed, remarks = _resumed(run.saving.checkpoints, experiment)
-        if resumed is None and any(row["step"] for row in read_metrics(workdir)):
+        resumed, remarks = _resumed(run.saving.checkpoints, experiment, workdir)
+        logged = [row["step"] for row in read_metrics(workdir)]
+        if resumed is None and any(logged):
             remarks.append("nothing was saved here before: the run begins anew")
+        if resumed and host == 0 and not logged:
+            remarks.append(f"metrics.jsonl has lost its rows of the steps until {resumed}")
         console.keep_log(workdir / (f"log.{host}.txt" if host else "log.txt"))
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
@@ -95,7 +99,9 @@ def _run_alone(
         return run.code
 
 
-def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | None, list[str]]:
+def _resumed(
+    checkpoints: Checkpoints, experiment: Experiment, workdir: Path
+) -> tuple[int | None, list[str]]:
     """The step to go on from, and what there is to say of it: checkpoints that are damaged, and
     what differs from the run until now. InputError where that must not differ.
     """
@@ -103,10 +109,13 @@ def _resumed(checkpoints: Checkpoints, experiment: Experiment) -> tuple[int | No
     if jax.process_index() == 0:
         try:
             found = checkpoints.shelf.newest()
+            left = [name for name in STUDENTS if (workdir / name).exists()]
+            if found.step is None and left:
+                raise InputError(f"{workdir} has {left[0]}/, but no checkpoint: of another run")
         except InputError as error:
             raise InputError(
-                f"{error}. Restore it from a copy, give another workdir, or remove checkpoints/ "
-                "and checkpoints.json to begin anew"
+                f"{error}. Restore its checkpoints/ from a copy, give another workdir, or remove "
+                "this one to begin anew"
             ) from None
         step = -1 if found.step is None else found.step
         instead = "there is none before it" if found.step is None else f"step {step} is whole"
@@ -231,16 +240,17 @@ class _Run:
             self.console.line(
                 f"{len(self.unreadable.met)} images could not be read; others took their place"
             )
+        if saved != step and self.leads:
+            # Nor is a student written: where one lies there is a checkpoint that it is of.
+            raise Interrupted(
+                "the run is at its end, but not its checkpoint: the same command goes on from "
+                f"{goes_on}"
+            )
         directories = export_students(experiment, state, self.workdir)
         self.examination.draw(state, anew=trained)
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
             conclude(experiment, self.workdir, names, self.console)
-        if saved != step and self.leads:
-            raise Interrupted(
-                "the run is at its end, but not its checkpoint: the same command goes on from "
-                f"{goes_on}"
-            )
         return DONE
 
     def refuse_hosts_that_differ(self, resumed: int | None) -> None:

@@ -208,15 +208,15 @@ class UnreadableImages:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask for an end after the current step; a second one, later than REPEATED
-    seconds, does not wait for it, and nor does this process longer than `deadline` seconds: it ends
-    with 75.
+    """SIGINT, SIGTERM and SIGHUP, where not ignored (as by nohup), ask for an end after the current
+    step; a second one, later than REPEATED seconds, does not wait for it, and nor does this process
+    longer than `deadline` seconds: it ends with 75.
 
     A thread hears of them. Python's own handlers wait for the main thread, which may be compiling,
     or waiting for a host that is lost.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # Beside the numbers of signals, to the thread.
     GOODBYE = b"\0"
     # In seconds: a signal to a group comes a second time from a script that passes it on.
@@ -233,7 +233,11 @@ class StopRequest:
         os.set_blocking(self._mouth, False)
         # The number of each signal is written there the moment that it comes.
         self._wakeup_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in self.NUMBERS}
+        self._before = {
+            number: signal.signal(number, lambda *_: None)
+            for number in self.NUMBERS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
         self._thread.start()
         return self

@@ -26,6 +26,8 @@ from proteus_jax.storage import remove_leftovers, why_unwritable
 
 SCHEMES = ("gs",)
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+# Where exported students lie, and averages of them.
+STUDENTS = ("student", "student_ema")
 # What a resumed run goes on with; the rest is written anew.
 CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png", "report/*.png", "report/*/*.png")
 # An upload is tried again after so many seconds.
@@ -65,7 +67,8 @@ class Workdir:
             file = open(self.local / LOCK, "a+")  # noqa: SIM115  (just below)
         with file:
             self._lock(file, say)
-            remove_leftovers(self.local)
+            for folder in ("", *STUDENTS):
+                remove_leftovers(self.local / folder)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

@@ -337,23 +337,25 @@ with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)):
 
 
 @pytest.mark.parametrize(
-    ("deadline", "signals", "said"),
+    ("deadline", "requests", "said"),
     [
-        (0.1, [signal.SIGTERM], "not saved within 0.1 s of the request to stop"),
-        (600, [signal.SIGINT, signal.SIGTERM], "a second request to stop; the same command"),
+        (0.1, 1, "not saved within 0.1 s of the request to stop"),
+        (600, 9, "a second request to stop; the same command"),
     ],
 )
 def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
-    deadline: float, signals: list[signal.Signals], said: str
+    deadline: float, requests: int, said: str
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(deadline)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "stuck\n"
-    for number in signals:
-        process.send_signal(number)
-        time.sleep(2 * StopRequest.REPEATED)
+    # On a busy machine the second one may be heard so soon after the first that it counts for none.
+    for number in range(requests):
+        process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2 * StopRequest.REPEATED)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said in printed

@@ -22,8 +22,11 @@ from test_main import assert_same_run, command
 
 import proteus_jax
 from proteus_jax import heartbeat, workdir
+from proteus_jax.config import Override, load
 from proteus_jax.errors import InputError, Interrupted
+from proteus_jax.experiment import open_inputs
 from proteus_jax.heartbeat import Heartbeat
+from proteus_jax.storage import atomic_directory
 from proteus_jax.workdir import Workdir, opened_workdir, why_no_workdir
 
 # main.py with a bucket that is a folder: orbax has its own way to the real ones.
@@ -283,3 +286,55 @@ def test_a_run_on_an_address_resumes_and_equals_one_in_a_folder(
     images = np.zeros((1, 28, 28, 3), np.uint8)
     there, here = (proteus_jax.load(str(at)) for at in (f"file://{bucket}/student", folder))
     np.testing.assert_array_equal(there(images).cls, here(images).cls)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", '{"precious": 1}', "holds config.json, and is no run's"),
+        ("config.json", "[]", "holds config.json, and is no run's"),
+        ("student", None, "holds student, and is no run's"),
+        ("metrics.jsonl", "mine", "holds metrics.jsonl, and is no run's"),
+        ("model.safetensors", "", "holds a model or an evaluation (model.safetensors)"),
+        ("results.json", "{}", "holds a model or an evaluation (results.json)"),
+    ],
+)
+def test_a_folder_that_is_no_runs_is_left_alone(
+    name: str,
+    content: str | None,
+    words: str,
+    tmp_path: Path,
+    photographs: Path,
+    tiny_teacher: Path,
+) -> None:
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(content)
+    assert words in " ".join(refused(tmp_path, photographs, tiny_teacher))
+
+
+def test_a_workdir_among_the_images_is_refused(photographs: Path, tiny_teacher: Path) -> None:
+    for place in (photographs, photographs / "runs" / "one"):
+        (problem,) = refused(place, photographs, tiny_teacher)
+        assert problem.startswith(f"--workdir: {place} lies in {photographs}, ")
+
+
+def refused(workdir: Path, photographs: Path, teacher: Path) -> list[str]:
+    overrides = [Override("data.root", str(photographs)), Override("teacher", str(teacher))]
+    configuration, problems = load(str(ROOT / "configs" / "quickstart.py"), overrides)
+    with pytest.raises(InputError) as error:
+        open_inputs(configuration, str(workdir), problems)
+    return error.value.problems
+
+
+def test_what_somebody_put_into_a_student_stays(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    for text in ("old", "new"):
+        with atomic_directory(student, replace=True) as folder:
+            (folder / "config.json").write_text(text)
+        (student / "notes").mkdir(exist_ok=True)
+        (student / "notes" / f"{text}.txt").write_text("mine")
+    assert (student / "config.json").read_text() == "new"
+    assert sorted(path.name for path in (student / "notes").iterdir()) == ["new.txt", "old.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
