@@ -32,6 +32,7 @@ def main() -> int:
         groups = {
             "killed": lambda: killed.kills(bench, 3 if quick else 100, seed),
             "signals": lambda: killed.signals(bench, quick=quick),
+            "signals, early": lambda: killed.early_signals(bench, 3 if quick else 30, seed),
             "hosts": lambda: [] if quick else killed.hosts(bench, 6, seed),
             "bits": lambda: bits.corruptions(bench, 40 if quick else 200, seed),
             "bits, resumed": lambda: bits.resumed(bench, 2 if quick else 20, seed),

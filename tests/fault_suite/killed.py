@@ -92,6 +92,23 @@ def signals(bench: Bench, *, quick: bool) -> list[Fault]:
     ]
 
 
+def early_signals(bench: Bench, count: int, seed: int) -> list[Fault]:
+    """Requests to stop before the first step, at random moments: heard, and obeyed at once."""
+    return [Fault(f"early {n}", lambda n=n: _early(bench, n, seed)) for n in range(count)]
+
+
+def _early(bench: Bench, number: int, seed: int) -> None:
+    rng = random.Random(seed * 1000 + 700 + number)
+    workdir = bench.root / f"early {number}"
+    process = bench.start(bench.command(workdir, "--config.steps=5000"))
+    time.sleep(rng.uniform(0.3, 4.0))
+    process.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, printed
+    assert "interrupted" in printed
+    assert "Traceback" not in printed
+
+
 def _signalled(bench: Bench, number: signal.Signals) -> None:
     workdir = bench.root / f"signalled {number}"
     process = bench.start(bench.command(workdir))
