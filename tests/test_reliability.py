@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -282,7 +283,7 @@ def test_the_step_that_stops_a_run_is_kept() -> None:
 def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "PATIENCE", 0.05)
+    monkeypatch.setattr(heartbeat, "PATIENCE", 0.4)
     monkeypatch.setattr(heartbeat, "EVERY", 0.02)
     said: list[str] = []
     log: list[str] = []
@@ -295,7 +296,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
             beat.step(step)
             time.sleep(0.002)
         with beat.standing():
-            time.sleep(0.3)
+            time.sleep(0.6)
         assert said == []
         deadline = time.monotonic() + 10
         while not said and time.monotonic() < deadline:
@@ -311,9 +312,9 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
                 time.sleep(0.01)
     beat.saved(7)
     beat.close("done")
-    assert said.pop().startswith("measuring, at step 8, takes 0 s so far; the stacks of all")
+    assert re.match(r"measuring, at step 8, takes \d s so far; the stacks of all", said.pop())
     (line,) = said
-    assert line.startswith("step 9 takes 0 s so far, others ")
+    assert re.match(r"step 9 takes \d s so far, others ", line)
     assert line.endswith("host 1 (b) has come to step 5, others to step 8")
     assert "test_a_late_step" in (tmp_path / "stacks").read_text()
     found = json.loads((tmp_path / "heartbeat.json").read_text())

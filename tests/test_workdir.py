@@ -148,7 +148,7 @@ def test_an_address_that_is_away_for_a_while_loses_nothing(
 def test_an_address_is_somebodys_as_long_as_a_heartbeat_comes(
     memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "DEAD_AFTER", 0.5)
+    monkeypatch.setattr(heartbeat, "DEAD_AFTER", 1.5)
     monkeypatch.setattr(heartbeat, "PUBLISHED_EVERY", 0.0)
     monkeypatch.setattr(heartbeat, "EVERY", 0.05)
     said: list[str] = []
@@ -222,7 +222,7 @@ def test_where_there_are_no_locks_a_heartbeat_stands_for_one(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(heartbeat, "DEAD_AFTER", 0.5)
+    monkeypatch.setattr(heartbeat, "DEAD_AFTER", 1.5)
     monkeypatch.setattr(heartbeat, "EVERY", 0.05)
     with Workdir(tmp_path).locked(print):
         beat = Heartbeat(tmp_path, 4, say=print, log=print)
