@@ -73,8 +73,8 @@ def complete(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
 
 
 def _run_file(path: str) -> ml_collections.ConfigDict:
-    file = Path(path).expanduser()
     with about("--config"):
+        file = Path(path).expanduser()
         if not file.is_file():
             raise InputError(f"no such file: {path}")
     specification = importlib.util.spec_from_file_location("proteus_jax_run_config", file)

@@ -33,6 +33,11 @@ def about(field: str) -> Iterator[None]:
             raise
         name = str(error.filename or "")
         raise InputError(f"{field}: {error.strerror or error}: {name[:200]}") from None
+    except RuntimeError as error:
+        # What pathlib says of ~somebody.
+        if "home directory" not in str(error):
+            raise
+        raise InputError(f"{field}: ~ is followed by no user of this machine") from None
 
 
 @contextlib.contextmanager

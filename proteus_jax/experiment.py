@@ -6,6 +6,7 @@ Everything that can be wrong is found here, before anything is written.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,11 +195,13 @@ def _is_a_runs(described: Path) -> bool:
 
 def _why_among_images(workdir: str, roots: Sequence[str]) -> str | None:
     """A run's own pictures would be images to train on."""
-    place = Path(workdir).expanduser().resolve()
+    if is_remote(workdir):
+        return None
+    # os.path's own raise nothing: what is wrong with a root is said of the root.
+    place = Path(os.path.realpath(os.path.expanduser(workdir)))  # noqa: PTH111
     for root in roots:
-        folder = Path(root).expanduser()
-        inside = folder.is_dir() and place.is_relative_to(folder.resolve())
-        if inside and not (is_remote(workdir) or is_remote(root)):
+        folder = os.path.realpath(os.path.expanduser(root))  # noqa: PTH111
+        if os.path.isdir(folder) and place.is_relative_to(folder):  # noqa: PTH112
             return f"{workdir} lies in {root}, whose images the run's own would be among"
     return None
 
