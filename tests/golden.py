@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from proteus_jax.convert import canonical
 from proteus_jax.convert.families import Recognised, recognise
-from proteus_jax.convert.formats import read_arrays
+from proteus_jax.convert.formats import read_weights
 from proteus_jax.data import randaugment
 from proteus_jax.errors import InputError
 from proteus_jax.losses import Losses, LossWeights
@@ -82,7 +82,7 @@ def check_file(path: Path, weights: Path | None = None) -> list[Check]:
                 )
             normalise = Normalisation(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
             images = normalise(jnp.asarray(arrays["image_uint8"]))
-            return list(_check_backbone(arrays, read_arrays(weights), images, {}))
+            return list(_check_backbone(arrays, read_weights(weights).arrays, images, {}))
         if "meta/family" not in arrays:
             raise InputError(f"{path}: expected a file of golden outputs, found no meta/family")
         meta = _under(arrays, "meta/")

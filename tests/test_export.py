@@ -120,10 +120,10 @@ def test_loaded_back_and_equal(format: str, name: str, models: Path, tmp_path: P
 
 
 def _arrays(path: Path) -> list[np.ndarray]:
-    from proteus_jax.convert.formats import read_arrays
+    from proteus_jax.convert.formats import read_weights
 
     file = path / "model.safetensors" if path.is_dir() else path
-    return [array for _, array in sorted(read_arrays(file).items())]
+    return [array for _, array in sorted(read_weights(file).arrays.items())]
 
 
 def test_timms_names_and_shapes(models: Path, tmp_path: Path) -> None:

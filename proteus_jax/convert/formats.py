@@ -1,11 +1,9 @@
 """Weight files as named numpy arrays. Whatever the format, a file is data and never code."""
 
-import pickle
 import re
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +12,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from proteus_jax.convert import onnx_file
+from proteus_jax.convert import onnx_file, torch_file
+from proteus_jax.convert.inert_pickle import Opaque
 from proteus_jax.errors import InputError, refusing
 
 Arrays = dict[str, np.ndarray]
@@ -31,13 +30,8 @@ class Weights(NamedTuple):
     card: str = ""
 
 
-def read_arrays(path: Path) -> Arrays:
-    """The arrays of `read_weights`."""
-    return read_weights(path).arrays
-
-
 def read_weights(path: Path) -> Weights:
-    """What a .pth, .bin, .safetensors, .npz or .onnx file holds.
+    """Reads a file of PyTorch (.pth, .pt, .bin, .ckpt, .pth.tar), .safetensors, .npz or .onnx.
 
     Half-precision values are widened. InputError for anything that is no such file, holds what is
     no float array, or holds a value that is not finite.
@@ -103,45 +97,35 @@ def _refuse_members_outside(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> Arrays:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            f"{path}: reading a PyTorch file needs torch: pip install -r requirements-parity.txt"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            # It warns of every pickle protocol but its own; what it cannot read it refuses anyway.
-            warnings.simplefilter("ignore")
-            # weights_only keeps the pickle to tensors and containers: nothing in the file can run.
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: refused: a state dict of tensors is expected, this pickle wants more "
-            f"({_first_line(error)})"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a readable PyTorch file ({_first_line(error)})") from None
+    opened = torch_file.TorchFile(path)
+    found = _items(opened.value)
     for wrapper in _WRAPPERS:
         # Training code saves the model beside the optimizer and the epoch.
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping):
-        raise InputError(f"{path}: expected a state dict, found {type(loaded).__name__}")
-    strange = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise InputError(f"{path}: expected tensors only, found others under: {', '.join(strange)}")
-    return {str(name): _numpy_of_tensor(value) for name, value in loaded.items()}
+        if found is not None and _items(found.get(wrapper)) is not None:
+            found = _items(found[wrapper])
+    if found is None:
+        raise InputError(f"{path}: expected a state dict, found {_kind(opened.value)}")
+    others = [
+        f"{name} ({_kind(value)})"
+        for name, value in found.items()
+        if not isinstance(value, torch_file.Tensor)
+    ]
+    if others:
+        raise InputError(f"{path}: expected tensors only, found others: {', '.join(others[:20])}")
+    return {str(name): opened.array(value) for name, value in found.items()}
 
 
-def _numpy_of_tensor(value: Any) -> np.ndarray:
-    import ml_dtypes
-    import torch
+def _items(value: Any) -> dict[Any, Any] | None:
+    """Of a dictionary, or of an object that is filled like one."""
+    if isinstance(value, Opaque):
+        return value.items or None
+    return value if isinstance(value, dict) else None
 
-    value = value.detach()
-    if value.dtype == torch.bfloat16:
-        return value.float().numpy().astype(ml_dtypes.bfloat16)
-    return value.numpy()
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Opaque):
+        return f"{value.kind}, which is not built"
+    return "a tensor" if isinstance(value, torch_file.Tensor) else type(value).__name__
 
 
 def _read_safetensors(path: Path) -> Arrays:
@@ -178,6 +162,9 @@ _READERS: dict[str, Callable[[Path], Arrays]] = {
     ".pth": _read_torch,
     ".pt": _read_torch,
     ".bin": _read_torch,
+    ".ckpt": _read_torch,
+    # As in NAME.pth.tar, which is no tar archive.
+    ".tar": _read_torch,
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
     ".onnx": onnx_file.read,
