@@ -116,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--images", type=_path, help="a folder of photographs (default: four of scikit-image's)"
     )
+    command.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not load it back with its own library, which is then not needed",
+    )
     command.set_defaults(run=_export)
     command = commands.add_parser("list", help="the known names")
     command.set_defaults(run=_list)
@@ -244,7 +249,11 @@ def _export(options: argparse.Namespace) -> int:
             output,
             lambda side: _photographs(options.images, side),
             Settings(side=side, batch=options.batch),
+            check=not options.no_check,
         )
+        if options.no_check:
+            print(f"{output}: written, and not loaded back (--no-check)")
+            continue
         print(f"{output}: loaded back, errors in standard deviations")
         for one in found:
             _show(one, True)

@@ -4,6 +4,7 @@ bit.
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,34 @@ def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> 
     assert not (tmp_path / "n.onnx").exists()
     output = ["--output", str(tmp_path / "n.safetensors"), "--size", "32"]
     assert convert_weights.main([*command, "safetensors", *output]) == 2
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), {format: (format, name) for format, name in PAIRS}.values()
+)
+def test_without_a_check_no_other_library_is_needed(
+    format: str,
+    name: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for library in ("torch", "transformers", "onnxruntime", "timm"):
+        monkeypatch.setitem(sys.modules, library, None)
+    output = output_of(format, tmp_path)
+    command = ["export", str(models / name), "--format", format, "--output", str(output)]
+    assert convert_weights.main([*command, "--no-check"]) == 0
+    assert "not loaded back" in capsys.readouterr().out
+    if format in exporter.PROGRAMS:
+        assert output.stat().st_size > 10_000
+        return
+    family, spec = MODELS[name]
+    family = None if format == "safetensors" else {"plain": "timm"}.get(name, family)
+    import_weights(output, tmp_path / "again", family=family, heads=spec.heads)
+    before, after = (load_model(folder)[0] for folder in (models / name, tmp_path / "again"))
+    after["mask_token"] = before["mask_token"]
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_verify_is_kept_in_the_card(

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import UInt8
 
-from proteus_jax.convert import canonical, layouts, onnx_writer, reference
-from proteus_jax.convert.formats import CARD_KEY
+from proteus_jax.convert import canonical, layouts, onnx_writer, reference, torch_file
+from proteus_jax.convert.formats import CARD_KEY, read_weights
 from proteus_jax.convert.importer import read_model
 from proteus_jax.convert.layouts import Arrays
 from proteus_jax.convert.reference import Outputs
@@ -82,22 +82,28 @@ def export(
     output: Path,
     photographs: Callable[[int], UInt8[np.ndarray, "b h w 3"]],
     settings: Settings = Settings(),
+    *,
+    check: bool = True,
 ) -> list[Comparison]:
     """Writes a format and returns how it compares; `photographs` makes images of a side.
 
-    InputError where the format has no place for this model, where the output exists, or where an
-    output is further off than TOLERANCE: then nothing is left.
+    Without `check` it is not loaded back: the library it is meant for is not needed, and nothing is
+    returned. InputError where the format has no place for this model, where the output exists, or
+    where an output is further off than TOLERANCE: then nothing is left.
     """
     subject = _subject(Path(directory).expanduser())
     chosen = FORMATS[name]
     output = Path(output).expanduser()
     if chosen.suffixes and output.suffix not in chosen.suffixes:
         raise InputError(f"{output}: expected a name that ends in {' or '.join(chosen.suffixes)}")
-    images = photographs(settings.side_of(subject.spec))
-    if settings.batch:
-        images = np.resize(images, (settings.batch, *images.shape[1:]))
+    side = settings.side_of(subject.spec)
     with _unfinished(output, is_directory=not chosen.suffixes) as temporary:
         chosen.write(subject, temporary, settings)
+        if not check:
+            return []
+        images = photographs(side)
+        if settings.batch:
+            images = np.resize(images, (settings.batch, *images.shape[1:]))
         ours = our_outputs(subject.params, subject.spec, _pixels(subject, images))
         found = list(compare(ours, chosen.outputs(subject, temporary, images)))
         far = [one for one in found if not one.largest <= TOLERANCE]
@@ -147,22 +153,13 @@ def _save(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) ->
     if path.suffix == ".safetensors":
         safetensors.numpy.save_file(arrays, path, metadata)
         return
-    torch = _torch()
-    torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, path)
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise InputError(
-            "a PyTorch file needs torch: pip install -r requirements-parity.txt"
-        ) from None
-    return torch
+    torch_file.save(path, arrays)
 
 
 def _read_back(subject: Subject, path: Path) -> Arrays:
-    """Canonical arrays of a file that was written."""
+    """Canonical arrays of a file that was written, which PyTorch must read as this project does."""
+    if path.suffix == ".pth":
+        reference.refuse_what_torch_reads_otherwise(path, read_weights(path).arrays)
     found, _ = read_model(path, family=subject.card.family, heads=subject.spec.heads)
     return found.arrays
 

@@ -121,6 +121,20 @@ def directory_outputs(folder: Path, spec: ViTSpec, pixels: Float[np.ndarray, "b 
     return run_transformers(model, spec, pixels)
 
 
+def refuse_what_torch_reads_otherwise(path: Path, arrays: Arrays) -> None:
+    """InputError unless `torch.load`, which runs nothing, finds the same bits under the same names
+    in a file.
+    """
+    torch, _ = _libraries()
+    with refusing(f"{path}: PyTorch does not read it"):
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    same = loaded.keys() == arrays.keys() and all(
+        loaded[name].numpy().tobytes() == array.tobytes() for name, array in arrays.items()
+    )
+    if not same:
+        raise InputError(f"{path}: PyTorch reads something else in it")
+
+
 def run_transformers(model: Any, spec: ViTSpec, pixels: Float[np.ndarray, "b h w 3"]) -> Outputs:
     """The outputs of a model of transformers that is loaded already."""
     torch, _ = _libraries()
@@ -231,7 +245,7 @@ def _libraries() -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise InputError(
-            "verify compares with PyTorch: pip install -r requirements-parity.txt (torch and "
-            "transformers)"
+            "comparing with PyTorch needs torch and transformers: pip install -r "
+            "requirements-parity.txt; an export with --no-check goes without"
         ) from None
     return torch, transformers

@@ -143,8 +143,8 @@ class TorchFile:
         )
         if start + (reach + 1) * width > len(data):
             raise InputError(
-                f"{self.path}: damaged: a tensor {list(tensor.shape)} reaches beyond its storage of "
-                f"{len(data)} bytes"
+                f"{self.path}: damaged: a tensor {list(tensor.shape)} reaches beyond its storage "
+                f"of {len(data)} bytes"
             )
         strides = [stride * width for stride in tensor.strides]
         view = np.ndarray(tensor.shape, tensor.dtype, data, start, strides)
