@@ -2,7 +2,8 @@
 
     python convert_weights.py import SOURCE --output DIR     .pth, .bin, .safetensors, .npz, .onnx,
                                                              a directory of Hugging Face or timm
-    python convert_weights.py import NAME                    a known name, into the cache
+    python convert_weights.py import NAME                    a known name or hf:ORG/NAME, into the
+                                                             cache, or a directory (--output DIR)
     python convert_weights.py verify DIR --against SOURCE    block by block, with transformers
     python convert_weights.py verify DIR --golden FILE.npz   with stored outputs
     python convert_weights.py export DIR --format FORMAT --output PATH
@@ -20,17 +21,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from proteus_jax import hub
 from proteus_jax.convert.exporter import FORMATS, LARGEST_BATCH, PROGRAMS, Settings, export
 from proteus_jax.convert.families import FAMILIES
 from proteus_jax.convert.importer import import_weights
 from proteus_jax.convert.verify import TOLERANCE, Comparison, verify, verify_golden
 from proteus_jax.data import images, pictures
 from proteus_jax.data.catalog import open_source
+from proteus_jax.downloads import go_offline
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
 from proteus_jax.models.normalisation import STATISTICS
 from proteus_jax.pretrained import NO_LICENCE, ModelCard, load_card, update_card
-from proteus_jax.teachers import obtain_teacher
+from proteus_jax.teachers import copy_model, obtain_teacher
 
 DIFFERENT, WRONG_INPUT = 1, 2
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -39,6 +42,8 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "offline", False):
+        go_offline()
     try:
         return options.run(options)
     except InputError as error:
@@ -68,10 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("import", help="read weights, write a model directory")
-    command.add_argument("source", help="a weight file, or a known name")
+    command.add_argument("source", help="a weight file, a directory, a known name, or hf:ORG/NAME")
     command.add_argument(
-        "--output", type=_path, help="the directory to write; a known name has one in the cache"
+        "--output",
+        type=_path,
+        help="the directory to write; a known name and hf: have one in the cache without it",
     )
+    command.add_argument("--offline", action="store_true", help="fetch nothing")
     command.add_argument("--heads", type=int, help="attention heads, where not width / 64")
     command.add_argument("--prefix", help="only names that begin so belong to the model")
     command.add_argument("--family", choices=FAMILIES, help="where the names do not tell it")
@@ -128,16 +136,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(options: argparse.Namespace) -> int:
-    if options.source in KNOWN:
-        if options.output is not None:
-            raise InputError(
-                f"{options.source}: a known name goes to the cache; leave --output out"
-            )
+    if options.source in KNOWN or options.source.startswith(hub.PREFIX):
         directory = obtain_teacher(options.source)
+        if options.output is not None:
+            directory = copy_model(directory, options.output)
     else:
         if options.output is None:
             raise InputError("--output: expected the directory to write")
-        directory = options.output.expanduser()
+        directory = options.output
         import_weights(
             _source(options.source),
             directory,
@@ -288,7 +294,10 @@ def _square(array: np.ndarray, side: int) -> np.ndarray:
 def _list(_: argparse.Namespace) -> int:
     statistics = {value: name for name, value in STATISTICS.items()}
     for name, known in KNOWN.items():
-        source = known.wheel.requirement + " (package index)" if known.wheel else known.url
+        sources = [known.url, f"{hub.PREFIX}{known.repository}" if known.repository else ""]
+        if known.wheel:
+            sources = [f"{known.wheel.requirement} (package index)"]
+        source = ", or ".join(filter(None, sources))
         facts = [
             f"{known.family}, patch {known.spec.patch_size}, {known.side} px, statistics of "
             f"{statistics[known.normalisation]}",

@@ -21,6 +21,8 @@ evaluates a model (docs/evaluation.md) and writes WORKDIR/results.json.
 
 makes a step again of which training diverged, and says what of it is not finite.
 
+--offline fetches nothing, neither teachers nor pictures, and says what is missing.
+
 --profile writes a trace of a few steps to WORKDIR/profile, for TensorBoard or Perfetto.
 
 On several hosts the same command runs on each. Under SLURM and on TPU pods they find each other;
@@ -41,6 +43,7 @@ from typing import Any, NamedTuple
 
 import proteus_jax
 from proteus_jax.console import Console
+from proteus_jax.downloads import go_offline
 from proteus_jax.errors import (
     Diverged,
     InputError,
@@ -55,7 +58,7 @@ from proteus_jax.hosts import ALONE, Place, find_place
 PATHS = ("--config", "--workdir", "--output", "--replay")
 PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
-FLAGS = ("--doctor", "--profile", "--plan")
+FLAGS = ("--doctor", "--profile", "--plan", "--offline")
 PLAN = ("--topology", "--mfu", "--price")
 LESS_IN_TRAINING = (
     "--plan says what a device needs; less takes --config.accumulate=2 or more (the same batch "
@@ -112,9 +115,9 @@ def parse(arguments: list[str]) -> Arguments:
         read.problems.append("--output: only --doctor writes there")
     if "--plan" not in read.flags:
         read.problems.extend(f"{name}: only --plan asks for it" for name in read.planning)
-    others = read.flags - {"--profile"}
-    if len(others) > 1 or (others and "--profile" in read.flags):
-        names = " and ".join(name for name in FLAGS if name in read.flags)
+    flags = [name for name in FLAGS if name in read.flags and name != "--offline"]
+    if len(flags) > 1:
+        names = " and ".join(flags)
         read.problems.append(f"{names}: expected one of them")
     read.problems.extend(
         f"{name}: expected a path"
@@ -129,6 +132,9 @@ def distil(arguments: list[str], console: Console) -> int:
     code.
     """
     read = parse(arguments)
+    if "--offline" in read.flags:
+        # Before any library reads it.
+        go_offline()
     if "--replay" in read.paths:
         return _replay(read, console)
     if not read.paths.get("--config"):
@@ -149,8 +155,9 @@ def distil(arguments: list[str], console: Console) -> int:
         return 0
     known = [*read.problems, *problems]
     evaluates = "protocol" in configuration
-    if evaluates and read.flags:
-        raise InputError([*known, f"{sorted(read.flags)[0]}: only for a run that trains"])
+    wrong = sorted(read.flags - {"--offline"})
+    if evaluates and wrong:
+        raise InputError([*known, f"{wrong[0]}: only for a run that trains"])
     if "--plan" in read.flags:
         _plan(configuration, read.planning, known, console)
         return 0

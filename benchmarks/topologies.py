@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from proteus_jax import config, plan
 from proteus_jax.assembly import Known, assemble, length
+from proteus_jax.known import KNOWN
 from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.teachers import teacher_spec
 from proteus_jax.topology import named_topology
 
 CONFIGS = ("vitti14", "vits14", "vitb14", "vitl14")
@@ -44,7 +44,7 @@ def compiled(name: str, topology_name: str, settings: dict) -> tuple[float, floa
     assert topology.device is not None
     assembly = assemble(
         configuration,
-        {"teacher": Known(teacher_spec(configuration.teacher), IMAGENET)},
+        {"teacher": Known(KNOWN[configuration.teacher].spec, IMAGENET)},
         length(configuration, plan.IMAGENET_IMAGES),
         topology.platform,
     )

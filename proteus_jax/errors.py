@@ -19,6 +19,10 @@ class InputError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class Unreachable(InputError):
+    """What should be fetched cannot be had from there; perhaps from elsewhere."""
+
+
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
     """What the block finds wrong is said of a field; so is what the system says of a name, as

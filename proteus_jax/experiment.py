@@ -251,6 +251,7 @@ def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
         field: teacher_spec(sources[field]) if directory is None else load_card(directory).spec
         for field, directory in models.items()
     }
+    specs = {field: spec for field, spec in specs.items() if spec is not None}
     teachers = {name: specs[_field(name)] for name in lessons(config) if _field(name) in specs}
     return misfits(config, teachers, specs.get(START))
 

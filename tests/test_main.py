@@ -244,7 +244,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path, tiny_teacher: Path) -
         "--config.batch: expected at least 1, found -3",
         "--config.data.crop: expected a multiple of the patch size 14, found 30",
         f"--config.data.root: {tmp_path / 'absent'}: no such folder",
-        f"--config.teacher: {tmp_path / 'no teacher'}: neither a directory nor one of the known",
+        f"--config.teacher: {tmp_path / 'no teacher'}: neither a directory nor a file, nor hf:",
     ):
         assert any(part in line for line in said), part
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,6 @@ from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import SPECS
-from proteus_jax.teachers import teacher_spec
 from proteus_jax.topology import named_topology
 
 
@@ -87,7 +86,7 @@ def assembled(*overrides: str) -> tuple:
     configuration: Any
     configuration, problems = config.load(str(ROOT / "configs" / "vitb14.py"), changes)
     assert not problems
-    known = Known(teacher_spec(configuration.teacher), IMAGENET)
+    known = Known(KNOWN[configuration.teacher].spec, IMAGENET)
     steps = length(configuration, plan.IMAGENET_IMAGES)
     return configuration, assemble(configuration, {"teacher": known}, steps, "tpu")
 

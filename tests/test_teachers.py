@@ -40,13 +40,16 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, length: int | None = 
 def test_a_name_is_known_or_a_directory(tmp_path: Path, tiny_teacher: Path) -> None:
     assert teachers.find_teacher("dinov2_vits14") is None
     assert teachers.find_teacher(str(tiny_teacher)) == tiny_teacher
-    with pytest.raises(InputError, match="neither a directory nor one of the known names"):
+    with pytest.raises(InputError, match="neither a directory nor a file, nor hf:ORG/NAME"):
         teachers.find_teacher("dinov5")
     with pytest.raises(InputError, match="not a model directory"):
         teachers.find_teacher(str(tmp_path))
-    (tmp_path / "w.pth").touch()
-    with pytest.raises(InputError, match=r"a file; import it first: python convert_weights\.py"):
-        teachers.find_teacher(str(tmp_path / "w.pth"))
+    (tmp_path / "w.txt").touch()
+    with pytest.raises(InputError, match=r"expected a directory, or a file that ends in \.pth"):
+        teachers.find_teacher(str(tmp_path / "w.txt"))
+    for wrong in ("hf:one", "hf:a/b/c", "hf:a/../b", "hf:"):
+        with pytest.raises(InputError, match="expected hf:ORG/NAME"):
+            teachers.find_teacher(wrong)
 
 
 def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -56,7 +59,8 @@ def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cach
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(InputError) as caught:
         teachers.obtain_teacher("dinov2_vits14_reg")
-    (problem,) = caught.value.problems
+    problem, second = caught.value.problems
+    assert "hf:facebook/dinov2-with-registers-small" in second
     assert "dinov2_vits14_reg4_pretrain.pth (no route); fetch it where that works" in problem
     assert str(cache / "downloads" / "dinov2_vits14_reg4_pretrain.pth") in problem
     assert list((cache / "downloads").iterdir()) == []
@@ -77,7 +81,7 @@ def test_the_first_digest_is_the_one_expected(monkeypatch: pytest.MonkeyPatch) -
     serve(monkeypatch, b"never asked for again")
     assert fetch_address("https://example.org/w.bin", "w.bin").read_bytes() == b"first"
     file.write_bytes(b"spoilt")
-    with pytest.raises(InputError, match=r"as at first, found .*; remove the file"):
+    with pytest.raises(InputError, match=r"as at first, found .* remove the file"):
         fetch_address("https://example.org/w.bin", "w.bin")
     file.unlink()
     with pytest.raises(InputError, match="as at first"):
@@ -165,5 +169,5 @@ def test_load_takes_directories_and_says_what_is_none(tiny_teacher: Path, tmp_pa
     assert model(np.zeros((1, 14, 14, 3), np.uint8)).cls.shape == (1, 32)
     with pytest.raises(InputError, match="neither a model directory"):
         proteus_jax.load(tmp_path)
-    with pytest.raises(InputError, match="neither a directory nor one of the known names"):
+    with pytest.raises(InputError, match="neither a directory nor a file, nor hf:ORG/NAME"):
         proteus_jax.load(tmp_path / "absent")

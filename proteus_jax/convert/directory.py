@@ -2,7 +2,9 @@
 several.
 """
 
+import fnmatch
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from proteus_jax.convert.formats import Arrays, Weights, read_weights
 from proteus_jax.errors import InputError, refusing
 
 INDEX = "model.safetensors.index.json"
+DESCRIPTIONS, PROCESSOR = ("config.json", "open_clip_config.json"), "preprocessor_config.json"
 _WEIGHTS = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -18,12 +21,28 @@ _WEIGHTS = (
 )
 
 
+def wanted_files(names: Iterable[str]) -> list[str]:
+    """Which files of a repository make such a directory: descriptions, and one set of weights."""
+    there = set(names)
+    described = [name for name in (*DESCRIPTIONS, PROCESSOR) if name in there]
+    if INDEX in there:
+        shards = [name for name in there if fnmatch.fnmatch(name, "model-*-of-*.safetensors")]
+        return sorted([*described, INDEX, *shards])
+    weights = [name for name in _WEIGHTS if name in there][:1]
+    return [*described, *weights] if weights else []
+
+
 class Directory(NamedTuple):
     """What a directory says of its model, and its arrays."""
 
     settings: dict[str, Any]
     weights: Weights
     files: tuple[Path, ...]
+
+
+def is_described(folder: Path) -> bool:
+    """Whether a folder has a description of its model, readable or not."""
+    return any((folder / name).is_file() for name in DESCRIPTIONS)
 
 
 def read_directory(folder: Path) -> Directory:
@@ -76,7 +95,7 @@ def _refuse_outside(folder: Path, file: Path) -> None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """config.json of transformers or timm, and the image statistics beside it, in one dict."""
-    for name in ("config.json", "open_clip_config.json"):
+    for name in DESCRIPTIONS:
         if (folder / name).is_file():
             _refuse_outside(folder, folder / name)
             config: dict[str, Any] = _json(folder / name)
@@ -98,8 +117,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     statistics = config.get("pretrained_cfg")
     if isinstance(statistics, dict):
         config |= _image_statistics(statistics, "mean", "std")
-    if (folder / "preprocessor_config.json").is_file():
-        beside = _json(folder / "preprocessor_config.json")
+    if (folder / PROCESSOR).is_file():
+        beside = _json(folder / PROCESSOR)
         config |= _image_statistics(beside, "image_mean", "image_std")
     return config
 

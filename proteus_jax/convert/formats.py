@@ -169,3 +169,4 @@ _READERS: dict[str, Callable[[Path], Arrays]] = {
     ".npz": _read_npz,
     ".onnx": onnx_file.read,
 }
+SUFFIXES = tuple(_READERS)

@@ -59,7 +59,9 @@ def load(
     another exception of `calls` where the pickle makes no sense.
     """
     machine = _Machine(calls, persistent)
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+    # It wants read, readline and tell, as both have.
+    readable: Any = stream
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(readable)):
         if count >= MOST_OPERATIONS:
             raise ValueError(f"more than {MOST_OPERATIONS} operations")
         machine.execute(opcode.name, argument)

@@ -6,6 +6,7 @@ import functools
 import glob
 import os
 import re
+import shutil
 import stat
 import urllib.parse
 from collections.abc import Iterator
@@ -15,8 +16,13 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.fs
 
+from proteus_jax.console import waiting
 from proteus_jax.data.images import Unreadable
 from proteus_jax.errors import InputError
+
+SCHEMES = ("gs", "s3", "file")
+# What a library tries again on gs:// it gives up after so many seconds.
+RETRY_SECONDS = 60
 
 
 def is_remote(path: str) -> bool:
@@ -26,6 +32,18 @@ def is_remote(path: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _bucket(root: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    parts = urllib.parse.urlsplit(root)
+    if parts.scheme not in SCHEMES:
+        raise InputError(f"{root}: expected an address on gs:// or s3://, found {parts.scheme}://")
+    if parts.password is not None:
+        raise InputError(
+            f"{parts.scheme}://...@{parts.hostname}: an address must not hold a password, as logs "
+            "and config.json keep addresses; give it by the environment, as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
+    if parts.scheme == "gs" and "retry_limit_seconds" not in parts.query:
+        query = f"{parts.query}&" if parts.query else ""
+        root = parts._replace(query=f"{query}retry_limit_seconds={RETRY_SECONDS}").geturl()
     try:
         return pyarrow.fs.FileSystem.from_uri(root)
     except (OSError, ValueError) as error:
@@ -79,6 +97,27 @@ def open_file(path: str) -> Any:
         return open(path, "rb")
     store, base = _store(path)
     return store.open_input_file(base)
+
+
+def copy_here(address: str, target: Path) -> None:
+    """Fetches a file from a store; InputError where that cannot be had."""
+    store, base = _store(address)
+    size = size_and_time(address)[0]
+    print(f"fetching {address}", flush=True)
+
+    def done() -> str:
+        here = target.stat().st_size if target.exists() else 0
+        return f"{here / 1e6:.0f} of {size / 1e6:.0f} MB"
+
+    try:
+        with (
+            waiting(f"fetching {address}", done=done),
+            store.open_input_stream(base) as source,
+            open(target, "wb") as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 24)
+    except OSError as error:
+        raise InputError(f"{address}: cannot be fetched: {error}") from None
 
 
 def size_and_time(path: str) -> tuple[int, int]:
