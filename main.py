@@ -38,6 +38,7 @@ import os
 import signal
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,7 +163,7 @@ def distil(arguments: list[str], console: Console) -> int:
         _plan(configuration, read.planning, known, console)
         return 0
     place, seconds = _company(read.place, known)
-    about = {"version": proteus_jax.__version__, "configuration": configuration.to_json()}
+    about = _versions() | {"configuration": configuration.to_json()}
     with cluster.joined(
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ) as company:
@@ -174,6 +175,12 @@ def distil(arguments: list[str], console: Console) -> int:
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS_IN_TRAINING):
             return train.run(configuration, inputs, folder, console, company, profile=profile)
+
+
+def _versions() -> dict[str, str]:
+    """What all hosts must have the same of."""
+    installed = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "flax")}
+    return {"version": proteus_jax.__version__} | installed
 
 
 def _replay(read: Arguments, console: Console) -> int:

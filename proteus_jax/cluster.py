@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from proteus_jax.errors import DEFECT, exit_code
+from proteus_jax.errors import DEFECT, InputError, exit_code
 from proteus_jax.hosts import Place
 from proteus_jax.rendezvous import GRACE, Company, meet
 
@@ -54,6 +54,7 @@ def joined(
                 # JAX's own detection would take one device of each node under SLURM.
                 cluster_detection_method="deactivate",
             )
+            _refuse_uneven_hosts()
             yield company
             jax.distributed.shutdown()
     except BaseException as error:
@@ -66,6 +67,18 @@ def joined(
         company.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
         raise
     company.leave()
+
+
+def _refuse_uneven_hosts() -> None:
+    """InputError, on all hosts alike, where they do not have as many devices of one kind."""
+    found: dict[int, list[str]] = {}
+    for device in jax.devices():
+        found.setdefault(device.process_index, []).append(device.device_kind)
+    if len({tuple(kinds) for kinds in found.values()}) > 1:
+        told = [f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(found.items())]
+        raise InputError(
+            f"expected as many devices of one kind on each host, found {', '.join(told)}"
+        )
 
 
 @contextlib.contextmanager

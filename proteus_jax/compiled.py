@@ -8,16 +8,26 @@ import jax
 
 from proteus_jax.downloads import cache_directory
 
+# Beside a run's checkpoints, where several hosts train.
+FOLDER = "compiled"
 
-def keep_compiled_programs() -> None:
+
+def keep_compiled_programs(shared: str) -> None:
     """Turns JAX's persistent cache on, in this project's cache, unless the user has one elsewhere.
+
+    Of several hosts only the first one writes it. Where they do not see the same cache, that one
+    would find its programs after a restart while the others compile, which they do together on
+    some platforms, and wait for it. So they keep them in `shared`, which all of them see.
 
     Programs for a CPU hold its own instructions, which JAX's key does not tell apart: machines of
     another kind that share a home have another folder.
     """
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        directory = cache_directory() / "compiled" / _machine()
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        return
+    directory = str(cache_directory() / "compiled" / _machine())
+    if jax.process_count() > 1:
+        directory = shared
+    jax.config.update("jax_compilation_cache_dir", directory)
 
 
 def _machine() -> str:

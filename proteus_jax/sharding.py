@@ -15,11 +15,18 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as ("data", "fsdp"); ValueError where they do not divide."""
+    """All devices as ("data", "fsdp"), host by host; ValueError where they do not divide.
+
+    `jax.make_mesh` follows a TPU's wires, on which hosts take turns. Here each host's devices stand
+    together, in the order that it gives them: a host's share of a batch is then one piece of it.
+    """
     devices = jax.device_count()
     if devices % fsdp:
         raise ValueError(f"{devices} devices do not divide into groups of {fsdp}")
-    return jax.make_mesh((devices // fsdp, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    shape, kinds = (devices // fsdp, fsdp), (AxisType.Auto,) * 2
+    wired = jax.make_mesh(shape, BATCH_AXES, axis_types=kinds)
+    together = sorted(wired.devices.flat, key=lambda device: device.process_index)
+    return Mesh(np.array(together).reshape(shape), BATCH_AXES, axis_types=kinds)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -78,6 +85,18 @@ def same_everywhere(text: str) -> bool:
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     everybody = multihost_utils.process_allgather(digest)
     return bool((everybody == digest).all())
+
+
+def of_all_hosts(text: str) -> list[str]:
+    """What each host has to say, in their order, on all hosts; all must say something."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
+    longest = max(1, int(multihost_utils.process_allgather(np.int64(content.size)).max()))
+    padded = np.zeros(longest, np.uint8)
+    padded[: content.size] = content
+    rows = np.reshape(multihost_utils.process_allgather(padded), (jax.process_count(), longest))
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def from_first_host(number: int) -> int:

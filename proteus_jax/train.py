@@ -17,6 +17,7 @@ import jax
 from proteus_jax import dump, sharding
 from proteus_jax.changes import changes
 from proteus_jax.checkpoint import Checkpoints
+from proteus_jax.compiled import FOLDER as COMPILED
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console
 from proteus_jax.data.pipeline import training_batches, worker_count
@@ -60,7 +61,8 @@ def run(
     InputError, before anything is changed, where another run is using the workdir, or it holds one
     of other images, seed, batch or models, or one that has lost its checkpoints.
     """
-    keep_compiled_programs()
+    place.compare(jax.process_index(), sharding.of_all_hosts)
+    keep_compiled_programs(place.address_of(place.local / COMPILED))
     # The hosts of a run share a workdir: the first one holds it.
     with contextlib.nullcontext() if jax.process_index() else place.locked(console.line):
         return _run_alone(config, inputs, place, console, company, profile)

@@ -22,10 +22,12 @@ import fsspec
 from proteus_jax.errors import InputError, Interrupted, about
 from proteus_jax.heartbeat import FILE as HEARTBEAT
 from proteus_jax.heartbeat import is_stopping, living
-from proteus_jax.storage import remove_leftovers, why_unwritable
+from proteus_jax.storage import remove_leftovers, why_unwritable, write_atomically
 
 SCHEMES = ("gs",)
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+# By which hosts see whether they share a folder, and the seconds that news of it may take.
+MEETING, NEWS = ".meeting", 10.0
 # Where exported students lie, and averages of them.
 STUDENTS = ("student", "student_ema")
 # What a resumed run goes on with; the rest is written anew.
@@ -51,6 +53,33 @@ class Workdir:
     def checkpoints(self) -> str:
         """Where orbax writes."""
         return self.address_of(self.local / CHECKPOINTS)
+
+    def compare(self, host: int, of_all_hosts: Callable[[str], list[str]]) -> None:
+        """InputError on every host where they do not all see one workdir: they would wait for each
+        other in the first checkpoint.
+
+        The first host leaves a word there, for which the others look. `of_all_hosts` tells each
+        host what all of them say.
+        """
+        first = of_all_hosts(os.urandom(8).hex())[0]
+        left = self.local / MEETING
+        if host == 0 and not self.remote:
+            with about("--workdir"):
+                self.local.mkdir(parents=True, exist_ok=True)
+                write_atomically(left, first)
+        address = of_all_hosts(self.remote)[0]
+        on_store = bool(self.remote or address)
+        seen = self.remote == address if on_store else _is_there(left, first)
+        name = self.remote or str(self.local.absolute())
+        told = of_all_hosts(f"{'sees' if seen else 'misses'} {socket.gethostname()}: {name}")
+        if host == 0:
+            left.unlink(missing_ok=True)
+        if any(word.startswith("misses") for word in told):
+            places = [f"host {n} ({word.partition(' ')[2]})" for n, word in enumerate(told)]
+            raise InputError(
+                f"--workdir: the hosts do not see the same one: {'; '.join(places)}; give a folder "
+                "that all of them share, or an address on gs://"
+            )
 
     @contextlib.contextmanager
     def locked(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -174,6 +203,18 @@ class Workdir:
             if path.is_file() and not hidden:
                 status = path.stat()
                 yield path, (status.st_mtime_ns, status.st_size)
+
+
+def _is_there(path: Path, text: str) -> bool:
+    """Whether a file with that text is there, or comes: NFS shows a new file after a while."""
+    deadline = time.monotonic() + NEWS
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def _in_use(name: str, who: str) -> InputError:

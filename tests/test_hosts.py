@@ -1,5 +1,6 @@
 """Several hosts: who is where, who is missing, and that two processes train as one does."""
 
+import json
 import os
 import re
 import shutil
@@ -9,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, photograph
+from PIL import Image
 from test_main import command, losses
 
 from proteus_jax import hosts
@@ -189,14 +193,10 @@ def processes(
     teacher: Path,
     *more: str,
     at: Path | None = None,
+    change: Callable[[list[str]], list[str]] = list,
+    extra_device_of: int | None = None,
 ) -> list[subprocess.Popen]:
     """A run of several processes, each with its own fake devices, and under `at` its own folder."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 "
-        f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PROTEUS_JAX_CACHE": str(teacher.parent.parent / "cache"),
-    }
     arguments = [
         *command(workdir, photographs, teacher),
         f"--config.steps={STEPS}",
@@ -206,6 +206,19 @@ def processes(
         "--config.data.held_out.views=16",
         *more,
     ]
+    cache = teacher.parent.parent / "cache"
+    return started(count, devices, change(arguments), cache, at, extra_device_of)
+
+
+def started(
+    count: int,
+    devices: int,
+    arguments: list[str],
+    cache: Path,
+    at: Path | None = None,
+    extra_device_of: int | None = None,
+) -> list[subprocess.Popen]:
+    """The processes of a command."""
     port = free_port()
     return [
         subprocess.Popen(
@@ -215,7 +228,13 @@ def processes(
                 if count > 1
                 else []
             ),
-            env=environment,
+            env=os.environ
+            | {
+                "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                f"--xla_force_host_platform_device_count={devices + (host == extra_device_of)}",
+                "JAX_PLATFORMS": "cpu",
+                "PROTEUS_JAX_CACHE": str(cache),
+            },
             cwd=None if at is None else at / str(host),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -258,6 +277,125 @@ def test_two_processes_train_as_one_does(
     assert resumed[0] == 0, resumed
     assert f"resuming at step {STEPS // 2}" in resumed[1]
     assert_close_losses(losses(two), losses(one))
+
+
+INTERLEAVED = str(ROOT / "tests" / "interleaved.py")
+
+
+def interleaved(arguments: list[str]) -> list[str]:
+    """The same command on devices in the order of a TPU slice."""
+    return [INTERLEAVED if part.endswith("main.py") else part for part in arguments]
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_whose_devices_take_turns_measure_as_one_does(
+    count: int, tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """Agreement, pictures and losses: more views than a batch, so that a row in the wrong place
+    would be measured, or left out.
+    """
+    # An odd number of views, and half of the devices share a copy where there are several each.
+    more = ("--config.data.held_out.views=21", f"--config.fsdp={4 // count}")
+    one, many = tmp_path / "one", tmp_path / "many"
+    (alone,) = ended(processes(1, 4, one, photographs, tiny_teacher, *more))
+    together = ended(
+        processes(count, 4 // count, many, photographs, tiny_teacher, *more, change=interleaved)
+    )
+    assert [code for code, _, _ in (alone, *together)] == [0] * (count + 1), together
+    assert_close_losses(losses(many), losses(one))
+    for ours, theirs in zip(read_metrics(many), read_metrics(one), strict=True):
+        measured = [key for key in theirs if key.startswith(("agreement", "neighbour", "cka"))]
+        assert [ours[key] for key in measured] == pytest.approx(
+            [theirs[key] for key in measured], abs=1e-4
+        )
+    drawn = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+    assert len(drawn) > 2
+    for name in drawn:
+        # Colours are scaled by the smallest and largest value: rounding may move a level or two.
+        assert np.abs(picture(many / name) - picture(one / name)).mean() < 2
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "analysis"])
+def test_two_processes_evaluate_as_one_does(
+    protocol: str, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 7), ("test", 5)):
+        for name in ("a", "b", "c"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(photograph(rng)).save(folder / f"{number}.png")
+    more = {
+        "knn": ("--config.knn.neighbours=3",),
+        "linear": ("--config.linear.epochs=1", "--config.linear.blocks=(1, 2)"),
+        "analysis": (f"--config.analysis.teacher={tiny_teacher}",),
+    }[protocol]
+    arguments = (
+        f"--config={ROOT / 'configs' / 'eval' / f'{protocol}.py'}",
+        f"--config.model={tiny_teacher}",
+        f"--config.data.root={tmp_path / 'images'}",
+        "--config.batch=8",
+        "--config.data.resize=64",
+        "--config.data.crop=56",
+        *more,
+    )
+    found = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        evaluated = [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *arguments]
+        ends = ended(started(count, 4 // count, interleaved(evaluated), tmp_path / "cache"))
+        assert [code for code, _, _ in ends] == [0] * count, ends
+        found.append(json.loads((workdir / "results.json").read_text()))
+    assert_close_results(*found)
+
+
+def assert_close_results(one: Any, other: Any) -> None:
+    """The same but for rounding, and for how long it took."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "images_per_second"}:
+            assert_close_results(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert_close_results(mine, theirs)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    else:
+        assert one == other
+
+
+def test_two_workdirs_are_refused_before_anything_is_trained(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """A relative path, with another folder behind it on each host."""
+    for host in range(2):
+        (tmp_path / str(host)).mkdir()
+    began = time.monotonic()
+    both = ended(processes(2, 1, Path("run"), photographs, tiny_teacher, at=tmp_path))
+    assert time.monotonic() - began < 60
+    assert [code for code, _, _ in both] == [2, 2], both
+    for _, _, err in both:
+        assert "--workdir: the hosts do not see the same one" in err
+        assert all(str(tmp_path / str(host) / "run") in err for host in range(2))
+    # The one that led has nothing but an empty folder, the other not even that.
+    assert not list((tmp_path / "0" / "run").iterdir())
+    assert not (tmp_path / "1" / "run").exists()
+
+
+def test_hosts_with_unequal_devices_are_refused(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    both = ended(processes(2, 1, tmp_path / "run", photographs, tiny_teacher, extra_device_of=1))
+    assert [code for code, _, _ in both] == [2, 2], both
+    words = "expected as many devices of one kind on each, found host 0: 1 cpu, host 1: 2 cpu"
+    assert all(words in err for _, _, err in both)
+    assert not (tmp_path / "run").exists()
 
 
 def assert_close_losses(found: list[dict], expected: list[dict]) -> None:

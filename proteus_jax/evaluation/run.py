@@ -10,6 +10,7 @@ import jax
 import proteus_jax
 from proteus_jax import sharding
 from proteus_jax.assembly import dtype_of
+from proteus_jax.compiled import FOLDER as COMPILED
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console
 from proteus_jax.data.pipeline import worker_count
@@ -104,7 +105,8 @@ def _check_model(config: Any, model: Model) -> list[str]:
 
 def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     """Measures, and writes results.json; returns the exit code."""
-    keep_compiled_programs()
+    place.compare(jax.process_index(), sharding.of_all_hosts)
+    keep_compiled_programs(place.address_of(place.local / COMPILED))
     workdir, leads = place.local, jax.process_index() == 0
     with about("--workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
