@@ -393,8 +393,8 @@ def test_hosts_with_unequal_devices_are_refused(
 ) -> None:
     both = ended(processes(2, 1, tmp_path / "run", photographs, tiny_teacher, extra_device_of=1))
     assert [code for code, _, _ in both] == [2, 2], both
-    words = "expected as many devices of one kind on each, found host 0: 1 cpu, host 1: 2 cpu"
-    assert all(words in err for _, _, err in both)
+    words = "expected as many devices of one kind on each host, found host 0: 1 cpu, host 1: 2 cpu"
+    assert all(words in err for _, _, err in both), both
     assert not (tmp_path / "run").exists()
 
 
