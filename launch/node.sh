@@ -8,16 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-run() {
-  echo "+ $*"
-  [ -n "${DRY_RUN:-}" ] || "$@"
-}
-
-if [ -z "${PYTHON:-}" ] && [ ! -e .venv/run.stamp ]; then
-  run make .venv/run.stamp
-  # CUDA and cuDNN come as wheels: only the driver has to be on the machine.
-  run .venv/bin/python -m pip install --quiet "jax[cuda12]>=0.10.2,<0.13"
-fi
+# Does nothing where JAX for this machine's devices is installed.
+[ -n "${PYTHON:-}" ] || launch/setup.sh
 
 # A signal to this script is one to the run, and the end.
 stopped=

@@ -11,7 +11,18 @@
 set -euo pipefail
 : "${NAME:?name of the slice}" "${ZONE:?zone, as us-west4-a}" "${TYPE:?type, as v5litepod-16}"
 : "${SOURCE:?address to clone this repository from}"
-VERSION="${VERSION:-v2-alpha-tpuv5-lite}"
+# The image that goes with each type (cloud.google.com/tpu/docs/runtimes); VERSION names another.
+case "$TYPE" in
+  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+  v5p-*) image=v2-alpha-tpuv5 ;;
+  v6e-*) image=v2-alpha-tpuv6e ;;
+  v2-* | v3-* | v4-*) image=tpu-ubuntu2204-base ;;
+  *) image="" ;;
+esac
+VERSION="${VERSION:-$image}"
+: "${VERSION:?the runtime version that goes with $TYPE}"
+# Seconds to save after SIGTERM: a spot slice is taken back about 30 s after it is told.
+STOP_WITHIN="${STOP_WITHIN:-25}"
 PAUSE="${PAUSE:-30}"
 # A slice that is there and fails so often in a row will not do better.
 PATIENCE=3
@@ -63,8 +74,7 @@ setup() {
   [ -z "${SHARED:-}" ] || everywhere "mountpoint -q /mnt/shared || { sudo apt-get install -y -q \
 nfs-common && sudo mkdir -p /mnt/shared && sudo mount $SHARED /mnt/shared; }"
   everywhere "test -e proteus_jax/.ready || { rm -rf proteus_jax && git clone --depth=1 $SOURCE \
-proteus_jax && cd proteus_jax && make .venv/run.stamp && .venv/bin/python -m pip install --quiet \
-'jax[tpu]>=0.10.2,<0.13' -r requirements-gcs.txt && touch .ready; }"
+proteus_jax && cd proteus_jax && launch/setup.sh tpu requirements-gcs.txt && touch .ready; }"
 }
 
 failures=0
@@ -72,7 +82,8 @@ while true; do
   ready || create
   code=0
   # Each worker finds the others by the metadata of its TPU.
-  { setup && everywhere "cd proteus_jax && .venv/bin/python main.py $(printf '%q ' "$@")"; } || code=$?
+  { setup && everywhere "cd proteus_jax && .venv/bin/python main.py \
+--config.stop_within=$STOP_WITHIN $(printf '%q ' "$@")"; } || code=$?
   case "$code" in
     # Done; or the run's input is wrong, or it diverged: again would be the same.
     0 | 2 | 3) exit "$code" ;;

@@ -56,7 +56,7 @@ def test_a_pod_is_made_trained_on_and_removed() -> None:
     assert made.startswith("+ gcloud compute tpus tpu-vm create p ")
     assert "--spot" in made
     assert all("--worker=all" in line for line in [*setup, trained])
-    assert "main.py --config=c.py --workdir=/mnt/shared/my\\ run" in trained
+    assert "main.py --config.stop_within=25 --config=c.py --workdir=/mnt/shared/my\\ run" in trained
     assert removed == "+ gcloud compute tpus tpu-vm delete p --zone=z --quiet"
 
 
@@ -121,7 +121,7 @@ def test_a_pod_goes_on_as_long_as_that_makes_sense(
     assert result.returncode == code, result.stderr
     calls = (tmp_path / "calls.txt").read_text().splitlines()
     assert sum(call.startswith("create") for call in calls) == created
-    assert result.stdout.count("main.py --config=c.py") == trained
+    assert result.stdout.count("main.py --config.stop_within=25 --config=c.py") == trained
     assert calls[-1].startswith("delete")
     assert (tmp_path / "answers.txt").read_text() == ""
 
@@ -214,3 +214,86 @@ def test_a_node_goes_on_after_an_interruption_and_ends_when_told(
     assert script.returncode == 75
     assert out.count("interrupted at step") == 2
     assert "resuming at step" in out
+
+
+# A Python that is too old to suit, and one that a stub of uv puts into .venv: it notes what pip is
+# asked for, and has a module once that was installed.
+OLD = "#!/bin/bash\nexit 1\n"
+UV = """#!/bin/bash
+echo "uv $*" >> calls.txt
+mkdir -p "${*: -1}/bin"
+cp new_python "${*: -1}/bin/python"
+"""
+NEW = """#!/bin/bash
+case "$*" in
+  *find_spec*) grep -q "pip install" calls.txt ;;
+  *) echo "$*" >> calls.txt ;;
+esac
+"""
+
+
+def machine(folder: Path, **programs: str) -> dict[str, str]:
+    """A folder with launch/setup.sh in it, on a machine whose Python is 3.10."""
+    (folder / "bin").mkdir()
+    (folder / "launch").mkdir()
+    (folder / "launch" / "setup.sh").write_text((LAUNCH / "setup.sh").read_text())
+    (folder / "requirements.txt").touch()
+    os.utime(folder / "requirements.txt", (0, 0))
+    (folder / "new_python").write_text(NEW)
+    (folder / "new_python").chmod(0o755)
+    olds = dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), OLD)
+    for name, text in (olds | {"uv": UV} | programs).items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    return kept | {"PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+
+
+def set_up(folder: Path, environment: dict[str, str], *arguments: str) -> list[str]:
+    result = subprocess.run(
+        ["bash", "launch/setup.sh", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return (folder / "calls.txt").read_text().splitlines()
+
+
+def test_an_old_python_is_replaced_by_uv(tmp_path: Path) -> None:
+    environment = machine(tmp_path)
+    made, installed = set_up(tmp_path, environment, "tpu", "requirements-gcs.txt")
+    assert made == "uv venv --quiet --seed --python 3.11 .venv"
+    assert "-m pip install" in installed
+    assert installed.endswith("jax[tpu]>=0.10.2,<0.13 -r requirements.txt -r requirements-gcs.txt")
+    # What is there is not installed again.
+    assert set_up(tmp_path, environment, "tpu", "requirements-gcs.txt") == [made, installed]
+
+
+@pytest.mark.parametrize(
+    ("driver", "extra"), [("580.65.06", "[cuda13]"), ("535.129.03", "[cuda12]")]
+)
+def test_the_driver_says_which_jax(driver: str, extra: str, tmp_path: Path) -> None:
+    environment = machine(
+        tmp_path, **{"nvidia-smi": f"#!/bin/bash\necho {driver}\necho {driver}\n"}
+    )
+    assert f"jax{extra}>=" in set_up(tmp_path, environment)[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-32", "v2-alpha-tpuv5"),
+        ("v6e-16", "v2-alpha-tpuv6e"),
+        ("v4-32", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_each_type_of_slice_has_its_image(kind: str, image: str) -> None:
+    variables = {"NAME": "p", "ZONE": "z", "TYPE": kind, "SOURCE": "https://x"}
+    made, setup, trained, _ = dry_run("tpu_pod.sh", "--config=c.py", **variables)
+    assert f"--version={image} " in made
+    assert "launch/setup.sh tpu" in setup
+    # A spot slice leaves half a minute.
+    assert "--config.stop_within=25" in trained

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Makes the environment of this machine in .venv: Python 3.11 or newer, requirements.txt, and JAX for
+# the devices that are here.
+#
+#   launch/setup.sh [auto|cpu|cuda12|cuda13|tpu] [MORE_REQUIREMENTS.txt ...]
+#
+# Where the system's Python is older, as on TPU images, uv fetches one. Does nothing where all of it
+# is installed already. DRY_RUN=1 prints the commands.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind="${1:-auto}"
+shift || true
+BIN=.venv/bin
+
+run() {
+  echo "+ $*"
+  [ -n "${DRY_RUN:-}" ] || "$@"
+}
+
+# CUDA and cuDNN come as wheels; the driver has to be new enough for them: 580 for CUDA 13, 525 for 12.
+detect() {
+  local driver
+  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)" || true
+  driver="${driver%%.*}"
+  if [[ "$driver" =~ ^[0-9]+$ ]]; then
+    if [ "$driver" -ge 580 ]; then echo cuda13; else echo cuda12; fi
+    [ "$driver" -ge 525 ] || echo "driver $driver: JAX wants 525 or newer" >&2
+  elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then
+    echo tpu
+  else
+    echo cpu
+  fi
+}
+
+[ "$kind" != auto ] || kind="$(detect)"
+case "$kind" in
+  cpu) jax="jax" plugin=jaxlib ;;
+  cuda12) jax="jax[cuda12]" plugin=jax_cuda12_plugin ;;
+  cuda13) jax="jax[cuda13]" plugin=jax_cuda13_plugin ;;
+  tpu) jax="jax[tpu]" plugin=libtpu ;;
+  *)
+    echo "launch/setup.sh: expected auto, cpu, cuda12, cuda13 or tpu, found $kind" >&2
+    exit 2
+    ;;
+esac
+
+# New enough, and able to make an environment: Debian's may lack the part for that.
+suits() {
+  "$1" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_uv() {
+  command -v uv && return
+  if [ ! -x "$HOME/.local/bin/uv" ]; then
+    # Where pip may not write to the system's packages, uv's own script puts it there.
+    python3 -m pip install --quiet --user uv >/dev/null 2>&1 ||
+      curl -LsSf https://astral.sh/uv/install.sh | sh >/dev/null
+  fi
+  echo "$HOME/.local/bin/uv"
+}
+
+make_environment() {
+  local python
+  for python in "${PYTHON:-python3}" python3.11 python3.12 python3.13; do
+    if suits "$python"; then
+      run "$python" -m venv .venv
+      return
+    fi
+  done
+  # Takes an installed one where there is one, and fetches one otherwise.
+  run "$(find_uv)" venv --quiet --seed --python 3.11 .venv
+}
+
+# What is installed counts, not what was installed once.
+installed() {
+  [ -x "$BIN/python" ] && [ "$BIN/complete.stamp" -nt requirements.txt ] &&
+    "$BIN/python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$plugin') is None)"
+}
+
+installed && exit 0
+[ -x "$BIN/python" ] || make_environment
+extra=()
+for file in "$@"; do extra+=(-r "$file"); done
+# In one command: JAX, its plugin and its libraries pin each other.
+run "$BIN/python" -m pip install --quiet --disable-pip-version-check \
+  "$jax>=0.10.2,<0.13" -r requirements.txt "${extra[@]}"
+run touch "$BIN/complete.stamp"
