@@ -267,10 +267,12 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    console = Console()
+    console = Console(watched=True)
     _end_at_a_signal(console)
     try:
-        return distil(sys.argv[1:], console)
+        code = distil(sys.argv[1:], console)
+        console.dismiss_watcher()
+        return code
     except InputError as error:
         count = len(error.problems)
         console.error(f"{count} problem{'' if count == 1 else 's'} with the input:")

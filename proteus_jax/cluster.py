@@ -37,6 +37,7 @@ def joined(
     Interrupted where not all hosts came within `timeout` seconds.
     """
     if place.hosts == 1:
+        _start_devices()
         yield None
         return
     if place.host == 0:
@@ -54,6 +55,7 @@ def joined(
                 # JAX's own detection would take one device of each node under SLURM.
                 cluster_detection_method="deactivate",
             )
+            _start_devices()
             _refuse_uneven_hosts()
             yield company
             jax.distributed.shutdown()
@@ -67,6 +69,20 @@ def joined(
         company.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
         raise
     company.leave()
+
+
+def _start_devices() -> None:
+    """InputError where JAX cannot start the devices that are asked for, or that are in use."""
+    try:
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        what = f"JAX_PLATFORMS={asked}" if asked else "the devices of this machine"
+        reason = (str(error).strip().splitlines() or ["its plugin is not installed"])[0][:300]
+        raise InputError(
+            f"{what}: JAX cannot start it ({reason}); launch/setup.sh installs JAX for the devices "
+            "that are here, and JAX_PLATFORMS=cpu does without them"
+        ) from None
 
 
 def _refuse_uneven_hosts() -> None:

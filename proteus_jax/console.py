@@ -17,6 +17,8 @@ from typing import IO, TextIO
 # Without a terminal a line of progress comes this often, in seconds.
 PLAIN_INTERVAL = 8.0
 LIVE_INTERVAL = 0.2
+# So many bytes of what a library said are shown where it ends the process.
+LAST_WORDS = 4000
 # What is waited for is said again after so many seconds.
 WAITING_INTERVAL = 2.0
 
@@ -24,9 +26,12 @@ WAITING_INTERVAL = 2.0
 class Console:
     """Prints to standard output. Standard error, where libraries write, goes to a file from the
     start.
+
+    A library in C++ may end the process before there is a log, as XLA does at a flag that it does
+    not know. With `watched` a child process sees that, and says the library's last words.
     """
 
-    def __init__(self):
+    def __init__(self, *, watched: bool = False):
         if isinstance(sys.stdout, io.TextIOWrapper):
             # Names of files may hold bytes that are no Unicode.
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -38,7 +43,16 @@ class Console:
         sys.stderr.flush()
         self._stderr = os.dup(2)
         self._log = _temporary()
+        self._watcher = _watch(self._log, self._stderr) if watched else None
         os.dup2(self._log.fileno(), 2)
+
+    def dismiss_watcher(self) -> None:
+        """From here on whatever ends the process is said by itself, or stands in the log."""
+        if self._watcher is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._watcher, b".")
+            os.close(self._watcher)
+            self._watcher = None
 
     def keep_log(self, path: Path) -> None:
         """From now on standard error is appended to `path`, after what came so far."""
@@ -48,6 +62,7 @@ class Console:
             shutil.copyfileobj(self._log, file)
             os.dup2(file.fileno(), 2)
         self._log.close()
+        self.dismiss_watcher()
 
     def line(self, text: str = "") -> None:
         """A line that stays."""
@@ -64,6 +79,7 @@ class Console:
     def error(self, text: str) -> None:
         """A line on the real standard error."""
         self._clear()
+        self.dismiss_watcher()
         # Nobody may read it any more: what is to follow, as an end of the process, still does.
         with contextlib.suppress(OSError):
             os.write(self._stderr, (text + "\n").encode(errors="backslashreplace"))
@@ -92,6 +108,26 @@ class Console:
         if self._shown:
             _print("\r\x1b[2K", sys.stdout)
             self._shown = False
+
+
+def _watch(log: IO[bytes], stderr: int) -> int:
+    """Starts the child that waits for this process to end; returns what to write to for it to end
+    in silence.
+    """
+    ears, mouth = os.pipe()
+    if os.fork():
+        os.close(ears)
+        return mouth
+    try:
+        # Signals to the group are the parent's to answer.
+        os.setsid()
+        os.close(mouth)
+        if not os.read(ears, 1):
+            size = os.fstat(log.fileno()).st_size
+            words = os.pread(log.fileno(), LAST_WORDS, max(0, size - LAST_WORDS))
+            os.write(stderr, words)
+    finally:
+        os._exit(0)
 
 
 def _temporary() -> IO[bytes]:

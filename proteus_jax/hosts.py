@@ -19,6 +19,24 @@ METADATA_TIMEOUT = 2.0
 TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))
 
 
+# A file for each GPU that the driver of NVIDIA has found.
+GPU_DEVICES = Path("/dev")
+
+
+def unseen_gpus(platform: str) -> str | None:
+    """What to say where JAX computes on the CPU of a machine with GPUs; None where it does not, or
+    was told to.
+    """
+    found = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
+    if platform != "cpu" or not found or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        return None
+    return (
+        f"{found} GPU{'' if found == 1 else 's'} here, but JAX sees none and computes on the CPU: "
+        "launch/setup.sh installs JAX for them, or pip install 'jax[cuda12]' (jax[cuda13] for "
+        "drivers from 580 on)"
+    )
+
+
 class Place(NamedTuple):
     """This process among the hosts of a run, and who said so.
 

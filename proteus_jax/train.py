@@ -25,6 +25,7 @@ from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.heartbeat import Heartbeat
+from proteus_jax.hosts import unseen_gpus
 from proteus_jax.messages import conclude, introduce
 from proteus_jax.metrics import MetricsWriter, NoMetrics, parameter_table, read_metrics
 from proteus_jax.outcome import export_students
@@ -84,6 +85,7 @@ def _run_alone(
         run = _Run(experiment, place, console)
         stack.callback(run.saving.checkpoints.close)
         resumed, remarks = _resumed(run.saving.checkpoints, experiment, workdir)
+        remarks += filter(None, [unseen_gpus(jax.default_backend())])
         logged = [row["step"] for row in read_metrics(workdir)]
         if resumed is None and any(logged):
             remarks.append("nothing was saved here before: the run begins anew")

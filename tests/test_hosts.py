@@ -86,6 +86,20 @@ def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_place({}, {}) == ALONE
 
 
+def test_gpus_that_jax_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "GPU_DEVICES", tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert hosts.unseen_gpus("cpu") is None
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    said = hosts.unseen_gpus("cpu")
+    assert said is not None
+    assert said.startswith("2 GPUs here, but JAX sees none")
+    assert hosts.unseen_gpus("gpu") is None
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert hosts.unseen_gpus("cpu") is None
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [

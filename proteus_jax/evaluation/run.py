@@ -20,6 +20,7 @@ from proteus_jax.evaluation import analysis, finegrained, linear, neighbours, ro
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Reading
 from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
+from proteus_jax.hosts import unseen_gpus
 from proteus_jax.loading import load_any
 from proteus_jax.metrics import FILE as METRICS
 from proteus_jax.pretrained import WEIGHTS, Model
@@ -126,6 +127,9 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
         progress=console.progress,
     )
     console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
+    unseen = unseen_gpus(jax.default_backend())
+    if unseen:
+        console.line(unseen)
     found = PROTOCOLS[config.protocol].measure(context, inputs.data)
     results = {"protocol": config.protocol} | found
     results["constants"] = _constants(config) | results.get("constants", {})
