@@ -37,6 +37,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -59,6 +60,8 @@ from proteus_jax.hosts import ALONE, Place, find_place
 PATHS = ("--config", "--workdir", "--output", "--replay")
 PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
+# Seconds that a last line may take.
+UNREAD = 2.0
 FLAGS = ("--doctor", "--profile", "--plan", "--offline")
 PLAN = ("--topology", "--mfu", "--price")
 LESS_IN_TRAINING = (
@@ -245,17 +248,32 @@ def _notes(error: Exception) -> list[str]:
 def _end_at_a_signal(console: Console) -> None:
     """A request to stop ends this process at once: until it trains, which is when requests wait for
     the step, nothing is lost. An exception in place of that may end in some library's callback.
-    """
 
-    def end(*_: Any) -> None:
+    A thread hears of them: the main one may be listing a store or compiling, in C++, where Python's
+    handlers wait.
+    """
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    ears, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+
+    def listen() -> None:
+        while os.read(ears, 1)[0] not in numbers:
+            pass
+        # Where nobody reads what is said, it ends all the same.
+        threading.Timer(UNREAD, os._exit, [Interrupted.EXIT_CODE]).start()
         try:
             console.error("interrupted; the same command goes on")
         finally:
             os._exit(Interrupted.EXIT_CODE)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, end)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True, name="requests to end").start()
 
 
 def _is_ours(module: str) -> bool:

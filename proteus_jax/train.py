@@ -19,7 +19,7 @@ from proteus_jax.changes import changes
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.compiled import FOLDER as COMPILED
 from proteus_jax.compiled import keep_compiled_programs
-from proteus_jax.console import Console
+from proteus_jax.console import Console, waiting
 from proteus_jax.data.pipeline import training_batches, worker_count
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
@@ -300,7 +300,13 @@ class _Run:
                     # As a request to stop: all hosts save the same step, then this one says why.
                     self.failure = error
                 images = sharding.place_batch(batch.images, experiment.mesh)
-                state, values = experiment.train_step(state, experiment.teacher_params, images)
+                first_one = step == began_at
+                with (
+                    waiting(f"step {step}/{total}: compiling", self.console.progress)
+                    if first_one
+                    else contextlib.nullcontext()
+                ):
+                    state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
                 self.heartbeat.step(step)
                 self.skipped.note(step, values, batch)

@@ -15,7 +15,7 @@ _make_mesh = jax.make_mesh
 def wired(shape: tuple[int, ...], names: tuple[str, ...], **choices: Any) -> jax.sharding.Mesh:
     """The first device of each host, then the second of each ..., the last host first."""
     mesh = _make_mesh(shape, names, **choices)
-    by_host: dict[int, list[jax.Device]] = {}
+    by_host: dict[int, list[Any]] = {}
     for device in mesh.devices.flat:
         by_host.setdefault(device.process_index, []).append(device)
     turns = zip(*(by_host[host] for host in sorted(by_host, reverse=True)), strict=True)

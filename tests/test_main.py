@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -291,6 +292,34 @@ def test_devices_that_cannot_be_started_are_said_in_words(
     assert result.returncode not in (0, 2, 75)
     assert "--xla_no_such_flag=1" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["gs://anonymous@bucket", "s3://bucket"])
+def test_a_store_that_does_not_answer(scheme: str, tmp_path: Path, tiny_teacher: Path) -> None:
+    """It is said what is waited for, and a request to end is heard while a library in C++ waits."""
+    with socket.create_server(("127.0.0.1", 0), backlog=32) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        root = f"{scheme}/x?scheme=http&endpoint_override={address}"
+        root += "&region=us-east-1" if scheme.startswith("s3") else ""
+        arguments = command(tmp_path / "run", Path("unused"), tiny_teacher)
+        with subprocess.Popen(
+            [*arguments, f"--config.data.root={root}"],
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            # Its first word after a while, and not its last.
+            assert running.stdout.readline().startswith(f"listing {scheme}/x")
+            asked = time.monotonic()
+            running.terminate()
+            said = running.stderr.read()
+            assert time.monotonic() - asked < 5
+    assert running.returncode == 75
+    assert said == "interrupted; the same command goes on\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_cannot_be_fetched(tmp_path: Path, photographs: Path) -> None:

@@ -139,7 +139,9 @@ def remote_listing(root: str) -> Iterator[tuple[str, int]]:
     """The name and the size in bytes of every file below a root on a store."""
     store, base = _store(root)
     try:
-        for info in store.get_file_info(pyarrow.fs.FileSelector(base, recursive=True)):
+        with waiting(f"listing {root}"):
+            listed = store.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
+        for info in listed:
             if info.is_file:
                 yield info.path[len(base) :].lstrip("/"), int(info.size)
     except OSError as error:
