@@ -71,9 +71,11 @@ make_environment() {
   run "$(find_uv)" venv --quiet --seed --python 3.11 .venv
 }
 
-# What is installed counts, not what was installed once.
+# What is installed counts, and whether it was all that is asked for now.
+asked="$kind $*"
 installed() {
   [ -x "$BIN/python" ] && [ "$BIN/complete.stamp" -nt requirements.txt ] &&
+    [ "$(cat "$BIN/complete.stamp")" = "$asked" ] &&
     "$BIN/python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$plugin') is None)"
 }
 
@@ -84,4 +86,4 @@ for file in "$@"; do extra+=(-r "$file"); done
 # In one command: JAX, its plugin and its libraries pin each other.
 run "$BIN/python" -m pip install --quiet --disable-pip-version-check \
   "$jax>=0.10.2,<0.13" -r requirements.txt "${extra[@]}"
-run touch "$BIN/complete.stamp"
+[ -n "${DRY_RUN:-}" ] || echo "$asked" >"$BIN/complete.stamp"

@@ -269,6 +269,8 @@ def test_an_old_python_is_replaced_by_uv(tmp_path: Path) -> None:
     assert installed.endswith("jax[tpu]>=0.10.2,<0.13 -r requirements.txt -r requirements-gcs.txt")
     # What is there is not installed again.
     assert set_up(tmp_path, environment, "tpu", "requirements-gcs.txt") == [made, installed]
+    # Other devices, or more packages, are.
+    assert "jax[cuda13]>=" in set_up(tmp_path, environment, "cuda13")[-1]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_values_of_every_protocol() -> None:
         assert stream.read() == b"rest"
 
 
-def tensor_pickle(offset: int, shape: tuple, strides: tuple, count: int = 6) -> bytes:
+def tensor_pickle(offset: int, shape: tuple, strides: tuple) -> bytes:
     """A description of one tensor of float32 with such an offset, shape and strides."""
     return torch_file._description({"w": GRID}).replace(
         torch_file._pickled(0) + torch_file._pickled((2, 3)) + torch_file._pickled((3, 1)),
