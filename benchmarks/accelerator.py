@@ -1,272 +1,227 @@
-"""The training step on an accelerator: images a second, MFU and memory for the paper's pairs.
+"""What an accelerator does with the training step, most telling results first, within ten minutes.
 
-    python benchmarks/accelerator.py [--pairs B L] [--image 224] [--rounds 10] [--output FILE]
+    python benchmarks/accelerator.py [--minutes 10] [--output results.jsonl] [--trace DIRECTORY]
+    python benchmarks/accelerator.py --table results.jsonl
 
-Needs jax, flax, optax, numpy and this repository; runs unattended in bfloat16 on the first device
-and prints a table of Markdown as it goes. For each pair it doubles the batch while that pays and
-fits. Where PyTorch is installed and sees the device, its step is timed as well, eager and compiled.
+Each measurement runs in a process of its own (accelerator_job.py), so that one which runs out of
+memory, dies or hangs costs its own time alone, and so that memory falls between them; PyTorch never
+shares the device with JAX. A result is one line of JSON, written as soon as it is there; a table
+of Markdown follows at the end or, of a run that was cut off, with --table.
 
-MFU counts the work that the method needs (proteus_jax/flops.py), whatever was really computed.
+Needs jax, flax, optax, numpy and this repository; PyTorch is timed where it is installed.
 """
 
 import argparse
-import dataclasses
-import statistics
+import contextlib
+import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import jax
-import jax.numpy as jnp
-from workload import noise, recipe
-
-from proteus_jax import flops
-from proteus_jax.losses import LossWeights
-from proteus_jax.models.attention import attention
-from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.models.specs import SPECS, ViTSpec
-from proteus_jax.step import random_masks, student_losses
-
-GIANT = dataclasses.replace(SPECS["vit_giant2"], feed_forward="swiglu")
-# By the student's letter: names of teacher and student, and the teacher's sizes.
-PAIRS = {
-    "T": ("vit_small", "vit_tiny", SPECS["vit_small"]),
-    "S": ("vit_base", "vit_small", SPECS["vit_base"]),
-    "B": ("vit_large", "vit_base", SPECS["vit_large"]),
-    "L": ("vit_giant2", "vit_large", GIANT),
-}
-# A larger batch that is not faster by so much is not worth its memory.
-WORTH = 1.03
+JOB = Path(__file__).with_name("accelerator_job.py")
+Result = dict[str, Any]
+# What a whole step is tried with: an implementation of attention, and what the backward pass makes
+# again. cuDNN's residuals have no name that a policy could keep: "nothing" saves everything.
+CANDIDATES = (("ours", "off"), ("cudnn", "off"), ("cudnn", "nothing"), ("xla", "off"))
+# Of the last words of a process that died, and of an error.
+LONGEST = 300
 
 
-class Timed(NamedTuple):
-    """A batch, its time in seconds, and the most memory in use, where the device says."""
+class Runner:
+    """Runs jobs one after the other until the time is over; writes each result at once."""
 
-    batch: int
-    seconds: float
-    memory: float | None
+    def __init__(self, common: dict[str, Any], minutes: float, output: Path | None):
+        self.common = common
+        self.end = time.monotonic() + 60 * minutes
+        self.section_end = self.end
+        self.output = output
+        self.results: list[Result] = []
+        if output is not None:
+            output.write_text("")
 
-    @property
-    def rate(self) -> float:
-        """Images a second."""
-        return self.batch / self.seconds
+    @contextlib.contextmanager
+    def section(self, seconds: float) -> Iterator[None]:
+        """What runs inside is given so many seconds in all, or what is left of the whole."""
+        self.section_end = min(self.end, time.monotonic() + seconds)
+        yield
+        self.section_end = self.end
+
+    def record(self, result: Result) -> Result:
+        """Writes one line, flushed."""
+        self.results.append(result)
+        line = json.dumps(result)
+        print(line, flush=True)
+        if self.output is not None:
+            with self.output.open("a") as file:
+                file.write(line + "\n")
+        return result
+
+    def run(self, kind: str, **options: Any) -> list[Result]:
+        """All results of one job; what failed has an "error" in place of a time."""
+        job = {"kind": kind, **options}
+        if self.section_end - time.monotonic() < 1:
+            return [self.record({**job, "error": "no time was left for it"})]
+        found = [self.record({**job, **result}) for result in self._lines(job)]
+        return found or [self.record({**job, "error": "it ended without a word"})]
+
+    def _lines(self, job: dict[str, Any]) -> Iterator[Result]:
+        """What the process says, until it ends or is ended."""
+        command = [sys.executable, JOB, json.dumps(self.common | job)]
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            ) as process,
+        ):
+            late = threading.Event()
+
+            def stop() -> None:
+                late.set()
+                _kill(process)
+
+            seconds = self.section_end - time.monotonic()
+            timer = threading.Timer(seconds, stop)
+            timer.start()
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    # A library may print there too, and who is ended may end within a line.
+                    with contextlib.suppress(ValueError):
+                        result = json.loads(line)
+                        if isinstance(result, dict):
+                            yield result
+                code = process.wait()
+            finally:
+                timer.cancel()
+                _kill(process)
+            if late.is_set():
+                yield {"error": f"stopped after {seconds:.0f} seconds, its share of the time"}
+            elif code != 0:
+                errors.seek(0)
+                yield {"error": f"exit code {code}: {_last_line(errors.read())}"}
 
 
-def median_seconds(call: Callable[[], Any], rounds: int) -> float:
-    """Of one call, after two that compile and warm up; each waits for the device."""
-    spent = []
-    for number in range(rounds + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        if number >= 2:
-            spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
+def _kill(process: subprocess.Popen) -> None:
+    """And all that it started, as PyTorch's compiler does."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def peak_memory() -> float | None:
-    """Bytes, since the process began."""
-    statistics_of_device = jax.devices()[0].memory_stats() or {}
-    return statistics_of_device.get("peak_bytes_in_use")
+def _last_line(said: bytes) -> str:
+    lines = said.decode(errors="replace").strip().splitlines()
+    return lines[-1][-LONGEST:] if lines else "it said nothing"
 
 
-class Bench:
-    """What is timed for one pair."""
+def winner(results: Iterable[Result]) -> Result | None:
+    """The whole step with most images a second; None where none ran."""
+    steps = [one for one in results if one["kind"] == "step" and "images_per_second" in one]
+    return max(steps, key=lambda one: one["images_per_second"], default=None)
 
-    def __init__(self, teacher: ViTSpec, student: ViTSpec, image: int, dtype: Any):
-        grid = image // student.patch_size
-        self.image = image
-        self.teacher = BackboneFunction(dataclasses.replace(teacher, grid=grid), dtype)
-        self.student = StudentFunction(
-            dataclasses.replace(student, grid=grid), {"teacher": teacher.width}, dtype
+
+def measure(runner: Runner, pair: str, large: str, batch: int, trace: Path | None) -> None:
+    """Everything, in the order in which it is worth knowing."""
+    runner.run("machine")
+    with runner.section(60):
+        runner.run("attention", pair=pair, batch=batch)
+        runner.run("parts", pair=pair, batch=batch)
+    steps: list[Result] = []
+    with runner.section(160):
+        for attention, remat in CANDIDATES:
+            steps += runner.run("step", pair=pair, batch=batch, attention=attention, remat=remat)
+        best = winner(steps)
+        if best is not None:
+            way = {"attention": best["attention"], "remat": "blocks"}
+            steps += runner.run("step", pair=pair, batch=batch, **way)
+    best = winner(steps)
+    way = {"attention": "ours", "remat": "off"}
+    if best is not None:
+        way = {name: best[name] for name in way}
+    with runner.section(80):
+        for other in (batch // 2, 2 * batch):
+            runner.run("step", pair=pair, batch=other, **way)
+    with runner.section(120):
+        for other in (batch // 2, batch):
+            runner.run("step", pair=large, batch=other, **way)
+    with runner.section(120):
+        for compiled in (False, True):
+            runner.run("pytorch", pair=pair, batch=batch, compiled=compiled)
+    if trace is not None:
+        runner.run("trace", pair=pair, batch=batch, directory=str(trace), **way)
+
+
+def table(results: Iterable[Result]) -> Iterator[str]:
+    """Lines of Markdown."""
+    for result in results:
+        if result["kind"] == "machine" and "device" in result:
+            yield ", ".join(str(value) for name, value in result.items() if name != "kind") + "\n"
+    yield "| | images | time | images/s | MFU | peak memory | compiled in |"
+    yield "|---|---|---|---|---|---|---|"
+    for result in results:
+        if result["kind"] == "machine" and "error" not in result:
+            continue
+        cells = [_label(result), str(result.get("batch", ""))]
+        if "error" in result:
+            yield "| " + " | ".join([*cells, result["error"].replace("|", "\\|")]) + " | | | | |"
+            continue
+        cells += [
+            f"{1e3 * result['seconds']:.2f} ms" if "seconds" in result else "",
+            f"{result['images_per_second']:.0f}" if "images_per_second" in result else "",
+            f"{result['mfu']:.1%}" if "mfu" in result else "",
+            f"{result['peak_bytes'] / 1e9:.2f} GB" if "peak_bytes" in result else "",
+            f"{result['compile_seconds']:.0f} s" if "compile_seconds" in result else "",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _label(result: Result) -> str:
+    kind = result["kind"]
+    if kind == "pytorch":
+        return f"PyTorch's step, {result['pair']}, " + (
+            "compiled" if result["compiled"] else "eager"
         )
-        self.params = jax.jit(
-            lambda: jax.tree.map(
-                lambda array: array.astype(dtype), self.teacher.init(jax.random.key(1))
-            )
-        )()
-
-    def train(self, batch: int) -> Callable[[], Any]:
-        """The step that main.py trains with."""
-        init, step = recipe(self.teacher, {"student": self.student}, erasing=0.25)
-        step = jax.jit(step, donate_argnums=0)
-        state, images = jax.jit(init)(), noise(batch, self.image)
-
-        def call() -> Any:
-            nonlocal state
-            state, metrics = step(state, {"teacher": self.params}, images)
-            return metrics
-
-        return call
-
-    def teach(self, batch: int) -> Callable[[], Any]:
-        """The teacher's forward pass alone."""
-        forward = jax.jit(lambda params, images: self.teacher(params, IMAGENET(images)))
-        images = noise(batch, self.image)
-        return lambda: forward(self.params, images)
-
-    def gradients(self, batch: int, *, whole: bool) -> Callable[[], Any]:
-        """The student's losses and gradients, the masked pass over half of the batch or, as the
-        reference has it, over the whole.
-        """
-        pixels = IMAGENET(noise(batch, self.image))
-        patches = (self.image // self.student.spec.patch_size) ** 2
-        mask = random_masks(jax.random.key(0), batch // 2, patches, 0.5)
-        rows = slice(None, None, 2)
-        if whole:
-            mask, rows = jnp.zeros((batch, patches), bool).at[::2].set(mask), slice(None)
-        target = jax.jit(self.teacher)(self.params, pixels)
-        values = jax.jit(self.student.init)(jax.random.key(0))
-
-        def loss(values: Any) -> jax.Array:
-            targets, weights = {"teacher": target}, {"teacher": LossWeights()}
-            return student_losses(
-                self.student, values, pixels, targets, mask, weights, masked_rows=rows
-            )["teacher"].loss
-
-        gradient = jax.jit(jax.grad(loss))
-        return lambda: gradient(values)
-
-
-def best_batch(
-    make: Callable[[int], Callable[[], Any]], first: int, largest: int, rounds: int
-) -> Timed:
-    """Doubles the batch while it fits and pays."""
-    best: Timed | None = None
-    batch = first
-    while batch <= largest:
-        try:
-            found = Timed(batch, median_seconds(make(batch), rounds), peak_memory())
-        except jax.errors.JaxRuntimeError as error:
-            if best is None or "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            break
-        if best is not None and found.rate < best.rate * WORTH:
-            break
-        best, batch = found, batch * 2
-    assert best is not None
-    return best
-
-
-def attentions(spec: ViTSpec, batch: int, image: int, dtype: Any, rounds: int) -> Iterator[str]:
-    """Forward and backward of one block's attention: ours, and JAX's own ones."""
-    tokens = 1 + (image // spec.patch_size) ** 2
-    shape = (batch, tokens, 3, spec.heads, spec.width // spec.heads)
-    qkv = jax.random.normal(jax.random.key(0), shape, dtype)
-
-    def theirs(implementation: Any) -> Callable:
-        return lambda qkv: jax.nn.dot_product_attention(
-            *jnp.moveaxis(qkv, 2, 0), implementation=implementation
-        )
-
-    ways = {"ours": attention, "jax.nn (XLA)": theirs("xla"), "jax.nn (cuDNN)": theirs("cudnn")}
-    for name, way in ways.items():
-
-        def both(qkv: jax.Array, way: Callable = way) -> jax.Array:
-            return jax.grad(lambda qkv: jnp.sum(way(qkv).astype(jnp.float32)))(qkv)
-
-        compiled = jax.jit(both)
-        try:
-            spent = median_seconds(lambda compiled=compiled: compiled(qkv), rounds)
-            yield f"| {name} | {1e3 * spent:.2f} ms |"
-        except Exception as error:  # Not every platform has each of them.
-            yield f"| {name} | not here: {str(error).strip().partition(chr(10))[0][:80]} |"
-
-
-def torch_rows(names: tuple[str, str], image: int, batch: int, rounds: int) -> Iterator[str]:
-    """PyTorch's step, eager and compiled, where it can use the same device."""
-    platform = {"gpu": "cuda", "cpu": "cpu"}.get(jax.default_backend())
-    try:
-        import torch
-        import torch_step
-    except ImportError:
-        return
-    if platform is None or (platform == "cuda" and not torch.cuda.is_available()):
-        return
-    feed_forward = "swiglu" if names[0] == "vit_giant2" else "mlp"
-    for compiled in (False, True):
-        label = "PyTorch, compiled" if compiled else "PyTorch, eager"
-        try:
-            step = torch_step.make(
-                *names,
-                batch=batch,
-                image=image,
-                device=platform,
-                compiled=compiled,
-                feed_forward=feed_forward,
-            ).train
-            spent = median_seconds(step, rounds)
-            yield f"| {label} | {batch} | {1e3 * spent:.1f} ms | {batch / spent:.0f} | | |"
-        except Exception as error:  # A failure of the opponent is a result, too.
-            yield f"| {label} | {batch} | {str(error).strip().partition(chr(10))[0][:80]} | | | |"
-
-
-def rows(pair: str, args: argparse.Namespace) -> Iterator[str]:
-    """The table of one pair."""
-    teacher_name, student_name, teacher = PAIRS[pair]
-    student = SPECS[student_name]
-    dtype = jnp.dtype(args.precision)
-    bench = Bench(teacher, student, args.image, dtype)
-    device = flops.known_device(jax.devices()[0].device_kind)
-    work = flops.training([(teacher, args.image)], [student], args.image, masked=True)
-
-    def row(label: str, found: Timed, needed: float) -> str:
-        used = "" if device is None else f"{found.rate * needed / device.peak:.1%}"
-        memory = "" if found.memory is None else f"{found.memory / 1e9:.1f} GB"
-        return (
-            f"| {label} | {found.batch} | {1e3 * found.seconds:.1f} ms | {found.rate:.0f} | {used} "
-            f"| {memory} |"
-        )
-
-    yield f"\n{student_name} from {teacher_name}: {work.total / 1e9:.1f} GFLOP an image\n"
-    yield "| | batch | time | images/s | MFU | peak memory |\n|---|---|---|---|---|---|"
-    step = best_batch(bench.train, args.batch, args.largest, args.rounds)
-    yield row("whole step", step, work.total)
-    batch = step.batch
-    for label, make, needed in (
-        ("teacher's forward pass", bench.teach(batch), work.teacher),
-        (
-            "student, masked half",
-            bench.gradients(batch, whole=False),
-            work.total - work.teacher,
-        ),
-        ("student, masked whole", bench.gradients(batch, whole=True), work.total - work.teacher),
-    ):
-        found = Timed(batch, median_seconds(make, args.rounds), peak_memory())
-        yield row(label, found, needed)
-    yield from torch_rows((teacher_name, student_name), args.image, batch, args.rounds)
-    yield "\n| attention of a student's block, forward and backward | time |\n|---|---|"
-    yield from attentions(student, batch, args.image, dtype, args.rounds)
+    words = [result.get("part", {"step": "whole step"}.get(kind, kind)), result.get("pair", "")]
+    if "attention" in result:
+        words.append(f"attention {result['attention']}")
+    if "remat" in result:
+        words.append(f"remat {result['remat']}")
+    return ", ".join(filter(None, words))
 
 
 def main() -> None:
-    """Prints the tables, and writes them to a file as well where one is named."""
+    """Prints a line a result and a table at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS)
+    parser.add_argument("--minutes", type=float, default=10, help="for all of it")
+    parser.add_argument("--pair", default="B", help="the student that most is asked about")
+    parser.add_argument("--large", default="L", help="the student that is tried at two batches")
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--image", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=32, help="the first batch that is tried")
-    parser.add_argument("--largest", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--blocks", type=int, help="of each ViT alone, for a trial")
+    parser.add_argument("--output", type=Path, help="a file for the lines of JSON")
+    parser.add_argument("--trace", type=Path, help="a directory for the profile of the best step")
+    parser.add_argument("--table", type=Path, help="prints the table of such a file, no more")
     args = parser.parse_args()
-    lines: list[str] = []
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        lines.append(line)
-        if args.output is not None:
-            args.output.write_text("\n".join(lines) + "\n")
-
-    device = jax.devices()[0]
-    say(f"{device.device_kind}, jax {jax.__version__}, {args.precision}, {args.image} px")
-    for pair in args.pairs:
-        for line in rows(pair, args):
-            say(line)
+    if args.table is not None:
+        lines = args.table.read_text().splitlines()
+        print("\n".join(table([json.loads(line) for line in lines])))
+        return
+    common = {name: vars(args)[name] for name in ("image", "rounds", "precision", "blocks")}
+    with tempfile.TemporaryDirectory() as cache:
+        # What one process compiled the next one, for the trace, need not compile again.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+        runner = Runner(common, args.minutes, args.output)
+        with contextlib.suppress(KeyboardInterrupt):
+            measure(runner, args.pair, args.large, args.batch, args.trace)
+    print("\n" + "\n".join(table(runner.results)))
 
 
 if __name__ == "__main__":

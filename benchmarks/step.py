@@ -62,7 +62,7 @@ def main() -> None:
     sizes = {"batch": args.batch, "image": args.image}
 
     ours = our_step(args.teacher, args.student, **sizes)
-    theirs = torch_step.make(args.teacher, args.student, **sizes).train
+    theirs = torch_step.make(SPECS[args.teacher], SPECS[args.student], **sizes).train
     print(f"first step, trace and compile: {seconds(ours):.1f} s", flush=True)
     seconds(ours), seconds(theirs)
     times: dict[str, list[float]] = {"ours": [], "PyTorch": []}

@@ -4,7 +4,6 @@ A plain DINOv2-style ViT (LayerScale, exact GELU, scaled_dot_product_attention),
 and heads, and the masked pass over the whole batch, of which half is used.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from proteus_jax.models.specs import SPECS, ViTSpec
+from proteus_jax.models.specs import ViTSpec
 
 
 class _Block(nn.Module):
@@ -73,28 +72,26 @@ class TorchStep(NamedTuple):
 
 
 def make(
-    teacher: str,
-    student: str,
+    teacher: ViTSpec,
+    student: ViTSpec,
     *,
     batch: int,
     image: int,
     device: str = "cpu",
     compiled: bool = False,
-    feed_forward: str = "mlp",
 ) -> TorchStep:
     """Float32 on a CPU, bfloat16 autocast elsewhere, where the authors have float16."""
     torch.manual_seed(0)
-    taught = dataclasses.replace(SPECS[teacher], feed_forward=feed_forward)
-    frozen = _ViT(taught, image).to(device).eval().requires_grad_(False)
-    backbone = _ViT(SPECS[student], image).to(device)
-    widths = SPECS[student].width, taught.width
+    frozen = _ViT(teacher, image).to(device).eval().requires_grad_(False)
+    backbone = _ViT(student, image).to(device)
+    widths = student.width, teacher.width
     heads = nn.ModuleList(
         nn.Sequential(nn.LayerNorm(widths[0]), nn.Linear(*widths)) for _ in range(3)
     ).to(device)
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     pixels = torch.randn(batch, 3, image, image, device=device)
-    patches = (image // taught.patch_size) ** 2
+    patches = (image // teacher.patch_size) ** 2
     mask = torch.zeros(batch, patches, dtype=torch.bool, device=device)
     for row in range(batch // 2):
         mask[row, torch.randperm(patches)[: patches // 2]] = True

@@ -4,12 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.losses import LossWeights
+from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import Teacher, TrainState, init_state, make_train_step
+from proteus_jax.step import (
+    Teacher,
+    TrainState,
+    init_state,
+    make_train_step,
+    random_masks,
+    student_losses,
+)
 
 
 def recipe(
@@ -32,6 +41,33 @@ def recipe(
         erasing=erasing,
     )
     return lambda: init_state(students, optimizer, ema=False, seed=0), step
+
+
+def gradients(
+    teacher: BackboneFunction,
+    student: StudentFunction,
+    params: Params,
+    images: jax.Array,
+    *,
+    whole: bool,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function for the student's losses and gradients, and its arguments: the masked pass over
+    half of the batch or, as the reference has it, over the whole.
+    """
+    pixels = IMAGENET(images)
+    batch, side = pixels.shape[:2]
+    patches = (side // student.spec.patch_size) ** 2
+    mask, rows = random_masks(jax.random.key(0), batch // 2, patches, 0.5), slice(None, None, 2)
+    if whole:
+        mask, rows = jnp.zeros((batch, patches), bool).at[::2].set(mask), slice(None)
+    target = jax.jit(teacher)(params, pixels)
+
+    def loss(values: Any, pixels: jax.Array, target: Any, mask: jax.Array) -> jax.Array:
+        targets, weights = {"teacher": target}, {"teacher": LossWeights()}
+        losses = student_losses(student, values, pixels, targets, mask, weights, masked_rows=rows)
+        return losses["teacher"].loss
+
+    return jax.grad(loss), (jax.jit(student.init)(jax.random.key(0)), pixels, target, mask)
 
 
 def noise(batch: int, image: int) -> jax.Array:

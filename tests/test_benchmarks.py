@@ -1,36 +1,134 @@
 """The benchmarks run, at tiny sizes; what they measure is of no interest here."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
+SPEC = importlib.util.spec_from_file_location("accelerator", ROOT / "benchmarks" / "accelerator.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+accelerator = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(accelerator)
 
-def run(script: str, *arguments: str) -> str:
+COMMON = {"image": 28, "rounds": 1, "precision": "float32", "blocks": 1}
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    return accelerator.Runner(COMMON, 5, tmp_path / "results.jsonl")
+
+
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    """Every job is this program from now on."""
+    script = tmp_path / "job.py"
+    script.write_text(code)
+    monkeypatch.setattr(accelerator, "JOB", script)
+
+
+def test_accelerator(runner: Any) -> None:
+    """Each kind of job; what a CPU lacks is told, and nothing else is lost by it."""
+    sizes = {"pair": "T", "batch": 4}
+    (machine,) = runner.run("machine")
+    assert machine["device"] == "cpu"
+    found = runner.run("attention", **sizes) + runner.run("parts", **sizes)
+    failed = [one for one in found if "error" in one]
+    assert {one["attention"] for one in failed} == {"cudnn"}
+    assert all("cuDNN" in one["error"] for one in failed)
+    assert len(found) == 6 + 7
+    assert all(one["seconds"] > 0 for one in found if one not in failed)
+    (step,) = runner.run("step", **sizes, attention="xla", remat="nothing")
+    assert step["images_per_second"] == 4 / step["seconds"]
+    lines = runner.output.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == runner.results
+    table = list(accelerator.table(runner.results))
+    assert sum(line.startswith("| whole step, T, attention xla") for line in table) == 1
+
+
+def test_accelerator_with_torch(runner: Any) -> None:
+    pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    (found,) = runner.run("pytorch", pair="T", batch=2, compiled=False)
+    assert found["images_per_second"] > 0
+
+
+def test_a_benchmark_that_hangs(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended with all that it started, and what it had found stays."""
+    job(
+        monkeypatch,
+        tmp_path,
+        "import subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "print('{\"pid\": %d}' % child.pid, flush=True)\n"
+        "time.sleep(600)\n",
+    )
+    start = time.monotonic()
+    with runner.section(2):
+        first, last = runner.run("step", batch=1)
+        (late,) = runner.run("step", batch=2)
+    assert time.monotonic() - start < 60
+    assert "stopped after 2 seconds" in last["error"]
+    assert late["error"] == "no time was left for it"
+    state = Path(f"/proc/{first['pid']}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise SystemExit('out of memory')", "exit code 1: out of memory"),
+        ("import os; print('{"half', flush=True); os.kill(os.getpid(), 9)", "exit code -9"),
+        ("", "it ended without a word"),
+    ],
+)
+def test_a_benchmark_that_fails(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str
+) -> None:
+    job(monkeypatch, tmp_path, code)
+    (found,) = runner.run("step", batch=1)
+    assert told in found["error"]
+    assert found["kind"] == "step"
+
+
+def test_the_best_step_goes_on(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later batches and the trace use the fastest of those that ran."""
+    asked: list[dict[str, Any]] = []
+
+    def run(kind: str, **options: Any) -> list[dict[str, Any]]:
+        asked.append({"kind": kind, **options})
+        speed = {"ours": 100.0, "xla": 90.0}.get(options.get("attention", ""))
+        if kind != "step" or speed is None:
+            return [{"kind": kind, **options, "error": "not here"}]
+        return [{"kind": kind, **options, "images_per_second": speed + len(options["remat"])}]
+
+    monkeypatch.setattr(runner, "run", run)
+    accelerator.measure(runner, "B", "L", 128, Path("profile"))
+    steps = [one for one in asked if one["kind"] == "step"]
+    later = [(one["pair"], one["batch"], one["attention"], one["remat"]) for one in steps[5:]]
+    best = ("ours", "blocks")
+    assert later == [(*one, *best) for one in (("B", 64), ("B", 256), ("L", 64), ("L", 128))]
+    assert asked[-1]["kind"] == "trace"
+    assert (asked[-1]["attention"], asked[-1]["remat"]) == best
+
+
+def test_step() -> None:
+    pytest.importorskip("torch", reason="needs requirements-parity.txt")
     result = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *arguments],
+        [sys.executable, ROOT / "benchmarks/step.py", "--image=28", "--batch=2", "--rounds=1"],
         env=os.environ
         | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_accelerator(tmp_path: Path) -> None:
-    file = tmp_path / "table.md"
-    arguments = ("--image=28", "--batch=2", "--largest=2", "--rounds=1", "--precision=float32")
-    printed = run("accelerator.py", "--pairs", "T", *arguments, f"--output={file}")
-    assert file.read_text() == printed
-    for label in ("whole step", "teacher's forward pass", "student, masked half", "ours"):
-        assert f"\n| {label} | " in printed
-
-
-def test_step() -> None:
-    pytest.importorskip("torch", reason="needs requirements-parity.txt")
-    printed = run("step.py", "--image=28", "--batch=2", "--rounds=1")
-    assert float(printed.splitlines()[-1].removeprefix("ratio: ")) > 0
+    assert float(result.stdout.splitlines()[-1].removeprefix("ratio: ")) > 0

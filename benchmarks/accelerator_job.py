@@ -1,0 +1,328 @@
+"""One measurement of accelerator.py in a process of its own: a job as JSON in, results as JSON out.
+
+MFU counts the work that the method needs (proteus_jax/flops.py), whatever was really computed.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from proteus_jax.models.specs import SPECS, ViTSpec  # noqa: E402 (the path comes first)
+
+Job = dict[str, Any]
+Result = dict[str, Any]
+# By the student's letter: teacher and student.
+PAIRS = {
+    "T": ("vit_small", "vit_tiny"),
+    "S": ("vit_base", "vit_small"),
+    "B": ("vit_large", "vit_base"),
+    "L": ("vit_giant2", "vit_large"),
+}
+ATTENTIONS = ("ours", "cudnn", "xla")
+
+
+def specs(job: Job) -> tuple[ViTSpec, ViTSpec]:
+    """Teacher and student for the job's images; of a trial with few blocks alone."""
+    found = []
+    for name in PAIRS[job["pair"]]:
+        spec = SPECS[name]
+        if name == "vit_giant2":
+            spec = dataclasses.replace(spec, feed_forward="swiglu")
+        blocks = job["blocks"] or spec.depth
+        found.append(dataclasses.replace(spec, grid=job["image"] // spec.patch_size, depth=blocks))
+    return found[0], found[1]
+
+
+def median_seconds(call: Callable[[], Any], rounds: int) -> float:
+    """Of one call, after two that warm up; each waits for the device."""
+    spent = []
+    for number in range(rounds + 2):
+        start = time.perf_counter()
+        call()
+        if number >= 2:
+            spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def said(error: Exception) -> str:
+    """The first line of an error, not all of it."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:300]}"
+
+
+class Bench:
+    """Builds and times what one job asks of JAX."""
+
+    def __init__(self, job: Job):
+        import jax
+        import jax.numpy as jnp
+
+        from proteus_jax import flops
+        from proteus_jax.models.functional import BackboneFunction, StudentFunction
+
+        self.job = job
+        self.dtype = jnp.dtype(job["precision"])
+        self.teacher_spec, self.student_spec = specs(job)
+        self.teacher = BackboneFunction(self.teacher_spec, self.dtype)
+        widths = {"teacher": self.teacher_spec.width}
+        remat = job.get("remat", "off")
+        self.student = StudentFunction(self.student_spec, widths, self.dtype, remat=remat)
+        sizes = [(self.teacher_spec, job["image"])], [self.student_spec], job["image"]
+        self.work = flops.training(*sizes, masked=True)
+        self.device = flops.known_device(jax.devices()[0].device_kind)
+
+    def teacher_params(self) -> Any:
+        """As the step has them: in its precision."""
+        import jax
+
+        def make() -> Any:
+            params = self.teacher.init(jax.random.key(1))
+            return jax.tree.map(lambda array: array.astype(self.dtype), params)
+
+        return jax.jit(make)()
+
+    def timed(self, function: Callable, *arguments: Any, work: float = 0.0) -> Result:
+        """A compiled call's time, the compiler's count of memory, and MFU where `work` (operations
+        an image) and the device are known.
+        """
+        import jax
+
+        start = time.perf_counter()
+        compiled = jax.jit(function).lower(*arguments).compile()
+        found: Result = {"compile_seconds": time.perf_counter() - start}
+
+        def call() -> None:
+            jax.block_until_ready(compiled(*arguments))
+
+        found["seconds"] = median_seconds(call, self.job["rounds"])
+        found["peak_bytes"] = compiled.memory_analysis().peak_memory_in_bytes
+        return found | self.rates(found["seconds"], work)
+
+    def rates(self, seconds: float, work: float) -> Result:
+        """Images a second, and the share of the device's peak that `work` an image makes."""
+        rate = self.job["batch"] / seconds
+        known = self.device is not None and work > 0
+        return {"images_per_second": rate} | (
+            {"mfu": rate * work / self.device.peak} if known else {}
+        )
+
+
+def use_attention(name: str) -> None:
+    """From now on, in this process, all models attend with this implementation."""
+    import jax
+    import jax.numpy as jnp
+
+    from proteus_jax.models import layers
+
+    def library(qkv: jax.Array) -> jax.Array:
+        query, key, value = jnp.moveaxis(qkv, 2, 0)
+        return jax.nn.dot_product_attention(query, key, value, implementation=name)
+
+    if name != "ours":
+        layers.attention = library
+
+
+def machine(job: Job) -> Iterator[Result]:
+    """What it is that is measured."""
+    import jax
+
+    device = jax.devices()[0]
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    version = getattr(device.client, "platform_version", "").strip().splitlines()
+    yield {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "platform": version[0] if version else device.platform,
+        "precision": job["precision"],
+        "image": job["image"],
+        "commit": commit or "unknown",
+    }
+
+
+def attention(job: Job) -> Iterator[Result]:
+    """Attention of one block of the student, alone: forward, and both ways."""
+    import jax
+    import jax.numpy as jnp
+
+    from proteus_jax.models import layers
+
+    bench = Bench(job)
+    spec = bench.student_spec
+    tokens = spec.prefix + spec.grid**2
+    shape = (job["batch"], tokens, 3, spec.heads, spec.width // spec.heads)
+    qkv = jax.random.normal(jax.random.key(0), shape, bench.dtype)
+    for name in ATTENTIONS:
+        use_attention(name)
+        way = layers.attention
+
+        def both(qkv: jax.Array, way: Callable = way) -> jax.Array:
+            return jax.grad(lambda qkv: jnp.sum(way(qkv).astype(jnp.float32)))(qkv)
+
+        for part, function in (("attention forward", way), ("attention both ways", both)):
+            label = {"part": part, "attention": name}
+            try:
+                yield label | bench.timed(lambda qkv, function=function: function(qkv), qkv)
+            except Exception as error:  # Not every platform has each of them.
+                yield label | {"error": said(error)}
+
+
+def parts(job: Job) -> Iterator[Result]:
+    """The teacher's forward pass, then the student's losses and gradients, by implementation."""
+    import jax
+    from workload import gradients, noise
+
+    from proteus_jax.models.normalisation import IMAGENET
+
+    bench = Bench(job)
+    images, params = noise(job["batch"], job["image"]), bench.teacher_params()
+    student = bench.work.total - bench.work.teacher
+
+    for part, ways in (
+        ("teacher forward", ATTENTIONS),
+        ("student both ways", ATTENTIONS),
+        ("student both ways, masked whole", ("ours",)),
+    ):
+        for name in ways:
+            use_attention(name)
+            label = {"part": part, "attention": name}
+            try:
+                if part == "teacher forward":
+                    # A new function each time: JAX knows what it traced by the function.
+                    def function(params: Any, images: jax.Array) -> Any:
+                        return bench.teacher(params, IMAGENET(images))
+
+                    yield label | bench.timed(function, params, images, work=bench.work.teacher)
+                else:
+                    function, arguments = gradients(
+                        bench.teacher, bench.student, params, images, whole="whole" in part
+                    )
+                    yield label | bench.timed(function, *arguments, work=student)
+            except Exception as error:
+                yield label | {"error": said(error)}
+
+
+def step(job: Job) -> Iterator[Result]:
+    """The step that main.py trains with."""
+    import jax
+
+    use_attention(job["attention"])
+    _also_keep_everything()
+    bench = Bench(job)
+    compiled, call, spent = _whole_step(bench)
+    seconds = median_seconds(call, job["rounds"])
+    found = {"compile_seconds": spent, "seconds": seconds}
+    found["planned_bytes"] = compiled.memory_analysis().peak_memory_in_bytes
+    # Nothing else ran in this process: the device's own figure is this step's.
+    memory = jax.devices()[0].memory_stats() or {}
+    found["peak_bytes"] = memory.get("peak_bytes_in_use", found["planned_bytes"])
+    yield found | bench.rates(seconds, bench.work.total)
+
+
+def _also_keep_everything() -> None:
+    """A fourth way to choose what the backward pass makes again: nothing."""
+    import jax
+
+    from proteus_jax.models import vit
+
+    vit.REMAT["nothing"] = jax.checkpoint_policies.everything_saveable
+
+
+def _whole_step(bench: Bench) -> tuple[Any, Callable[[], Any], float]:
+    """The compiled step, a call of it, and the seconds that compiling took."""
+    import jax
+    from workload import noise, recipe
+
+    init, train = recipe(bench.teacher, {"student": bench.student}, erasing=0.25)
+    teachers = {"teacher": bench.teacher_params()}
+    images = noise(bench.job["batch"], bench.job["image"])
+    state = jax.jit(init)()
+    start = time.perf_counter()
+    compiled = jax.jit(train, donate_argnums=0).lower(state, teachers, images).compile()
+    spent = time.perf_counter() - start
+
+    def call() -> None:
+        nonlocal state
+        state, metrics = compiled(state, teachers, images)
+        jax.block_until_ready(metrics)
+
+    return compiled, call, spent
+
+
+def trace(job: Job) -> Iterator[Result]:
+    """A profile of three steps, for XProf or Perfetto."""
+    import jax
+
+    use_attention(job["attention"])
+    _also_keep_everything()
+    _, call, _ = _whole_step(Bench(job))
+    call()
+    with jax.profiler.trace(job["directory"]):
+        for _ in range(3):
+            call()
+    yield {"part": f"three steps in {job['directory']}"}
+
+
+def pytorch(job: Job) -> Iterator[Result]:
+    """PyTorch's step, where it is installed and sees what JAX would use."""
+    try:
+        import torch
+    except ImportError:
+        yield {"error": "PyTorch is not installed"}
+        return
+    import torch_step
+
+    from proteus_jax import flops
+
+    on_gpu = torch.cuda.is_available()
+    teacher, student = specs(job)
+    made = torch_step.make(
+        teacher,
+        student,
+        batch=job["batch"],
+        image=job["image"],
+        device="cuda" if on_gpu else "cpu",
+        compiled=job["compiled"],
+    )
+    start = time.perf_counter()
+    made.train()
+    found: Result = {"device": "cuda" if on_gpu else "cpu"}
+    found["compile_seconds"] = time.perf_counter() - start
+    found["seconds"] = median_seconds(made.train, job["rounds"])
+    found["images_per_second"] = job["batch"] / found["seconds"]
+    if on_gpu:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        known = flops.known_device(torch.cuda.get_device_name())
+        if known is not None:
+            sizes = [(teacher, job["image"])], [student], job["image"]
+            work = flops.training(*sizes, masked=True).total
+            found["mfu"] = found["images_per_second"] * work / known.peak
+    yield found
+
+
+KINDS = {kind.__name__: kind for kind in (machine, attention, parts, step, trace, pytorch)}
+
+
+def main() -> None:
+    """Runs the job of the first argument."""
+    job = json.loads(sys.argv[1])
+    try:
+        for result in KINDS[job["kind"]](job):
+            print(json.dumps(result), flush=True)
+    except Exception as error:  # A failure is a result, too.
+        print(json.dumps({"error": said(error)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
