@@ -87,7 +87,7 @@ def test_a_benchmark_that_hangs(
     ("code", "told"),
     [
         ("raise SystemExit('out of memory')", "exit code 1: out of memory"),
-        ("import os; print('{"half', flush=True); os.kill(os.getpid(), 9)", "exit code -9"),
+        ("import os; print('{half', flush=True); os.kill(os.getpid(), 9)", "exit code -9"),
         ("", "it ended without a word"),
     ],
 )
