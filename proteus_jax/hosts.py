@@ -1,4 +1,4 @@
-"""Which host of a run this process is: from flags, from SLURM, or from a TPU's metadata."""
+"""Which host of a run this process is: from flags, its launcher, or a TPU's metadata."""
 
 import hashlib
 import os
@@ -17,24 +17,33 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 METADATA_TIMEOUT = 2.0
 # A device file of a TPU: without one nobody asks for metadata.
 TPU_DEVICES = (Path("/dev/accel0"), Path("/dev/vfio/0"))
-
-
 # A file for each GPU that the driver of NVIDIA has found.
 GPU_DEVICES = Path("/dev")
+# What says of a worker which of several TPU slices it belongs to.
+SLICES = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+# What tells jobs of torchrun and of MPI apart.
+JOBS = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
 
-def unseen_gpus(platform: str) -> str | None:
-    """What to say where JAX computes on the CPU of a machine with GPUs; None where it does not, or
-    was told to.
+class Launcher(NamedTuple):
+    """A program that starts one process on many machines, and the variables in which it tells each
+    of them its number.
     """
-    found = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
-    if platform != "cpu" or not found or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-        return None
-    return (
-        f"{found} GPU{'' if found == 1 else 's'} here, but JAX sees none and computes on the CPU: "
-        "launch/setup.sh installs JAX for them, or pip install 'jax[cuda12]' (jax[cuda13] for "
-        "drivers from 580 on)"
-    )
+
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+    has_address: bool = False
+
+
+_OMPI = "OMPI_COMM_WORLD_"
+LAUNCHERS = (
+    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", has_address=True),
+    Launcher("mpirun", f"{_OMPI}RANK", f"{_OMPI}SIZE", f"{_OMPI}LOCAL_RANK", f"{_OMPI}LOCAL_SIZE"),
+    Launcher("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+)
 
 
 class Place(NamedTuple):
@@ -56,18 +65,22 @@ ALONE = Place(0, 1, "", 0, "this machine alone")
 
 
 def find_place(flags: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Place:
-    """--hosts, --host and --coordinator where they are given, then SLURM, then a TPU pod; alone
-    otherwise.
+    """--hosts, --host and --coordinator where they are given, then a step of SLURM, torchrun or
+    mpirun, then a TPU pod; alone otherwise.
 
     InputError where flags or a launcher's variables make no sense.
     """
     environment = os.environ if environment is None else environment
     if flags:
         return _from_flags(flags)
-    # A batch script that starts without srun has the job's variables, but no step's.
+    # A batch script that starts without srun has the job's variables, but no step's; a shell of an
+    # interactive step has those of both, and the step's are about this process.
     step = environment.get("SLURM_STEP_NODELIST")
-    if step and _number(environment, "SLURM_NTASKS", 1) > 1:
+    if step and _tasks(environment) > 1:
         return _from_slurm(environment)
+    for launcher in LAUNCHERS:
+        if environment.get(launcher.size, "1") != "1":
+            return _from_launcher(launcher, environment)
     return _from_tpu(environment) or ALONE
 
 
@@ -108,25 +121,64 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     return int(text)
 
 
+def _tasks(environment: Mapping[str, str]) -> int:
+    return _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
+
+
 def _from_slurm(environment: Mapping[str, str]) -> Place:
     """A task of an srun; the first node coordinates."""
     nodes = environment["SLURM_STEP_NODELIST"]
-    # Jobs that share a node should not share a port.
-    job = int(hashlib.sha256(environment.get("SLURM_JOB_ID", "").encode()).hexdigest()[:8], 16)
-    place = _checked(
-        _number(environment, "SLURM_PROCID"),
-        _number(environment, "SLURM_NTASKS"),
-        first_node(nodes),
-        20000 + job % 6000 * 2,
-        "SLURM",
-    )
-    if _number(environment, "SLURM_NTASKS") > _number(environment, "SLURM_NNODES", 1) > 0:
-        # Several tasks a node: each takes the device of its number, unless SLURM has hidden all but
-        # one from it.
-        visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-        if not visible or "," in visible:
-            return place._replace(local_devices=(_number(environment, "SLURM_LOCALID"),))
+    tasks = _tasks(environment)
+    job = _port_of(environment.get("SLURM_JOB_ID", ""))
+    host = _number(environment, "SLURM_PROCID")
+    place = _checked(host, tasks, first_node(nodes), job, "SLURM")
+    count = _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
+    if tasks > count > 0:
+        return _with_one_device(place, environment, "SLURM_LOCALID")
     return place
+
+
+def _port_of(job: str) -> int:
+    """Jobs that share a machine should not share a port."""
+    return 20000 + int(hashlib.sha256(job.encode()).hexdigest()[:8], 16) % 6000 * 2
+
+
+def _with_one_device(place: Place, environment: Mapping[str, str], local: str) -> Place:
+    """Of several processes on a machine each takes the device of its number, which the variable
+    `local` has, unless a scheduler has hidden all but one from it.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or "," in visible:
+        return place._replace(local_devices=(_number(environment, local),))
+    return place
+
+
+def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> Place:
+    """InputError where it does not say at which machine its processes meet."""
+    size, rank = launcher.size, launcher.rank
+    missing = [name for name in (rank, launcher.local_rank) if name not in environment]
+    if missing:
+        raise InputError(
+            f"{size}={environment[size]}: expected {' and '.join(missing)} with it, as "
+            f"{launcher.name} sets them; without {size} this machine trains alone"
+        )
+    hosts, here = _number(environment, size), _number(environment, launcher.local_size, 0)
+    address = environment.get("MASTER_ADDR", "") if launcher.has_address else ""
+    # Where mpirun itself runs, as JAX takes it too.
+    head = re.search(r"tcp://([^,:]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    if not address and here == hosts:
+        address = "127.0.0.1"
+    elif not address and head is not None and launcher.rank.startswith("OMPI"):
+        address = head.group(1)
+    if not address:
+        raise InputError(
+            f"{launcher.name} started {hosts} processes, but does not say at which machine they "
+            f"meet: expected --hosts={hosts} --host=${rank} --coordinator=ADDRESS:PORT, where "
+            "ADDRESS is the machine of the first of them"
+        )
+    job = "".join(environment.get(name, "") for name in JOBS)
+    place = _checked(_number(environment, rank), hosts, address, _port_of(job), launcher.name)
+    return place if here == 1 else _with_one_device(place, environment, launcher.local_rank)
 
 
 def first_node(nodes: str) -> str:
@@ -143,16 +195,41 @@ def _from_tpu(environment: Mapping[str, str]) -> Place | None:
     if names and environment.get("TPU_WORKER_ID", ""):
         workers = names.split(",")
         worker = _number(environment, "TPU_WORKER_ID")
-        return _checked(worker, len(workers), workers[0], PORT, "TPU_WORKER_HOSTNAMES")
+        source = "TPU_WORKER_HOSTNAMES"
+        return _in_slices(worker, len(workers), workers[0], environment, source)
     if not any(device.exists() for device in TPU_DEVICES):
         return None
     worker = _metadata("agent-worker-number")
-    # Each entry is name:number:address.
+    # Each entry is name:number:address, or an address.
     endpoints = _metadata("worker-network-endpoints").split(",")
     if not worker.isdecimal() or not endpoints[0]:
         return None
     address = endpoints[0].split(":")[-1]
-    return _checked(int(worker), len(endpoints), address, PORT, "the TPU's metadata")
+    # Lines of NAME: 'value'.
+    lines = (line.partition(":") for line in _metadata("tpu-env").splitlines())
+    told = {name.strip(): value.strip().strip("'") for name, _, value in lines}
+    told.update((name, environment[name]) for name in SLICES if name in environment)
+    return _in_slices(int(worker), len(endpoints), address, told, "the TPU's metadata")
+
+
+def _in_slices(
+    worker: int, workers: int, address: str, environment: Mapping[str, str], source: str
+) -> Place:
+    """A worker of a slice among all workers of all slices, where there are several: the slices are
+    numbered, and the first worker of the first one coordinates.
+    """
+    slices = _number(environment, "MEGASCALE_NUM_SLICES", 1)
+    if slices == 1:
+        return _checked(worker, workers, address, PORT, source)
+    first = environment.get("MEGASCALE_COORDINATOR_ADDRESS", "").partition(":")[0]
+    if not first:
+        raise InputError(
+            f"MEGASCALE_NUM_SLICES={slices}: expected MEGASCALE_COORDINATOR_ADDRESS, the first "
+            "worker of the first slice, and MEGASCALE_SLICE_ID with it"
+        )
+    number = _number(environment, "MEGASCALE_SLICE_ID")
+    place = (worker + number * workers, slices * workers, first, PORT)
+    return _checked(*place, f"{source}, {slices} slices")
 
 
 def _metadata(name: str) -> str:
@@ -163,3 +240,17 @@ def _metadata(name: str) -> str:
             return answer.read().decode().strip()
     except (urllib.error.URLError, OSError, ValueError):
         return ""
+
+
+def unseen_gpus(platform: str) -> str | None:
+    """What to say where JAX computes on the CPU of a machine with GPUs; None where it does not, or
+    was told to.
+    """
+    found = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
+    if platform != "cpu" or not found or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        return None
+    return (
+        f"{found} GPU{'' if found == 1 else 's'} here, but JAX sees none and computes on the CPU: "
+        "launch/setup.sh installs JAX for them, or pip install 'jax[cuda12]' (jax[cuda13] for "
+        "drivers from 580 on)"
+    )

@@ -73,13 +73,77 @@ def test_places() -> None:
     assert find_place({}, pod) == Place(2, 4, "t0", hosts.PORT, "TPU_WORKER_HOSTNAMES")
 
 
+def test_a_shell_of_an_interactive_step_is_alone() -> None:
+    """`srun --pty bash` in an allocation of four tasks: the step has one."""
+    interactive = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    assert find_place({}, interactive) == ALONE
+    # What mpirun starts there is not.
+    found = find_place({}, interactive | MPIRUN)
+    assert (found.host, found.hosts, found.address) == (1, 2, "127.0.0.1")
+
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+
+
+def test_launchers() -> None:
+    found = find_place({}, TORCHRUN)
+    assert found[:3] == (5, 8, "node0")
+    assert found.local_devices == (1,)
+    # It listens at its own port there.
+    assert found.port != 29500
+    assert find_place({}, TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).port == found.port
+    one_a_node = TORCHRUN | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert find_place({}, one_a_node).local_devices is None
+    assert find_place({}, TORCHRUN | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
+    assert find_place({}, TORCHRUN | {"WORLD_SIZE": "1"}) == ALONE
+    nodes = MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
+    assert find_place({}, nodes | uri).address == "10.96.0.1"
+    with pytest.raises(InputError, match=r"mpirun started 2 processes.*--host=.OMPI_COMM_WORLD_R"):
+        find_place({}, nodes)
+    with pytest.raises(InputError, match="WORLD_SIZE=8: expected RANK and LOCAL_RANK"):
+        find_place({}, {"WORLD_SIZE": "8"})
+
+
+def test_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "t0,t1"}
+    slices = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+    address = {"MEGASCALE_COORDINATOR_ADDRESS": "first:8080"}
+    found = find_place({}, pod | slices | address)
+    assert found[:4] == (3, 4, "first", hosts.PORT)
+    with pytest.raises(InputError, match="MEGASCALE_NUM_SLICES=2: expected MEGASCALE_COORDINATOR"):
+        find_place({}, pod | slices)
+    monkeypatch.setattr(hosts, "TPU_DEVICES", (ROOT,))
+    answers = {
+        "agent-worker-number": "0",
+        "worker-network-endpoints": "a:b:10.1.0.2",
+        "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+        "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'\n",
+    }
+    monkeypatch.setattr(hosts, "_metadata", lambda name: answers.get(name, ""))
+    assert find_place({}, {})[:4] == (1, 2, "10.0.0.9", hosts.PORT)
+
+
 def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "TPU_DEVICES", (ROOT,))
     answers = {
         "agent-worker-number": "1",
         "worker-network-endpoints": "unknown:unknown:10.1.0.2,unknown:unknown:10.1.0.3",
     }
-    monkeypatch.setattr(hosts, "_metadata", lambda name: answers[name])
+    monkeypatch.setattr(hosts, "_metadata", lambda name: answers.get(name, ""))
     assert find_place({}, {}) == Place(1, 2, "10.1.0.2", hosts.PORT, "the TPU's metadata")
     # A TPU device without a metadata server, as in a container.
     monkeypatch.setattr(hosts, "_metadata", lambda _: "")
