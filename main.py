@@ -56,6 +56,7 @@ from proteus_jax.errors import (
     is_of_the_disk,
 )
 from proteus_jax.hosts import ALONE, Place, find_place
+from proteus_jax.signals import REQUESTS
 
 PATHS = ("--config", "--workdir", "--output", "--replay")
 PLACE = ("--hosts", "--host", "--coordinator")
@@ -252,11 +253,7 @@ def _end_at_a_signal(console: Console) -> None:
     A thread hears of them: the main one may be listing a store or compiling, in C++, where Python's
     handlers wait.
     """
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    ]
+    numbers = [number for number in REQUESTS if signal.getsignal(number) != signal.SIG_IGN]
     ears, mouth = os.pipe()
     os.set_blocking(mouth, False)
 

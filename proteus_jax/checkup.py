@@ -3,7 +3,6 @@ should leave out.
 """
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,8 @@ from typing import Any
 from proteus_jax.console import Console, duration
 from proteus_jax.data import catalog
 from proteus_jax.data.doctor import Findings, examine
-from proteus_jax.data.pipeline import in_parallel, worker_count
 from proteus_jax.data.sources import Source
+from proteus_jax.data.workers import cores, in_parallel, makers
 from proteus_jax.errors import InputError
 from proteus_jax.storage import why_unwritable, write_atomically
 
@@ -79,12 +78,11 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
             last=done == len(source),
         )
 
-    workers = config.data.workers
-    parallel = partial(
-        in_parallel,
-        workers=worker_count(workers),
-        threads=max(config.data.threads, os.cpu_count() or 1),
-    )
+    # What workers send back of an image is a few numbers.
+    found = makers(config.data.workers, max(config.data.threads, cores()), side=1)
+    if found.remark:
+        console.line(found.remark)
+    parallel = partial(in_parallel, workers=found.workers, threads=found.threads)
     return examine(source, parallel, told), time.monotonic() - start
 
 

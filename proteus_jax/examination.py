@@ -11,9 +11,10 @@ import numpy as np
 
 from proteus_jax.console import Console
 from proteus_jax.data.labelled import Labelled, Pair
-from proteus_jax.data.pipeline import held_out_views, worker_count
+from proteus_jax.data.pipeline import held_out_views
 from proteus_jax.data.sources import Source
 from proteus_jax.data.views import CentreCrop
+from proteus_jax.data.workers import makers
 from proteus_jax.evaluation import agreement, picture, snapshots
 from proteus_jax.evaluation.features import Compiled, Reading, Table, compiled_pass, feature_pass
 from proteus_jax.evaluation.labels import Scores, scores
@@ -120,7 +121,8 @@ class Examination:
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
         view = CentreCrop(round(experiment.side * MARGIN), experiment.side)
-        reading = Reading(self.config.batch, worker_count(data.workers), max(data.threads, 1))
+        found = makers(data.workers, max(data.threads, 1), experiment.side)
+        reading = Reading(self.config.batch, found.workers, found.threads)
 
         def tokens(part: Labelled) -> Table:
             return feature_pass(

@@ -72,7 +72,9 @@ class Saving:
         failed = self.checkpoints.failed_in_a_row
         if failed <= self._limit:
             return None
-        return Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
+        return Interrupted(
+            f"{failed} saves in a row failed (--config.max_failed_saves): there is no room to write"
+        )
 
     def where_it_goes_on(self) -> str:
         """In words."""

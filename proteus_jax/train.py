@@ -8,7 +8,7 @@ rows are on the disk before it is.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.compiled import FOLDER as COMPILED
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, waiting
-from proteus_jax.data.pipeline import training_batches, worker_count
+from proteus_jax.data.pipeline import Batch, training_batches
+from proteus_jax.data.workers import Makers, WorkerLost, makers
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
@@ -85,7 +86,7 @@ def _run_alone(
         run = _Run(experiment, place, console)
         stack.callback(run.saving.checkpoints.close)
         resumed, remarks = _resumed(run.saving.checkpoints, experiment, workdir)
-        remarks += filter(None, [unseen_gpus(jax.default_backend())])
+        remarks += filter(None, [unseen_gpus(jax.default_backend()), run.makers.remark])
         logged = [row["step"] for row in read_metrics(workdir)]
         if resumed is None and any(logged):
             remarks.append("nothing was saved here before: the run begins anew")
@@ -96,7 +97,10 @@ def _run_alone(
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
             write_atomically(workdir / "config.json", text)
         introduce(experiment, place.named(workdir), resumed, remarks, console)
-        run.stop = stack.enter_context(StopRequest(config.stop_within, console.error))
+        stop = StopRequest(
+            config.stop_within, console.error, lambda: run.heartbeat.close("stopped")
+        )
+        run.stop = stack.enter_context(stop)
         run.profiling = Profiling(workdir / "profile", on=profile and host == 0)
         with run.watched(company):
             run.code = run.to_the_end(resumed)
@@ -169,7 +173,7 @@ class _Run:
             name, limit=data.unreadable, repeats=data.repeats, say=console.line
         )
         self.skipped = SkippedUpdates(name, limit=config.max_skipped, say=console.line)
-        self.workers = worker_count(data.workers)
+        self.makers = makers(data.workers, data.threads, data.crop)
         self.examination = Examination(experiment, self.workdir, console)
 
     @contextlib.contextmanager
@@ -228,10 +232,7 @@ class _Run:
         self.saving.checkpoints.wait()
         saved, goes_on = self.saving.newest, self.saving.where_it_goes_on()
         if isinstance(self.failure, Interrupted) and not (step == total == saved):
-            raise Interrupted(
-                f"{self.failure}; the same command goes on from {goes_on}, once there is room to "
-                "write"
-            )
+            raise Interrupted(f"{self.failure}; the same command goes on from {goes_on}")
         if isinstance(self.failure, InputError):
             raise self.failure
         if step < total:
@@ -279,21 +280,18 @@ class _Run:
         self.console.progress(f"step {step}/{total}: compiling")
         self.rows.begin(step)
         began_at, clock = step, Clock()
-        makers = f"{self.config.data.threads} threads"
-        if self.workers:
-            makers = f"{self.workers} worker processes"
         first = step + 2 * max(config.log_every, 5)
-        self.notice = WaitNotice(makers, first, self.console.line)
+        self.notice = WaitNotice(str(self.makers), first, self.console.line)
         stopping, agreement = False, sharding.Agreement(experiment.mesh)
         with (
             contextlib.closing(self.profiling),
-            contextlib.closing(self.batches(step)) as batches,
+            contextlib.closing(self.batches(step, self.makers)) as batches,
             jax.transfer_guard("disallow"),
             self.dumping(lambda: state),
         ):
             while step < total and not stopping:
                 with clock.waiting():
-                    batch = next(batches)
+                    batch = self.next_of(batches, step)
                 try:
                     self.unreadable.note(batch.unreadable)
                 except InputError as error:
@@ -308,6 +306,7 @@ class _Run:
                 ):
                     state, values = experiment.train_step(state, experiment.teacher_params, images)
                 step += 1
+                self.stop.waits = True
                 self.heartbeat.step(step)
                 self.skipped.note(step, values, batch)
                 with self.heartbeat.standing():
@@ -387,8 +386,19 @@ class _Run:
                 )
             raise
 
-    def batches(self, step: int) -> Any:
-        """This host's batches from a step on; to be closed, as threads read ahead."""
+    def next_of(self, batches: Generator[Batch], step: int) -> Batch:
+        """Where a worker process is lost threads make what it owed, so that this step is one on all
+        hosts, saved, and the last.
+        """
+        try:
+            return next(batches)
+        except WorkerLost as error:
+            self.failure = error
+            with contextlib.closing(self.batches(step, Makers(0, 2))) as made:
+                return next(made)
+
+    def batches(self, step: int, makers: Makers) -> Generator[Batch]:
+        """This host's batches from a step on; to be closed, as they are made ahead."""
         config = self.config
         return training_batches(
             self.experiment.split.training,
@@ -398,8 +408,8 @@ class _Run:
             steps=range(step, self.experiment.total_steps),
             host=jax.process_index(),
             hosts=jax.process_count(),
-            workers=self.workers,
-            threads=config.data.threads,
+            workers=makers.workers,
+            threads=makers.threads,
         )
 
     def write_row(self) -> None:

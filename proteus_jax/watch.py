@@ -18,6 +18,7 @@ import numpy as np
 
 from proteus_jax.data.pipeline import Batch
 from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.signals import REQUESTS
 
 # So many images that cannot be read are named.
 NAMED = 20
@@ -208,15 +209,14 @@ class UnreadableImages:
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGHUP, where not ignored (as by nohup), ask for an end after the current
-    step; a second one, later than REPEATED seconds, does not wait for it, and nor does this process
-    longer than `deadline` seconds: it ends with 75.
+    """A signal of REQUESTS, where not ignored (as by nohup), asks for an end after this step; a second one, later than REPEATED seconds, does not wait for it, and nor does this process
+    longer than `deadline` seconds: it ends with 75. So it does at once until `waits` is set, as
+    before the first step, which may compile for minutes: there is nothing to save.
 
     A thread hears of them. Python's own handlers wait for the main thread, which may be compiling,
     or waiting for a host that is lost.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # Beside the numbers of signals, to the thread.
     GOODBYE = b"\0"
     # In seconds: a signal to a group comes a second time from a script that passes it on.
@@ -224,9 +224,14 @@ class StopRequest:
     # Seconds until it ends whether or not what it says is read.
     UNREAD = 2.0
 
-    def __init__(self, deadline: float, say: Callable[[str], None]):
-        self.made = False
-        self._deadline, self._say = deadline, say
+    def __init__(
+        self,
+        deadline: float,
+        say: Callable[[str], None],
+        before_end: Callable[[], None] = lambda: None,
+    ):
+        self.made = self.waits = False
+        self._deadline, self._say, self._before_end = deadline, say, before_end
 
     def __enter__(self) -> "StopRequest":
         self._ears, self._mouth = os.pipe()
@@ -235,7 +240,7 @@ class StopRequest:
         self._wakeup_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         self._before = {
             number: signal.signal(number, lambda *_: None)
-            for number in self.NUMBERS
+            for number in REQUESTS
             if signal.getsignal(number) != signal.SIG_IGN
         }
         self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
@@ -254,6 +259,8 @@ class StopRequest:
     def _listen(self) -> None:
         if self._hears_one(None):
             self.made, heard = True, time.monotonic()
+            if not self.waits:
+                self._end("interrupted before a step was made; the same command goes on")
             # Not here: where nobody reads, this thread must not wait.
             words = "asked to stop: the run saves after this step; once more ends it at once"
             threading.Thread(target=self._say, args=(words,), daemon=True).start()
@@ -261,12 +268,13 @@ class StopRequest:
             while again and time.monotonic() < heard + self.REPEATED:
                 again = self._hears_one(heard + self._deadline)
             if again is not False:
-                self._end(
-                    "a second request to stop"
-                    if again
-                    else f"not saved within {self._deadline:g} s of the request to stop "
-                    "(--config.stop_within)"
-                )
+                reason = "a second request to stop"
+                if not again:
+                    reason = (
+                        f"not saved within {self._deadline:g} s of the request to stop "
+                        "(--config.stop_within)"
+                    )
+                self._end(f"{reason}; the same command goes on from the last checkpoint")
 
     def _hears_one(self, until: float | None) -> bool | None:
         """True for a request; False for goodbye; None where neither came in time."""
@@ -280,13 +288,16 @@ class StopRequest:
             if heard == self.GOODBYE:
                 return False
             # Other signals may have handlers of theirs.
-            if heard[0] in self.NUMBERS:
+            if heard[0] in REQUESTS:
                 return True
 
-    def _end(self, reason: str) -> None:
+    def _end(self, words: str) -> None:
         code = Interrupted.EXIT_CODE
         timer = threading.Timer(self.UNREAD, os._exit, [code])
         timer.daemon = True
         timer.start()
-        self._say(f"{reason}; the same command goes on from the last checkpoint")
-        os._exit(code)
+        try:
+            self._say(words)
+            self._before_end()
+        finally:
+            os._exit(code)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from proteus_jax.data.catalog import open_images, open_source
 from proteus_jax.data.doctor import Findings, examine
-from proteus_jax.data.pipeline import in_parallel
 from proteus_jax.data.sources import MemorySource
 from proteus_jax.data.splits import HeldOut
+from proteus_jax.data.workers import in_parallel
 from proteus_jax.errors import InputError
 
 

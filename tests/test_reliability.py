@@ -31,6 +31,7 @@ from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, fit
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
 from proteus_jax.shelf import Keep, Shelf
+from proteus_jax.signals import REQUESTS
 from proteus_jax.step import Skipped, TrainState
 from proteus_jax.watch import SkippedUpdates, StopRequest
 
@@ -329,7 +330,8 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
 STUCK = """
 import ctypes, sys
 from proteus_jax.watch import StopRequest
-with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)):
+with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)) as stop:
+    stop.waits = sys.argv[2] == "waits"
     print("stuck", flush=True)
     lock = ctypes.create_string_buffer(256)
     for _ in range(2):
@@ -338,23 +340,28 @@ with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)):
 
 
 @pytest.mark.parametrize(
-    ("deadline", "requests", "said"),
+    ("deadline", "waits", "requests", "said"),
     [
-        (0.1, 1, "not saved within 0.1 s of the request to stop"),
-        (600, 9, "a second request to stop; the same command"),
+        (0.1, "waits", 1, "not saved within 0.1 s of the request to stop"),
+        (600, "waits", 9, "a second request to stop; the same command"),
+        # Before the first step there is nothing to wait for.
+        (600, "compiles", 1, "interrupted before a step was made"),
     ],
 )
 def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
-    deadline: float, requests: int, said: str
+    deadline: float, waits: str, requests: int, said: str
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(deadline)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STUCK, str(deadline), waits],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "stuck\n"
     # On a busy machine the second one may be heard so soon after the first that it counts for none.
     for number in range(requests):
-        process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
+        process.send_signal(REQUESTS[number % len(REQUESTS)])
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2 * StopRequest.REPEATED)
     printed, _ = process.communicate(timeout=60)
@@ -363,14 +370,15 @@ def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
 
 
 def test_after_the_block_signals_are_as_before() -> None:
-    before = [signal.getsignal(number) for number in StopRequest.NUMBERS]
+    before = [signal.getsignal(number) for number in REQUESTS]
     with StopRequest(600, print) as stop:
+        stop.waits = True
         signal.raise_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
         while not stop.made and time.monotonic() < deadline:
             time.sleep(0.001)
         assert stop.made
-    assert [signal.getsignal(number) for number in StopRequest.NUMBERS] == before
+    assert [signal.getsignal(number) for number in REQUESTS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 

@@ -6,34 +6,21 @@ batches, and nothing of the loader needs to be saved
 (docs/decisions/0002-data-order-is-a-function.md).
 """
 
-import atexit
-import contextlib
 import functools
-import gc
-import itertools
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Generator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import absl.flags
-import grain
 import numpy as np
 
 from proteus_jax.data import images
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.order import Order, ViewRandomness, held_out_generator
 from proteus_jax.data.sources import Source
+from proteus_jax.data.workers import assembled, edges_of, in_parallel
 from proteus_jax.errors import InputError
 
 # So many images in a row that cannot be read are no accident.
 MAXIMUM_REPLACEMENTS = 32
-# Images that a thread or a worker makes at a time.
-CHUNK = 64
 
 
 class Batch(NamedTuple):
@@ -117,118 +104,10 @@ def training_batches(
     there are none, threads of this one. To be closed, as they are made ahead.
     """
     share = batch // hosts
-    edges = (*range(0, share, CHUNK), share)
+    edges = edges_of(share)
     make = _Chunks(source, order, recipe, batch, host * share, edges, steps.start)
-    pieces = len(edges) - 1
-    return _batches(in_parallel(make, len(steps) * pieces, workers, threads), pieces)
-
-
-def in_parallel(
-    make: Callable[[int], Any], count: int, workers: int, threads: int
-) -> Generator[Any]:
-    """make(0), make(1), ... make(count - 1), in order, made ahead by worker processes or, where
-    there are none, by threads. Processes and their shared memory end with the generator, or at the
-    latest with this process; what it yields is to be copied before the next is asked for.
-    """
-    dataset = grain.MapDataset.range(count).map(make)
-    if workers:
-        # Grain's workers read its flags, which only programs of absl.app have parsed.
-        if not absl.flags.FLAGS.is_parsed():
-            absl.flags.FLAGS.mark_as_parsed()
-        ahead = dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        ).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_start_worker,
-        )
-    else:
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        ahead = dataset.to_iter_dataset(options)
-    return _closing(iter(ahead))
-
-
-def _closing(iterator: grain.DatasetIterator[Any]) -> Generator[Any]:
-    opened = [iterator]
-    del iterator
-
-    def close() -> None:
-        if opened:
-            opened.pop().close()
-            _await_release()
-
-    # A script may end without closing what it opened, and a generator cannot tell.
-    atexit.register(close)
-    try:
-        # No variable holds what was yielded, or the iterator: both must go when `close` lets go.
-        with contextlib.suppress(StopIteration):
-            while True:
-                yield next(opened[0])
-    finally:
-        close()
-        atexit.unregister(close)
-
-
-def _batches(chunks: Generator[Batch], pieces: int) -> Generator[Batch]:
-    """So many pieces put together, again and again."""
-    with contextlib.closing(chunks):
-        while made := list(itertools.islice(chunks, pieces)):
-            # Copied in any case: pieces from workers lie in memory that is theirs.
-            batch = Batch(*(np.concatenate(part) for part in zip(*made, strict=True)))
-            del made
-            yield batch
-
-
-def _await_release() -> None:
-    """Grain lets go of the last pieces only when their circle of references is collected, and then
-    frees them in a thread; an exit before that would leave them behind, with a warning.
-    """
-    gc.collect()
-    maps, deadline = Path("/proc/self/maps"), time.monotonic() + 2.0
-    while maps.exists() and "/dev/shm/psm_" in maps.read_text() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    # Their names go a moment after their pages.
-    time.sleep(0.05)
-
-
-def worker_count(asked: int | None) -> int:
-    """Worker processes for this host: as many as asked for, or its cores less two; none where there
-    are four or fewer.
-    """
-    if asked is not None:
-        return asked
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return cores - 2 if cores > 4 else 0
-
-
-def _start_worker(index: int, count: int) -> None:
-    # An interrupt from the keyboard, and a scheduler's request to end, reach every process of the
-    # group; the main one decides what becomes of them.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed run must not leave processes that wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        _remove_open_segments()
-        os._exit(1)
-
-
-def _remove_open_segments() -> None:
-    """Of shared memory that this worker was about to fill: Python's tracker, which removes all
-    others, may not have heard of it yet.
-    """
-    files = Path("/proc/self/fd")
-    for file in files.iterdir() if files.is_dir() else ():
-        with contextlib.suppress(OSError):
-            name = file.readlink()
-            if name.is_relative_to("/dev/shm") and name.name.startswith("psm_"):
-                name.unlink()
+    pieces = len(steps) * (len(edges) - 1)
+    return assembled(in_parallel(make, pieces, workers, threads), edges)
 
 
 def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray, list[int]]:

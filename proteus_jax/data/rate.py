@@ -1,6 +1,5 @@
 """How fast this host makes training views, measured on a drawn picture of ImageNet's usual size."""
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 
 from proteus_jax.data import images
 from proteus_jax.data.augment import Recipe
+from proteus_jax.data.workers import cores
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92
 SECONDS = 1.0
@@ -46,7 +46,7 @@ def views_per_second(recipe: Recipe, repeats: int) -> Rate:
         return made, time.perf_counter() - start
 
     make(0)
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        found = list(pool.map(make, range(cores)))
-    return Rate(sum(made / spent for made, spent in found), cores)
+    count = cores()
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(make, range(count)))
+    return Rate(sum(made / spent for made, spent in found), count)

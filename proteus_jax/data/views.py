@@ -1,14 +1,14 @@
 """Images as evaluation sees them: each once, in their order, cut the same way every time."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from proteus_jax.data import images
-from proteus_jax.data.pipeline import in_parallel
 from proteus_jax.data.sources import Source
+from proteus_jax.data.workers import assembled, edges_of, in_parallel
 
 # Slots of an incomplete batch, and images that cannot be read.
 NOTHING = -1
@@ -47,22 +47,23 @@ class Batch(NamedTuple):
     numbers: np.ndarray
 
 
-class _Shares(NamedTuple):
-    """Makes this host's share of one batch after the other."""
+class _Pieces(NamedTuple):
+    """Makes this host's share of one batch after the other, piece by piece."""
 
     source: Source
     view: CentreCrop
     chosen: Sequence[int] | np.ndarray
     batch: int
-    host: int
-    hosts: int
+    first: int
+    edges: tuple[int, ...]
 
-    def __call__(self, number: int) -> Batch:
-        share = self.batch // self.hosts
-        first = number * self.batch + self.host * share
-        side = self.view.crop
-        made = Batch(np.zeros((share, side, side, 3), np.uint8), np.full(share, NOTHING, np.int32))
-        for slot, image in enumerate(self.chosen[first : first + share]):
+    def __call__(self, position: int) -> Batch:
+        number, piece = divmod(position, len(self.edges) - 1)
+        low, high = self.edges[piece : piece + 2]
+        first = number * self.batch + self.first + low
+        side, count = self.view.crop, high - low
+        made = Batch(np.zeros((count, side, side, 3), np.uint8), np.full(count, NOTHING, np.int32))
+        for slot, image in enumerate(self.chosen[first : first + count]):
             try:
                 made.images[slot] = self.view(images.opened(self.source.read(int(image))))
                 made.numbers[slot] = image
@@ -87,7 +88,8 @@ def evaluation_batches(
     of an image that cannot be read. To be closed.
     """
     picked = range(len(source)) if chosen is None else np.asarray(chosen)
-    make: Callable[[int], Batch] = _Shares(source, view, picked, batch, host, hosts)
-    for made in in_parallel(make, -(-len(picked) // batch), workers, threads):
-        # Copied: pieces from workers lie in memory that is theirs.
-        yield Batch(*(part.copy() for part in made)) if workers else made
+    share = batch // hosts
+    edges = edges_of(share)
+    make = _Pieces(source, view, picked, batch, host * share, edges)
+    pieces = -(-len(picked) // batch) * (len(edges) - 1)
+    return assembled(in_parallel(make, pieces, workers, threads), edges)

@@ -13,8 +13,8 @@ from proteus_jax.assembly import dtype_of
 from proteus_jax.compiled import FOLDER as COMPILED
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console
-from proteus_jax.data.pipeline import worker_count
 from proteus_jax.data.views import CentreCrop
+from proteus_jax.data.workers import makers
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation import analysis, finegrained, linear, neighbours, robustness
 from proteus_jax.evaluation.context import Context
@@ -115,6 +115,7 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
     mesh = sharding.make_mesh()
     dtype = dtype_of(config.precision, jax.default_backend())
+    readers = makers(config.data.workers, config.data.threads, config.data.crop)
     context = Context(
         config=config,
         model=inputs.model,
@@ -122,14 +123,13 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
         mesh=mesh,
         workdir=workdir,
         view=CentreCrop(config.data.resize, config.data.crop),
-        reading=Reading(config.batch, worker_count(config.data.workers), config.data.threads),
+        reading=Reading(config.batch, readers.workers, readers.threads),
         say=console.line,
         progress=console.progress,
     )
     console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
-    unseen = unseen_gpus(jax.default_backend())
-    if unseen:
-        console.line(unseen)
+    for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
+        console.line(remark)
     found = PROTOCOLS[config.protocol].measure(context, inputs.data)
     results = {"protocol": config.protocol} | found
     results["constants"] = _constants(config) | results.get("constants", {})
