@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import proteus_jax
+from proteus_jax import process
 from proteus_jax.console import Console
 from proteus_jax.downloads import go_offline
 from proteus_jax.errors import (
@@ -56,7 +57,7 @@ from proteus_jax.errors import (
     is_of_the_disk,
 )
 from proteus_jax.hosts import ALONE, Place, find_place
-from proteus_jax.signals import REQUESTS
+from proteus_jax.process import REQUESTS
 
 PATHS = ("--config", "--workdir", "--output", "--replay")
 PLACE = ("--hosts", "--host", "--coordinator")
@@ -282,6 +283,11 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
+    try:
+        process.begin()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return exit_code(error)
     console = Console(watched=True)
     _end_at_a_signal(console)
     try:

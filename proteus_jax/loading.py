@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proteus_jax.assembly import dtype_of
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.convert.directory import wanted_files
 from proteus_jax.errors import InputError
@@ -24,8 +26,21 @@ from proteus_jax.teachers import obtain_teacher
 from proteus_jax.workdir import CHECKPOINTS, Workdir, is_remote
 
 
-def load_any(source: str | Path) -> Model:
+def load_any(source: str | Path, precision: str = "float32") -> Model:
     """See proteus_jax.load."""
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise InputError(f"load: expected a path or the name of a model, found {source!r}")
+    if precision not in ("float32", "bfloat16", "auto"):
+        raise InputError(f"precision: expected float32, bfloat16 or auto, found {precision!r}")
+    model = _loaded(source)
+    dtype = dtype_of(precision, jax.default_backend())
+    if dtype == jnp.float32:
+        return model
+    params = jax.tree.map(lambda array: array.astype(dtype), model.params)
+    return Model(params, model.card, dtype)
+
+
+def _loaded(source: str | Path) -> Model:
     directory = Path(source).expanduser()
     if not directory.is_dir() or wanted_files(path.name for path in directory.iterdir()):
         return Model(*load_model(obtain_teacher(str(source))))

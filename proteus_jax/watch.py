@@ -18,7 +18,7 @@ import numpy as np
 
 from proteus_jax.data.pipeline import Batch
 from proteus_jax.errors import Diverged, InputError, Interrupted
-from proteus_jax.signals import REQUESTS
+from proteus_jax.process import REQUESTS
 
 # So many images that cannot be read are named.
 NAMED = 20
@@ -209,9 +209,10 @@ class UnreadableImages:
 
 
 class StopRequest:
-    """A signal of REQUESTS, where not ignored (as by nohup), asks for an end after this step; a second one, later than REPEATED seconds, does not wait for it, and nor does this process
-    longer than `deadline` seconds: it ends with 75. So it does at once until `waits` is set, as
-    before the first step, which may compile for minutes: there is nothing to save.
+    """A signal of REQUESTS, where not ignored (as by nohup), asks for an end after this step; a
+    second one, later than REPEATED seconds, does not wait for it, and nor does this process longer
+    than `deadline` seconds: it ends with 75. So it does at once until `waits` is set, as before the
+    first step, which may compile for minutes: there is nothing to save.
 
     A thread hears of them. Python's own handlers wait for the main thread, which may be compiling,
     or waiting for a host that is lost.

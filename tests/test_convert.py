@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
@@ -268,6 +269,38 @@ def test_a_loaded_model_takes_uint8_images(tiny_teacher: Path) -> None:
     ):
         with pytest.raises(InputError, match=complaint):
             model(wrong)
+
+
+def test_a_loaded_model_is_copied_and_differentiated(tiny_teacher: Path) -> None:
+    model = Model(*load_model(tiny_teacher))
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8)
+    found = model(images)
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy(images).cls, found.cls)
+    floats = jnp.asarray(images, jnp.float32) / 255
+    np.testing.assert_allclose(model.of_unit_range(floats).cls, found.cls, atol=1e-6)
+
+    def of_class(floats: jax.Array) -> jax.Array:
+        return jnp.sum(model.of_unit_range(floats).cls[:, 0])
+
+    gradient = jax.grad(of_class)(floats)
+    # Along the gradient the value grows by its squared norm.
+    length = float(jnp.sum(gradient**2))
+    step = 1e-3 / length**0.5
+    grown = float(of_class(floats + step * gradient) - of_class(floats - step * gradient))
+    assert grown == pytest.approx(2 * step * length, rel=0.02)
+    with pytest.raises(InputError, match=r"from 0 to 1, found from 0.0 to 255.0"):
+        model.of_unit_range(images.astype(np.float32))
+    with pytest.raises(InputError, match=r"should be float32 from 0 to 1, found uint8"):
+        model.of_unit_range(images)
+
+
+def test_a_loaded_model_promotes_whatever_else_is_refused(tiny_teacher: Path) -> None:
+    images = np.zeros((1, 28, 28, 3), np.uint8)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        model = Model(*load_model(tiny_teacher))
+        assert model(images).cls.shape == (1, 32)
+        assert model.attention(images).shape == (1, 2, 4)
 
 
 @pytest.mark.parametrize("name", SPECS)

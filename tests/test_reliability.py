@@ -30,8 +30,8 @@ from proteus_jax.data.pipeline import Batch
 from proteus_jax.errors import Diverged, InputError, Interrupted, exit_code, fitting
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
+from proteus_jax.process import REQUESTS
 from proteus_jax.shelf import Keep, Shelf
-from proteus_jax.signals import REQUESTS
 from proteus_jax.step import Skipped, TrainState
 from proteus_jax.watch import SkippedUpdates, StopRequest
 

@@ -169,5 +169,12 @@ def test_load_takes_directories_and_says_what_is_none(tiny_teacher: Path, tmp_pa
     assert model(np.zeros((1, 14, 14, 3), np.uint8)).cls.shape == (1, 32)
     with pytest.raises(InputError, match="neither a model directory"):
         proteus_jax.load(tmp_path)
+    with pytest.raises(InputError, match="expected a path or the name of a model, found ''"):
+        proteus_jax.load("")
+    with pytest.raises(InputError, match="expected float32, bfloat16 or auto, found 'fp8'"):
+        proteus_jax.load(tiny_teacher, "fp8")
+    half, images = proteus_jax.load(tiny_teacher, "bfloat16"), np.ones((1, 14, 14, 3), np.uint8)
+    assert half.params["blocks"]["attn"]["qkv"]["kernel"].dtype == "bfloat16"
+    np.testing.assert_allclose(half(images).cls, model(images).cls, atol=0.05)
     with pytest.raises(InputError, match="neither a directory nor a file, nor hf:ORG/NAME"):
         proteus_jax.load(tmp_path / "absent")

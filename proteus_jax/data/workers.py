@@ -24,7 +24,7 @@ import grain
 import numpy as np
 
 from proteus_jax.errors import Interrupted
-from proteus_jax.signals import REQUESTS
+from proteus_jax.process import REQUESTS
 
 # Images that a thread or a worker makes at a time.
 CHUNK = 64

@@ -30,7 +30,10 @@ class Normalisation(NamedTuple):
 
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
         """Float32 images, as PyTorch's ToTensor and Normalize make them."""
-        scaled = images.astype(jnp.float32) / 255.0
+        return self.of_unit_range(images.astype(jnp.float32) / 255.0)
+
+    def of_unit_range(self, scaled: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+        """The same of float32 images with values from 0 to 1."""
         return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
 

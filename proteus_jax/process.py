@@ -1,0 +1,72 @@
+"""What a command settles with the system before it begins."""
+
+import contextlib
+import os
+import signal
+import sys
+
+from proteus_jax.errors import InputError
+
+# By these a person or a scheduler asks a process to end: from the keyboard, by a scheduler, from a
+# connection that is lost; SLURM's --signal and submitit send the last two before a job's machines
+# are taken away.
+_REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+REQUESTS = tuple(getattr(signal, name) for name in _REQUESTS if hasattr(signal, name))
+# What JAX refuses of other people's programs when it is asked to; this one means what it writes.
+_STRICT = ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION")
+
+
+def begin() -> None:
+    """To be called first by a command: paths and texts are UTF-8 whatever the locale says, as many
+    files may be open as the system allows, and JAX does not refuse what a debugging flag of the
+    environment would have it refuse.
+
+    InputError on a system that lacks what a run is made of, as Windows.
+    """
+    _refuse_other_systems()
+    _speak_utf8()
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # macOS has no limit here, and takes none.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for name in _STRICT:
+        os.environ.pop(name, None)
+
+
+def _refuse_other_systems() -> None:
+    missing = [name for name in ("fcntl", "resource") if not _is_there(name)]
+    missing += [name for name in ("SIGHUP", "SIGUSR1") if not hasattr(signal, name)]
+    missing += [] if hasattr(os, "fork") else ["fork"]
+    if missing:
+        raise InputError(
+            f"{sys.platform} has no {', '.join(missing)}: expected Linux or macOS; on Windows the "
+            "Windows Subsystem for Linux (WSL 2) runs this"
+        )
+
+
+def _is_there(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
+
+
+def _speak_utf8() -> None:
+    """Starts this Python again, in the same process, where it would read names and texts as ASCII
+    or by an older code page: it cannot be told later.
+    """
+    if sys.getfilesystemencoding() == "utf-8" and (sys.flags.utf8_mode or _locale_is_utf8()):
+        return
+    # For the processes that it starts, too.
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _locale_is_utf8() -> bool:
+    import locale
+
+    return locale.getencoding().lower().replace("-", "") == "utf8"
