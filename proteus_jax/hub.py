@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from proteus_jax.console import waiting
 from proteus_jax.convert.directory import DESCRIPTIONS, wanted_files
-from proteus_jax.downloads import cache_directory, expect_digest, is_offline
+from proteus_jax.downloads import cache_directory, cache_folder, expect_digest, is_offline
 from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.storage import sha256, write_atomically
 
@@ -64,7 +64,9 @@ def _pinned() -> dict[str, str]:
 
 
 def _pin(repository: Repository, revision: str) -> None:
-    _revisions().parent.mkdir(parents=True, exist_ok=True)
+    if _pinned().get(str(repository)) == revision:
+        return
+    cache_folder("downloads")
     text = json.dumps(_pinned() | {str(repository): revision}, indent=2)
     write_atomically(_revisions(), text + "\n")
 

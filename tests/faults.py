@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest  # noqa: E402, F401  (before JAX starts)
-from fault_suite import bits, changed, disk, fuzz, hostile, killed, memory, soak, steps  # noqa: E402
+from fault_suite import bits, changed, disk, fuzz, hostile, killed, machine, memory, soak, steps  # noqa: E402
 from fault_suite.account import Account  # noqa: E402
 from fault_suite.bench import Bench  # noqa: E402
 
@@ -38,6 +38,7 @@ def main() -> int:
             "bits, resumed": lambda: bits.resumed(bench, 2 if quick else 20, seed),
             "bits, nothing left": lambda: bits.nothing_left(bench),
             "disk": lambda: disk.faults(bench, quick=quick),
+            "machine": lambda: machine.faults(bench, quick=quick),
             "memory": lambda: [] if quick else memory.faults(bench),
             "not finite": lambda: steps.faults(bench, quick=quick),
             "hostile": lambda: hostile.faults(bench),

