@@ -15,12 +15,18 @@ from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec, student_spec
 from proteus_jax.step import Metrics, Teacher, TrainState, init_state, make_train_step
 
+# A warm-up that would take all of a run takes this part of it.
+SHORTENED = 10
+
 
 class Length(NamedTuple):
-    """How long a run is, in steps."""
+    """How long a run is, in steps; `remark` says where its warm-up is shorter than was asked for,
+    and is empty where it is not.
+    """
 
     total: int
     warmup: int
+    remark: str = ""
 
 
 class Assembly(NamedTuple):
@@ -70,7 +76,16 @@ def length(config: Any, images: int) -> Length:
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(config.warmup_epochs * images / config.batch)
-    return Length(total, warmup)
+    if not warmup or warmup < total:
+        return Length(total, warmup)
+    # The learning rate would never be reached.
+    shorter = total // SHORTENED
+    return Length(
+        total,
+        shorter,
+        f"warm-up of {shorter} steps in place of {warmup}, as the run has {total} in all "
+        "(--config.warmup_steps, --config.warmup_epochs)",
+    )
 
 
 class Known(NamedTuple):

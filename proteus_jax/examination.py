@@ -24,6 +24,8 @@ from proteus_jax.lessons import FIRST
 from proteus_jax.models.functional import Params
 from proteus_jax.step import TrainState
 
+# Before the key of what is measured of the average of a student's weights.
+AVERAGE = "ema_"
 PICTURE, PICTURE_ROWS = "agreement.png", 8
 # The shorter side of a test image over its centre crop, as in 256 to 224.
 MARGIN = 8 / 7
@@ -86,11 +88,29 @@ class Examination:
             if self._says_patches:
                 values[f"{name}/agreement_patch"] = found.patch
             values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
+            values |= self._agreement_of_average(name, state, views)
             guessed = self._guessed(name, state, self._scene)
             if self.leads:
                 with self._writing("a picture"):
                     snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
         return values
+
+    def _agreement_of_average(
+        self, name: str, state: TrainState, views: np.ndarray
+    ) -> dict[str, float]:
+        """What can be said of the average of a student's weights, which has no heads."""
+        if state.ema is None or self._target is None:
+            return {}
+        averaged = state.params[name] | {"backbone": state.ema[name]}
+        at = state._replace(params=state.params | {name: averaged})
+        tokens = agreement.student_tokens(
+            lambda images: self.experiment.said(name, at, images), views, self.config.batch
+        )
+        found = agreement.measure(tokens, self._target)
+        return {
+            f"{name}/{AVERAGE}neighbour_overlap": found.neighbours,
+            f"{name}/{AVERAGE}cka": found.cka,
+        }
 
     @property
     def _says_patches(self) -> bool:
@@ -114,6 +134,11 @@ class Examination:
         for name, params in state.params.items():
             found = self._scored(name, params["backbone"], pair, step)
             values |= {f"{name}/{key}_top1": value for key, value in found._asdict().items()}
+            if state.ema is not None:
+                found = self._scored(name, state.ema[name], pair, step)
+                values |= {
+                    f"{name}/{AVERAGE}{key}_top1": value for key, value in found._asdict().items()
+                }
         return values
 
     def _scored(self, name: str, params: Params, pair: Pair, step: int) -> Scores:

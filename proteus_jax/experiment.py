@@ -72,6 +72,8 @@ class Experiment:
     order: Order
     recipe: Recipe
     total_steps: int
+    # What is not as was asked for; empty where all is.
+    remark: str
     facts: dict[str, Any]
     cards: dict[str, ModelCard]
     teacher_params: dict[str, Params]
@@ -288,6 +290,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(side_of_images(config), RandAugment(**config.data.randaugment)),
         total_steps=steps.total,
+        remark=steps.remark,
         facts=_facts(config, inputs, assembly, cards, start),
         cards=cards,
         teacher_params=teacher_params,

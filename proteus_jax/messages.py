@@ -111,10 +111,12 @@ def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             "agreement_patch": "centred cosine, patch tokens",
             "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
             "cka": "linear CKA, class token",
+            "ema_neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours, average",
+            "ema_cka": "linear CKA, class token, average",
         }
         for key, label in labels.items():
             first, last = (row.get(prefix + key) for row in (measured[0], measured[-1]))
-            # A student whose feature head is not trained says nothing of patches.
+            # Without a feature head nothing is said of patches, without an average nothing of it.
             if first is not None and last is not None:
                 yield f"{label:38}{first:12.3f}{last:10.3f}"
     yield from _scored(rows, prefix)
@@ -128,4 +130,9 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             before, after = measured[0][prefix + key], measured[-1][prefix + key]
             taught = measured[-1][f"teacher_{key}"]
             share = f": {after / taught:.0%}" if taught else ""
-            yield f"{label}: student {after:.1f}, teacher {taught:.1f}{share} (before {before:.1f})"
+            average = measured[-1].get(f"{prefix}ema_{key}")
+            also = "" if average is None else f", average {average:.1f}"
+            yield (
+                f"{label}: student {after:.1f}{also}, teacher {taught:.1f}{share} "
+                f"(before {before:.1f})"
+            )

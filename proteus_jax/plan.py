@@ -82,6 +82,8 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     for name, value in work._asdict().items():
         yield f"GFLOP an image, {name.replace('_', ' ')}: {value / 1e9:.2f} GFLOP"
     yield from _memory_lines(config, assembly, topology)
+    if steps.remark:
+        yield f"warm-up: {steps.remark.removeprefix('warm-up of ')}"
     yield from _time_lines(config, work.total, steps.total, topology, settings)
     if topology.platform == "tpu" and settings.topology:
         yield from _compiler_lines(config, assembly, topology)

@@ -204,8 +204,9 @@ def make_train_step(
             # In the configuration's order: JAX sorts a dict that goes through it.
             metrics |= _named(name, {teacher: losses[teacher] for teacher in teachers})
             if state.ema is not None:
+                decay = jnp.minimum(ema_decay, ramp(_updates(state)))
                 ema[name] = optax.incremental_update(
-                    params[name]["backbone"], state.ema[name], 1.0 - ema_decay
+                    params[name]["backbone"], state.ema[name], 1.0 - decay
                 )
         statistics = {
             name: updated(_updates(state), state.statistics[name], moments)
@@ -220,6 +221,13 @@ def make_train_step(
         return kept._replace(step=state.step + 1, skipped=skipped), metrics
 
     return train_step
+
+
+def ramp(updates: jax.Array) -> jax.Array:
+    """The largest decay of an average after so many updates, as in TensorFlow's moving average:
+    with a constant one a run that is short beside 1 / (1 - decay) would keep its random start.
+    """
+    return (1.0 + updates) / (10.0 + updates)
 
 
 def _updates(state: TrainState) -> jax.Array:

@@ -86,7 +86,8 @@ def _run_alone(
         run = _Run(experiment, place, console)
         stack.callback(run.saving.checkpoints.close)
         resumed, remarks = _resumed(run.saving.checkpoints, experiment, workdir)
-        remarks += filter(None, [unseen_gpus(jax.default_backend()), run.makers.remark])
+        unseen = unseen_gpus(jax.default_backend())
+        remarks += filter(None, [unseen, run.makers.remark, experiment.remark])
         logged = [row["step"] for row in read_metrics(workdir)]
         if resumed is None and any(logged):
             remarks.append("nothing was saved here before: the run begins anew")

@@ -175,3 +175,23 @@ def test_plan_refuses_in_words(tmp_path: Path) -> None:
     assert "--topology: only --plan asks for it" in result.stderr
     assert "--workdir: gs://bucket/run" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warmup", "said"),
+    [
+        # Four epochs of 1251.17 steps, with the configuration's warm-up of five.
+        (("epochs=4.0",), 500, "warm-up of 500 steps in place of 6256, as the run has 5005"),
+        (("steps=3", "warmup_steps=10"), 0, "warm-up of 0 steps in place of 10, as the run has 3"),
+        (("steps=100", "warmup_steps=99"), 99, ""),
+        (("steps=3", "warmup_steps=0"), 0, ""),
+    ],
+)
+def test_a_warm_up_is_shorter_than_its_run(
+    overrides: tuple[str, ...], warmup: int, said: str
+) -> None:
+    configuration, _ = assembled(*overrides)
+    found = length(configuration, plan.IMAGENET_IMAGES)
+    assert found.warmup == warmup
+    assert found.remark.startswith(said)
+    assert bool(found.remark) == bool(said)

@@ -20,6 +20,7 @@ from proteus_jax.step import (
     TrainState,
     init_state,
     make_train_step,
+    ramp,
     random_masks,
     student_losses,
 )
@@ -298,13 +299,21 @@ def test_average_follows_the_backbone(teacher_params: dict, batches: np.ndarray)
     state, _ = run(step, init(), teacher_params, batches[:2])
     expected = init().params["small"]["backbone"]
     now = init()
-    for images in batches[:2]:
+    # A young average forgets its random start.
+    for images, decay in zip(batches[:2], (1 / 10, 2 / 11), strict=True):
         now, _ = jax.jit(step)(now, {"teacher": teacher_params}, images)
         expected = jax.tree.map(
-            lambda old, new: 0.9 * old + 0.1 * new, expected, now.params["small"]["backbone"]
+            lambda old, new, decay=decay: decay * old + (1 - decay) * new,
+            expected,
+            now.params["small"]["backbone"],
         )
     assert state.ema is not None
     assert_close(state.ema["small"], expected, 1e-5)
+
+
+def test_an_averages_decay_grows_to_its_own() -> None:
+    updates = jnp.array([0, 90, 10**6])
+    np.testing.assert_allclose(jnp.minimum(0.99996, ramp(updates)), [0.1, 0.91, 0.99996], 1e-5)
 
 
 def test_without_a_patch_loss_nothing_is_masked(teacher_params: dict, batches: np.ndarray) -> None:
