@@ -14,6 +14,9 @@ from proteus_jax.experiment import Experiment, found_devices
 from proteus_jax.lessons import OWN, Lesson, lessons
 from proteus_jax.metrics import read_metrics
 
+# Percent by which accuracy and balanced accuracy differ where both are said.
+WORTH_A_WORD = 1.0
+
 
 def introduce(
     experiment: Experiment,
@@ -132,6 +135,9 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             share = f": {after / taught:.0%}" if taught else ""
             average = measured[-1].get(f"{prefix}ema_{key}")
             also = "" if average is None else f", average {average:.1f}"
+            even = measured[-1].get(prefix + key.replace("_top1", "_balanced_top1"), after)
+            if abs(even - after) > WORTH_A_WORD:
+                also = f" (balanced {even:.1f}){also}"
             yield (
                 f"{label}: student {after:.1f}{also}, teacher {taught:.1f}{share} "
                 f"(before {before:.1f})"

@@ -20,9 +20,11 @@ from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.compiled import FOLDER as COMPILED
 from proteus_jax.compiled import keep_compiled_programs
 from proteus_jax.console import Console, waiting
+from proteus_jax.data.labelled import images_on_both_sides
 from proteus_jax.data.pipeline import Batch, training_batches
 from proteus_jax.data.workers import Makers, WorkerLost, makers
 from proteus_jax.errors import Diverged, InputError, Interrupted
+from proteus_jax.evaluation.by_class import uneven
 from proteus_jax.examination import Examination
 from proteus_jax.experiment import Experiment, Inputs, build
 from proteus_jax.heartbeat import Heartbeat
@@ -88,6 +90,9 @@ def _run_alone(
         resumed, remarks = _resumed(run.saving.checkpoints, experiment, workdir)
         unseen = unseen_gpus(jax.default_backend())
         remarks += filter(None, [unseen, run.makers.remark, experiment.remark])
+        if experiment.labelled is not None:
+            pair = experiment.labelled
+            remarks += filter(None, [uneven(pair.test.labels), images_on_both_sides(pair)])
         logged = [row["step"] for row in read_metrics(workdir)]
         if resumed is None and any(logged):
             remarks.append("nothing was saved here before: the run begins anew")

@@ -1,10 +1,14 @@
 """Evaluations as a person starts them."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from test_main import command, finish
 
 import proteus_jax
@@ -103,6 +107,40 @@ def test_refusals(
     assert result.returncode == 2, result.stdout
     assert words in result.stderr
     assert proteus_jax.__version__ not in result.stdout
+
+
+def test_classes_of_unequal_size_and_images_on_both_sides(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """All that is learnt is the larger class; some test images are learnt from."""
+    rng = np.random.default_rng(0)
+    for split, many in (("train", 36), ("test", 18)):
+        for name, count in (("healthy", many), ("rare", 2)):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (28, 28, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{split} {number}.png")
+    for name in ("same 0.png", "same 1.png"):
+        for split in ("train", "test"):
+            source = tmp_path / "data" / "train" / "healthy" / "train 0.png"
+            shutil.copyfile(source, source.parents[2] / split / "healthy" / name)
+    arguments = evaluate("knn", tiny_teacher, tmp_path / "data", tmp_path / "knn")
+    result = finish([*arguments, "--config.knn.neighbours=20,10"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "knn" / "results.json").read_text())
+    # Twenty healthy ones and two rare ones; the votes of the many win.
+    assert found["top1"]["20"] == found["chance"] == pytest.approx(100 * 20 / 22)
+    assert found["balanced_top1"]["20"] == 50.0
+    assert found["per_class"] == {
+        "healthy": {"images": 20, "top1": 100.0},
+        "rare": {"images": 2, "top1": 0.0},
+    }
+    assert found["data"]["tested_images_learnt_from"] == 2
+    assert "one of 2 classes has 90.9 % of the images to test on" in result.stdout
+    assert re.search(r"rare +2 images +0\.00 %", result.stdout)
+    assert "2 files have the same names to learn from and to test on; of 2 that" in result.stdout
+    assert "2 of 22 images to test on have the features of an image to learn" in result.stdout
 
 
 def test_a_run_says_what_student_and_teacher_are_worth(

@@ -1,5 +1,6 @@
 """Images with classes: one folder a class, or a split of tensorflow-datasets."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -19,6 +20,8 @@ TRAIN, TEST = "train", ("test", "val", "validation")
 SPLITS = (TRAIN, "training", *TEST, "testing", "valid")
 # Of a folder that is not split, one image in so many is tested on.
 TESTED = 5
+# Of files with the same name on both sides so many are compared.
+LOOKED_AT = 32
 # Tiles of a picture to learn from, at most, and their sides in pixels.
 TILES, TILE = 16, 98
 
@@ -138,6 +141,29 @@ def open_pair(root: str) -> Pair:
     if not tests:
         raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
     return _matched(open_labelled(f"{root}/{TRAIN}"), *_first(root, tests, "/"))
+
+
+def images_on_both_sides(pair: Pair) -> str:
+    """What to say where images are tested on that are learnt from: of files that have the same name
+    on both sides some are looked at. Nothing where none is the same.
+    """
+    sides = (pair.train.source, pair.test.source)
+    if not all(isinstance(side, FileSource) for side in sides):
+        return ""
+    train = {sides[0].name(index): index for index in range(len(sides[0]))}
+    common = [index for index in range(len(sides[1])) if sides[1].name(index) in train]
+    spread = np.linspace(0, len(common) - 1, min(len(common), LOOKED_AT)).astype(int)
+    picked = [common[at] for at in spread]
+    same = 0
+    for index in picked:
+        with contextlib.suppress(images.Unreadable):
+            same += sides[0].read(train[sides[1].name(index)]) == sides[1].read(index)
+    if not same:
+        return ""
+    return (
+        f"{len(common)} files have the same names to learn from and to test on; of {len(picked)} "
+        f"that were looked at {same} are the same: what is right of them is no measure"
+    )
 
 
 def _folders(root: str) -> set[str]:

@@ -47,23 +47,6 @@ def predictions(
     return {k: np.concatenate(found[k]) for k in used}
 
 
-def top1(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    truth: np.ndarray,
-    *,
-    neighbours: Sequence[int],
-    temperature: float,
-    mesh: Mesh,
-) -> dict[int, float]:
-    """Accuracy in percent for each number of neighbours that there are."""
-    found = predictions(
-        train, labels, test, neighbours=neighbours, temperature=temperature, mesh=mesh
-    )
-    return {k: 100 * float(np.mean(chosen == truth)) for k, chosen in found.items()}
-
-
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows of length 1, float32; a row of zeros stays."""
     rows = rows.astype(np.float32)

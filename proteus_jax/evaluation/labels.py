@@ -9,17 +9,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proteus_jax.data.labelled import Labelled, Pair
-from proteus_jax.evaluation import knn, ridge
+from proteus_jax.evaluation import by_class, knn, ridge
 from proteus_jax.evaluation.features import Table
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 class Scores(NamedTuple):
-    """Percent right on the test images."""
+    """Percent right on the test images, and its mean over classes."""
 
     knn: float
     ridge: float
+    knn_balanced: float
+    ridge_balanced: float
 
 
 def scores(pair: Pair, tokens: Callable[[Labelled], Table], mesh: Mesh) -> Scores:
@@ -32,14 +34,17 @@ def scores(pair: Pair, tokens: Callable[[Labelled], Table], mesh: Mesh) -> Score
         rows.append(found.values)
         labels.append(part.labels[found.numbers])
     neighbours = min(NEIGHBOURS, len(rows[0]))
-    voted = knn.top1(
+    voted = knn.predictions(
         rows[0],
         labels[0],
         rows[1],
-        labels[1],
         neighbours=(neighbours,),
         temperature=TEMPERATURE,
         mesh=mesh,
     )
-    right = ridge.fit(rows[0], labels[0])(rows[1]) == labels[1]
-    return Scores(voted[neighbours], 100 * float(np.mean(right)))
+    answers = voted[neighbours], ridge.fit(rows[0], labels[0])(rows[1])
+    right = [each == labels[1] for each in answers]
+    return Scores(
+        *(100 * float(np.mean(each)) for each in right),
+        *(by_class.balanced(each, labels[1]) for each in right),
+    )

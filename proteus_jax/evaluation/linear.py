@@ -22,7 +22,7 @@ from proteus_jax.data.labelled import Labelled, Pair
 from proteus_jax.data.order import Order, chosen
 from proteus_jax.data.pipeline import training_batches
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation import neighbours
+from proteus_jax.evaluation import by_class, neighbours
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import compiled_pass, feature_pass
 from proteus_jax.evaluation.results import describe
@@ -188,10 +188,14 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
     else:
         state = CropTrainer(context, probe, tokens)(learnt, state)
     scores, unreadable = {}, 0
+    answers = None
     for title, part in (("held_out", held_out), ("test", pair.test)):
         if part is not None:
-            scores[title], lost = _accuracy(context, probe, tokens, part, state["heads"], title)
-            unreadable += lost
+            answers = _answers(context, probe, tokens, part, state["heads"], title)
+            scores[title] = [100 * float(share) for share in answers.right.mean(axis=0)]
+            unreadable += answers.unreadable
+    assert answers is not None
+    even = [by_class.balanced(head, answers.labels) for head in answers.right.T]
     best = {"test": int(np.argmax(scores["test"]))}
     if held_out is not None:
         best["held_out"] = int(np.argmax(scores["held_out"]))
@@ -199,8 +203,11 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
         way = "the paper's way" if title == "test" else "no head learnt from these"
         context.say(
             f"  best on {title.replace('_', ' ')} ({way})  {scores['test'][number]:6.2f} %  "
-            f"{probe.names[number]}"
+            f"balanced {even[number]:6.2f} %  {probe.names[number]}"
         )
+    chosen = best.get("held_out", best["test"])
+    rows = by_class.rows(answers.right[:, chosen], answers.labels, pair.train.classes)
+    neighbours.say_what_it_is_worth(context, pair, answers.labels, rows)
     if jax.process_index() == 0:
         _save_head(context, probe, state["heads"], best, pair.train.classes, protocol)
     return {
@@ -208,9 +215,15 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
         "top1": dict(zip(probe.names, scores["test"], strict=True)),
         "held_out_top1": dict(zip(probe.names, scores.get("held_out", []), strict=False)),
         "best": {
-            title: {"head": probe.names[number], "top1": scores["test"][number]}
+            title: {
+                "head": probe.names[number],
+                "top1": scores["test"][number],
+                "balanced_top1": even[number],
+            }
             for title, number in best.items()
         },
+        "chance": by_class.chance(answers.labels),
+        "per_class": rows,
         "data": neighbours.described(config, pair, unreadable)
         | {"held_out_images": 0 if held_out is None else len(held_out.labels)},
         "constants": {"steps": probe.steps, "batch": config.batch, "momentum": MOMENTUM},
@@ -334,15 +347,24 @@ def _show(context: Context, probe: Probe, step: int, loss: jax.Array) -> None:
         )
 
 
-def _accuracy(
+class _Answers(NamedTuple):
+    """Of a pass over labelled images: which heads are right of each [M, heads], the classes [M],
+    and how many images could not be read.
+    """
+
+    right: np.ndarray
+    labels: np.ndarray
+    unreadable: int
+
+
+def _answers(
     context: Context,
     probe: Probe,
     tokens: Callable,
     part: Labelled,
     heads: list[Params],
     title: str,
-) -> tuple[list[float], int]:
-    """Percent right of each head, by one pass, and how many images could not be read."""
+) -> _Answers:
     frozen = context.frozen
 
     def predict(params: tuple[Params, list[Params]], images: jax.Array) -> jax.Array:
@@ -358,8 +380,8 @@ def _accuracy(
         context.mesh,
         progress=lambda text: context.progress(f"{title.replace('_', ' ')}: {text}"),
     )
-    right = table.values == part.labels[table.numbers][:, None]
-    return [100 * float(share) for share in right.mean(axis=0)], table.unreadable
+    labels = part.labels[table.numbers]
+    return _Answers(table.values == labels[:, None], labels, table.unreadable)
 
 
 def _save_head(

@@ -2,12 +2,17 @@
 
 from typing import Any
 
-from proteus_jax.data.labelled import Labelled, Pair, open_pair
+import numpy as np
+
+from proteus_jax.data.labelled import Labelled, Pair, images_on_both_sides, open_pair
 from proteus_jax.errors import InputError, about
-from proteus_jax.evaluation import knn
+from proteus_jax.evaluation import by_class, knn
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import class_token
 from proteus_jax.pretrained import Model
+
+# With so few classes each has its row on the terminal.
+FEW = 10
 
 
 def open_data(config: Any) -> Pair:
@@ -38,7 +43,7 @@ def described(config: Any, pair: Pair, unreadable: int) -> dict[str, Any]:
 
 
 def measure(context: Context, pair: Pair) -> dict[str, Any]:
-    """`top1` is {k: percent}."""
+    """`top1` and `balanced_top1` are {k: percent}; `per_class` is of the k that is best."""
     config, unreadable = context.config, 0
     tokens, labels = [], []
     for title, part in (("train", pair.train), ("test", pair.test)):
@@ -47,26 +52,64 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
         labels.append(part.labels[found.numbers])
         unreadable += found.unreadable
     wanted = [int(k) for k in config.knn.neighbours]
-    top1 = knn.top1(
+    predicted = knn.predictions(
         tokens[0],
         labels[0],
         tokens[1],
-        labels[1],
         neighbours=wanted,
         temperature=config.knn.temperature,
         mesh=context.mesh,
     )
+    right = {k: chosen == labels[1] for k, chosen in predicted.items()}
+    top1 = {k: 100 * float(each.mean()) for k, each in right.items()}
+    even = {k: by_class.balanced(each, labels[1]) for k, each in right.items()}
     for k in wanted:
         context.say(
-            f"  {k:>4} neighbours  {top1[k]:6.2f} %"
+            f"  {k:>4} neighbours  {top1[k]:6.2f} %  balanced {even[k]:6.2f} %"
             if k in top1
             else f"  {k:>4} neighbours  left out: there are {len(tokens[0])} training images"
         )
+    rows = {}
+    if top1:
+        rows = by_class.rows(right[max(top1, key=top1.__getitem__)], labels[1], pair.train.classes)
+    say_what_it_is_worth(context, pair, labels[1], rows)
+    again = seen_again(*tokens)
+    if again:
+        context.say(
+            f"  {again} of {len(tokens[1])} images to test on have the features of an image to "
+            "learn from: they are the same"
+        )
     return {
         "top1": {str(k): value for k, value in top1.items()},
+        "balanced_top1": {str(k): value for k, value in even.items()},
+        "chance": by_class.chance(labels[1]),
+        "per_class": rows,
         "left_out": [k for k in wanted if k not in top1],
-        "data": described(config, pair, unreadable),
+        "data": described(config, pair, unreadable) | {"tested_images_learnt_from": again},
     }
+
+
+def say_what_it_is_worth(
+    context: Context, pair: Pair, labels: np.ndarray, rows: dict[str, dict[str, Any]]
+) -> None:
+    """Classes of which one has most of the images, and images on both sides, make numbers that look
+    better than they are.
+    """
+    uneven = by_class.uneven(labels)
+    if uneven:
+        context.say(f"  {uneven}")
+    if rows and (uneven or len(rows) <= FEW):
+        for line in by_class.table(rows):
+            context.say(line)
+    again = images_on_both_sides(pair)
+    if again:
+        context.say(f"  {again}")
+
+
+def seen_again(train: np.ndarray, test: np.ndarray) -> int:
+    """How many rows of `test` [M, D] are rows of `train` [N, D], bit for bit."""
+    known = {row.tobytes() for row in train}
+    return sum(row.tobytes() in known for row in test)
 
 
 def class_tokens(context: Context, part: Labelled, title: str):
