@@ -21,6 +21,15 @@ evaluates a model (docs/evaluation.md) and writes WORKDIR/results.json.
 
 makes a step again of which training diverged, and says what of it is not finite.
 
+    python main.py --config=configs/vitb14.py --prepare [--config....]
+
+fetches and converts the teacher and lists the images, and needs no accelerator: once, before the
+hosts of a run begin.
+
+    python main.py --devices [--hosts=2 --host=0 --coordinator=ADDRESS:PORT]
+
+sums arrays over all devices of all hosts, and says how fast they hear each other.
+
 --offline fetches nothing, neither teachers nor pictures, and says what is missing.
 
 --profile writes a trace of a few steps to WORKDIR/profile, for TensorBoard or Perfetto.
@@ -64,7 +73,7 @@ PLACE = ("--hosts", "--host", "--coordinator")
 WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
 # Seconds that a last line may take.
 UNREAD = 2.0
-FLAGS = ("--doctor", "--profile", "--plan", "--offline")
+FLAGS = ("--doctor", "--profile", "--plan", "--prepare", "--devices", "--offline")
 PLAN = ("--topology", "--mfu", "--price")
 LESS_IN_TRAINING = (
     "--plan says what a device needs; less takes --config.accumulate=2 or more (the same batch "
@@ -110,12 +119,12 @@ def parse(arguments: list[str]) -> Arguments:
         else:
             read.problems.append(f"{name}: unknown argument")
     needed = {"--config", "--workdir"}
-    if "--replay" in read.paths:
+    if "--replay" in read.paths or "--devices" in read.flags:
         needed = set()
     elif "--doctor" in read.flags:
         # Its file lies in the workdir, where nothing else is said.
         needed = {"--config"} if read.paths.get("--output") else needed
-    elif "--plan" in read.flags:
+    elif {"--plan", "--prepare"} & read.flags:
         needed = {"--config"}
     elif "--output" in read.paths:
         read.problems.append("--output: only --doctor writes there")
@@ -143,6 +152,11 @@ def distil(arguments: list[str], console: Console) -> int:
         go_offline()
     if "--replay" in read.paths:
         return _replay(read, console)
+    if "--devices" in read.flags:
+        return _check_devices(read, console)
+    if "--prepare" in read.flags:
+        # A host of many has none of its devices to itself.
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if not read.paths.get("--config"):
         raise InputError(read.problems)
     from proteus_jax import checkup, cluster, config, experiment, train
@@ -161,11 +175,18 @@ def distil(arguments: list[str], console: Console) -> int:
         return 0
     known = [*read.problems, *problems]
     evaluates = "protocol" in configuration
-    wrong = sorted(read.flags - {"--offline"})
+    wrong = sorted(read.flags - {"--offline", "--prepare"})
     if evaluates and wrong:
         raise InputError([*known, f"{wrong[0]}: only for a run that trains"])
     if "--plan" in read.flags:
         _plan(configuration, read.planning, known, console)
+        return 0
+    if "--prepare" in read.flags:
+        if evaluates:
+            evaluation.prepare(configuration, known)
+        else:
+            experiment.prepare(configuration, known)
+        console.line("ready: images and models are here")
         return 0
     place, seconds = _company(read.place, known)
     about = _versions() | {"configuration": configuration.to_json()}
@@ -186,6 +207,24 @@ def _versions() -> dict[str, str]:
     """What all hosts must have the same of."""
     installed = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "flax")}
     return {"version": proteus_jax.__version__} | installed
+
+
+def _check_devices(read: Arguments, console: Console) -> int:
+    """Has all hosts meet, and all devices hear each other."""
+    from proteus_jax import cluster, collectives
+
+    others = [*read.paths, *read.planning, *(read.flags - {"--devices", "--offline"})]
+    others += [f"--config.{field}" for field, _ in read.overrides]
+    known = [*read.problems, *(f"{name}: not with --devices" for name in others)]
+    place, seconds = _company(read.place, known)
+    if known:
+        raise InputError(known)
+    with cluster.joined(
+        place, _versions(), timeout=seconds, progress=console.progress, say=console.error
+    ):
+        console.quiet = place.host > 0
+        collectives.check_devices(console.line, console.error)
+    return 0
 
 
 def _replay(read: Arguments, console: Console) -> int:

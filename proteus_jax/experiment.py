@@ -107,6 +107,15 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     misspelt path.
     """
     problems = [*known, *_check_workdir(workdir, config.data.root), *_check_devices(config)]
+    return _found(config, problems)
+
+
+def prepare(config: Any, known: Sequence[str] = ()) -> None:
+    """Finds the same, on a machine whose devices are not those of the run."""
+    _found(config, list(known))
+
+
+def _found(config: Any, problems: list[str]) -> Inputs:
     split, labelled = None, None
     models: dict[str, Path | None] = {}
     if config.eval.root not in ("", pictures.NAME):

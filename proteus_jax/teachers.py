@@ -5,14 +5,17 @@ Whatever is no model directory yet is fetched and converted into the cache, and 
 from then on: no network is needed any more.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from proteus_jax import hub
+from proteus_jax.console import waiting
 from proteus_jax.convert.directory import is_described, wanted_files
 from proteus_jax.convert.formats import SUFFIXES
 from proteus_jax.convert.importer import import_weights
@@ -61,6 +64,30 @@ def obtain_teacher(name: str) -> Path:
         load_card(target)
         return target
     cache_folder(target.parent.name)
+    with _alone(target):
+        if (target / CARD).is_file():
+            # Another process has made it meanwhile.
+            return target
+        _obtain(name, target)
+    print(f"{name}: converted into {target}", flush=True)
+    return target
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Of several processes that want one model, as the hosts of a run that share a home, one
+    fetches it while the others wait. Where a file system has no locks each fetches its own.
+    """
+    with (target.parent / f".{target.name}.lock").open("a") as file:
+        with (
+            waiting(f"waiting for another process to fetch {target.name}"),
+            contextlib.suppress(OSError),
+        ):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _obtain(name: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         if name in KNOWN:
             _obtain_known(name, target, Path(folder))
@@ -71,8 +98,6 @@ def obtain_teacher(name: str) -> Path:
             _convert(name, _copied(name, Path(folder)), target, source={"address": name})
         else:
             _convert(name, Path(name).expanduser(), target)
-    print(f"{name}: converted into {target}", flush=True)
-    return target
 
 
 def copy_model(directory: Path, target: Path, *, replace: bool = False) -> Path:

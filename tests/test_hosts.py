@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, photograph
 from PIL import Image
-from test_main import command, losses
+from test_main import command, environment, losses
 
 from proteus_jax import hosts
 from proteus_jax.errors import InputError, Interrupted
@@ -605,3 +605,43 @@ def test_what_is_wrong_on_one_host_ends_all_as_wrong(
     words = "the hosts do not see the same images or teacher"
     assert words in both[0][2]
     assert words in both[1][2]
+
+
+def test_devices_hear_each_other(tmp_path: Path) -> None:
+    """Two processes of two devices each sum over all four; so does one alone."""
+    port = free_port()
+    arguments = [sys.executable, str(ROOT / "main.py"), "--devices"]
+    variables = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    pair = [
+        subprocess.Popen(
+            [*arguments, "--hosts=2", f"--host={host}", f"--coordinator=127.0.0.1:{port}"],
+            env=environment(tmp_path) | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert "2 hosts, 4 devices (cpu): sums over all of them" in said[0]
+    assert len(re.findall(r" MiB +[\d.]+ ms +[\d.]+ GB/s for each device", said[0])) == 3
+    assert "all devices hear each other" in said[0]
+
+
+# One device never comes to the sum.
+SILENT = """
+import sys, time
+from proteus_jax import collectives
+from proteus_jax.collectives import check_devices
+collectives._summed = lambda *_: time.sleep(60)
+check_devices(print, print, patience=0.2)
+"""
+
+
+def test_a_device_that_is_not_heard_ends_the_check() -> None:
+    result = subprocess.run(
+        [sys.executable, "-u", "-c", SILENT], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert result.returncode == 2
+    assert "no answer of all devices within 0 s. On GPUs NCCL_DEBUG=INFO" in result.stdout

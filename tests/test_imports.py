@@ -48,7 +48,7 @@ LAYERS = [
     ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("loading",),
     ("evaluation",),
-    ("topology",),
+    ("topology", "collectives"),
     ("experiment", "checkup", "plan"),
     ("examination",),
     ("messages", "visualize", "outcome", "dump", "rows", "saving"),

@@ -58,12 +58,22 @@ class Inputs(NamedTuple):
 
 def open_inputs(config: Any, workdir: str, known: Sequence[str] = ()) -> Inputs:
     """InputError lists all that is wrong, with the problems that are known already first."""
-    problems, protocol = list(known), PROTOCOLS[config.protocol]
+    problems = list(known)
     reason = why_no_workdir(workdir)
     if reason:
         problems.append(f"--workdir: {reason}")
     else:
         problems += _check_place(config, workdir)
+    return _found(config, problems)
+
+
+def prepare(config: Any, known: Sequence[str] = ()) -> None:
+    """Finds model and images before there is a workdir; what has to be fetched is."""
+    _found(config, list(known))
+
+
+def _found(config: Any, problems: list[str]) -> Inputs:
+    protocol = PROTOCOLS[config.protocol]
     data = model = None
     try:
         data = protocol.open(config)
