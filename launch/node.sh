@@ -2,14 +2,18 @@
 # One machine with NVIDIA GPUs (8 x A100 or H100), or none: every GPU that is here trains.
 #
 #   launch/node.sh --config=configs/vitb14.py --workdir=~/runs/vitb14 --config.data.root=~/imagenet/train
+#   launch/detached.sh start launch/node.sh --config=...
 #
-# DRY_RUN=1 prints the commands. A run that was interrupted (exit code 75) is started again; any other
-# end, as when the system kills it for want of memory, is one.
+# The second outlives this terminal; launch/detached.sh attach, logs and stop go with it. DRY_RUN=1
+# prints the commands. A run that was interrupted (exit code 75) is started again; any other end, as
+# when the system kills it for want of memory, is one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Does nothing where JAX for this machine's devices is installed.
 [ -n "${PYTHON:-}" ] || launch/setup.sh
+# shellcheck source=launch/gpu.sh
+[ ! -e /dev/nvidia0 ] || source launch/gpu.sh
 
 # A signal to this script is one to the run, and the end.
 stopped=

@@ -4,9 +4,13 @@
 #
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/vitl14.py --workdir=/shared/vitl14 ...
 #
-# The workdir and this folder must lie where all nodes see them. One minute before the time limit or
-# a preemption SLURM sends SIGTERM: the run saves, or gives that up after 50 s, exits with 75, and is
-# queued again. Any other end is one: SLURM itself queues again what a lost node ended.
+# The workdir and this folder must lie where all nodes see them. What is missing is installed into
+# .venv, and the teacher fetched, once, on the first node; where nodes have no network, do both before,
+# where there is one: launch/setup.sh cuda12, then .venv/bin/python main.py --prepare --config=...
+#
+# One minute before the time limit or a preemption SLURM sends SIGTERM: the run saves, or gives that
+# up after 50 s, exits with 75, and is queued again. Any other end is one: SLURM itself queues again
+# what a lost node ended. CHECK=0 leaves out the look at the network between the nodes.
 #SBATCH --job-name=proteus
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,10 +26,26 @@ set -euo pipefail
 # sbatch runs a copy of this file: the folder is where it was given.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
-code=0
+if [ -z "${PYTHON:-}" ] && ! launch/setup.sh; then
+  echo "this node cannot install what is needed: run launch/setup.sh cuda12 (or cuda13) where there" \
+    "is a network and the folder is seen, then submit again" >&2
+  exit 2
+fi
+PYTHON="${PYTHON:-.venv/bin/python}"
+# shellcheck source=launch/gpu.sh
+source launch/gpu.sh
+
 # Since 22.05 srun does not take the job's --cpus-per-task by itself.
-srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${PYTHON:-.venv/bin/python}" main.py \
-  "--config.hosts=${SLURM_NNODES}" --config.stop_within=50 "$@" || code=$?
+on_all_nodes() {
+  srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$PYTHON" main.py "$@"
+}
+
+"$PYTHON" main.py --prepare "$@"
+if [ "${CHECK:-1}" != 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
+  on_all_nodes --devices
+fi
+code=0
+on_all_nodes "--config.hosts=${SLURM_NNODES}" --config.stop_within=50 "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

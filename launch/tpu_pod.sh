@@ -1,35 +1,44 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice: made, set up, trained on, made again where it was a spot one and was taken back,
-# and removed at the end, however that comes.
+# Cloud TPU slices: made, set up, trained on, made again where spot ones were taken back, and removed
+# when the run is at its end.
 #
-#   NAME=proteus ZONE=us-west4-a TYPE=v5litepod-16 SPOT=1 SOURCE=https://... \
-#     launch/tpu_pod.sh --config=configs/vitb14.py --workdir=gs://bucket/vitb14 ...
+#   export NAME=proteus ZONE=us-west4-a TYPE=v5litepod-16 SPOT=1 SOURCE=https://...
+#   launch/tpu_pod.sh start --config=configs/vitb14.py --workdir=gs://bucket/vitb14 ...
+#   launch/tpu_pod.sh attach | logs [LINES] | status | stop | delete
 #
-# SHARED=HOST:/FOLDER mounts a Filestore as /mnt/shared on every host, for a workdir or images there.
-# KEEP=1 does not remove the slice. DRY_RUN=1 prints the commands. Needs gcloud, logged in, with a
-# project set.
+# The run outlives this terminal: where that ends, or with Ctrl-C, slice and run stay, and the same
+# start watches them again. stop saves, ends the run and removes the slice; a slice that nobody watches
+# costs until then.
+#
+# QUEUED=1 waits in Google's queue of resources instead of asking again and again. SLICES=2 makes so
+# many slices for one run (queued, too). SHARED=HOST:/FOLDER mounts a Filestore as /mnt/shared on every
+# host, for a workdir or images there. KEEP=1 does not remove slices. DRY_RUN=1 prints the commands.
+# Needs gcloud, logged in, with a project set.
 set -euo pipefail
-: "${NAME:?name of the slice}" "${ZONE:?zone, as us-west4-a}" "${TYPE:?type, as v5litepod-16}"
-: "${SOURCE:?address to clone this repository from}"
-# The image that goes with each type (cloud.google.com/tpu/docs/runtimes); VERSION names another.
-case "$TYPE" in
-  v5litepod-*) image=v2-alpha-tpuv5-lite ;;
-  v5p-*) image=v2-alpha-tpuv5 ;;
-  v6e-*) image=v2-alpha-tpuv6e ;;
-  v2-* | v3-* | v4-*) image=tpu-ubuntu2204-base ;;
-  *) image="" ;;
-esac
-VERSION="${VERSION:-$image}"
-: "${VERSION:?the runtime version that goes with $TYPE}"
+: "${NAME:?name of the slice}" "${ZONE:?zone, as us-west4-a}"
+SLICES="${SLICES:-1}"
+[ "$SLICES" -eq 1 ] || QUEUED=1
 # Seconds to save after SIGTERM: a spot slice is taken back about 30 s after it is told.
 STOP_WITHIN="${STOP_WITHIN:-25}"
 PAUSE="${PAUSE:-30}"
 # A slice that is there and fails so often in a row will not do better.
 PATIENCE=3
+case "${1:-}" in
+  start | attach | logs | status | stop | delete)
+    what="$1"
+    shift
+    ;;
+  --*) what=start ;;
+  *)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
+    exit 2
+    ;;
+esac
 said="$(mktemp)"
+trap 'rm -f "$said"' EXIT
 
 run() {
-  echo "+ $*"
+  echo "+ $*" >&2
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
@@ -37,60 +46,183 @@ tpu() {
   run gcloud compute tpus tpu-vm "$@" "--zone=$ZONE" --quiet
 }
 
-everywhere() {
-  tpu ssh "$NAME" --worker=all "--command=$1"
+queue() {
+  run gcloud compute tpus queued-resources "$@" "--zone=$ZONE" --quiet
 }
+
+# The slices: NAME or, where they are several, NAME-0, NAME-1 and so on.
+nodes() {
+  if [ "$SLICES" -eq 1 ]; then
+    echo "$NAME"
+  else
+    for ((number = 0; number < SLICES; number++)); do echo "$NAME-$number"; done
+  fi
+}
+
+# gcloud starts a command again where its connection breaks: what is run so must bear that.
+everywhere() {
+  local node pids=() code=0
+  for node in $(nodes); do
+    tpu ssh "$node" --worker=all "--command=$1" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+  return "$code"
+}
+
+on_the_first() {
+  tpu ssh "$(nodes | head -n 1)" "--worker=${WORKER:-0}" "--command=cd proteus_jax && $1"
+}
+
+detached="NAME=$NAME launch/detached.sh"
 
 ready() {
-  [ -n "${DRY_RUN:-}" ] && return 1
-  [ "$(gcloud compute tpus tpu-vm describe "$NAME" "--zone=$ZONE" '--format=value(state)' 2>/dev/null)" = READY ]
+  local node
+  [ -z "${DRY_RUN:-}" ] || return 1
+  for node in $(nodes); do
+    [ "$(gcloud compute tpus tpu-vm describe "$node" "--zone=$ZONE" '--format=value(state)' \
+      2>/dev/null)" = READY ] || return 1
+  done
 }
 
-finish() {
-  code=$?
-  rm -f "$said"
-  [ -n "${KEEP:-}" ] || tpu delete "$NAME" || true
-  exit "$code"
+remove() {
+  if [ -n "${QUEUED:-}" ]; then
+    queue delete "$NAME" --force || true
+  else
+    tpu delete "$NAME" || true
+  fi
 }
-trap finish EXIT
-trap 'exit 75' INT TERM
+
+lacks_capacity() {
+  cat "$said" >&2
+  grep -qiE 'capacity|exhausted|stockout|unavailable|internal error' "$said"
+}
 
 # Waits for as long as there is no slice to have; any other refusal is final.
 create() {
   local kind=()
   [ -z "${SPOT:-}" ] || kind=(--spot)
-  # A spot slice that was taken back still has its name.
-  tpu delete "$NAME" >/dev/null 2>&1 || true
+  # What was taken back still has its name.
+  remove >/dev/null 2>&1
+  if [ -n "${QUEUED:-}" ]; then
+    create_queued "${kind[@]}"
+    return
+  fi
   until tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" "${kind[@]}" 2>"$said"; do
-    cat "$said" >&2
-    grep -qiE 'capacity|exhausted|stockout|unavailable|internal error' "$said" || exit 1
+    lacks_capacity || exit 1
     sleep "$PAUSE"
-    tpu delete "$NAME" >/dev/null 2>&1 || true
+    remove >/dev/null 2>&1
+  done
+  cat "$said" >&2
+}
+
+create_queued() {
+  local place=("--node-id=$NAME") state
+  [ "$SLICES" -eq 1 ] || place=("--node-count=$SLICES" "--node-prefix=$NAME")
+  queue create "$NAME" "--accelerator-type=$TYPE" "--runtime-version=$VERSION" "${place[@]}" "$@" \
+    2>"$said" || { cat "$said" >&2; exit 1; }
+  cat "$said" >&2
+  [ -z "${DRY_RUN:-}" ] || return 0
+  while true; do
+    state="$(gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" \
+      '--format=value(state.state)' 2>/dev/null || true)"
+    echo "$(date +%H:%M:%S) queued resource $NAME: ${state:-unknown}"
+    case "$state" in
+      ACTIVE) return ;;
+      FAILED)
+        gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" '--format=value(state)' >&2
+        exit 1
+        ;;
+      # Taken back before it began.
+      SUSPENDING | SUSPENDED) remove >/dev/null 2>&1; create_queued "$@"; return ;;
+    esac
+    sleep "$PAUSE"
   done
 }
 
 # Does nothing on a host that is set up; a mount does not outlive a restart of the host.
 setup() {
   [ -z "${SHARED:-}" ] || everywhere "mountpoint -q /mnt/shared || { sudo apt-get install -y -q \
-nfs-common && sudo mkdir -p /mnt/shared && sudo mount $SHARED /mnt/shared; }"
+nfs-common && sudo mkdir -p /mnt/shared && sudo mount $SHARED /mnt/shared; }" || return
   everywhere "test -e proteus_jax/.ready || { rm -rf proteus_jax && git clone --depth=1 $SOURCE \
 proteus_jax && cd proteus_jax && launch/setup.sh tpu requirements-gcs.txt && touch .ready; }"
 }
 
-failures=0
-while true; do
-  ready || create
-  code=0
-  # Each worker finds the others by the metadata of its TPU.
-  { setup && everywhere "cd proteus_jax && .venv/bin/python main.py \
---config.stop_within=$STOP_WITHIN $(printf '%q ' "$@")"; } || code=$?
-  case "$code" in
-    # Done; or the run's input is wrong, or it diverged: again would be the same.
-    0 | 2 | 3) exit "$code" ;;
-    75) failures=0 ;;
-    # A slice that was taken back is no failure of the run.
-    *) if ready; then failures=$((failures + 1)); else failures=0; fi ;;
+# Each worker finds the others by the metadata of its TPU. Each fetches the teacher for itself, unless
+# PROTEUS_JAX_CACHE is on a shared disk.
+begin() {
+  everywhere "cd proteus_jax && .venv/bin/python main.py --prepare $words" || return
+  everywhere "cd proteus_jax && $detached start .venv/bin/python main.py \
+--config.stop_within=$STOP_WITHIN $words"
+}
+
+# Until the run is at its end: with its exit code, or 255 where the slice is gone.
+watch() {
+  local found last=""
+  while true; do
+    if ! found="$(on_the_first "$detached status" 2>/dev/null)"; then
+      ready || return 255
+    fi
+    [ -z "${DRY_RUN:-}" ] || return 0
+    if [ "$(tail -n 1 <<<"$found")" != "$last" ]; then
+      last="$(tail -n 1 <<<"$found")"
+      echo "$(date +%H:%M:%S) $last"
+    fi
+    case "$found" in
+      running* | "") ;;
+      "ended "*)
+        found="$(head -n 1 <<<"$found")"
+        [ "$found" = "ended 0" ] || on_the_first "$detached logs 20" || true
+        return "${found#ended }"
+        ;;
+      *) return 1 ;;
+    esac
+    sleep "$PAUSE"
+  done
+}
+
+start() {
+  local code failures=0
+  : "${TYPE:?type, as v5litepod-16}" "${SOURCE:?address to clone this repository from}"
+  # The image that goes with each type (cloud.google.com/tpu/docs/runtimes); VERSION names another.
+  case "$TYPE" in
+    v5litepod-*) image=v2-alpha-tpuv5-lite ;;
+    v5p-*) image=v2-alpha-tpuv5 ;;
+    v6e-*) image=v2-alpha-tpuv6e ;;
+    v2-* | v3-* | v4-*) image=tpu-ubuntu2204-base ;;
+    *) image="" ;;
   esac
-  [ "$failures" -lt "$PATIENCE" ] || exit "$code"
-  sleep "$PAUSE"
-done
+  VERSION="${VERSION:-$image}"
+  : "${VERSION:?the runtime version that goes with $TYPE}"
+  words="$(printf '%q ' "$@")"
+  trap 'echo "slice and run stay: launch/tpu_pod.sh start watches them again, stop ends them" >&2
+    exit 75' INT TERM HUP
+  while true; do
+    ready || create
+    code=0
+    { setup && begin && watch; } || code=$?
+    case "$code" in
+      # Done; or the run's input is wrong, or it diverged: again would be the same.
+      0 | 2 | 3) break ;;
+      75) failures=0 ;;
+      # A slice that was taken back is no failure of the run.
+      *) if ready; then failures=$((failures + 1)); else failures=0; fi ;;
+    esac
+    [ "$failures" -lt "$PATIENCE" ] || break
+    sleep "$PAUSE"
+  done
+  [ -n "${KEEP:-}" ] || remove
+  exit "$code"
+}
+
+case "$what" in
+  start) start "$@" ;;
+  attach) on_the_first "$detached attach" ;;
+  logs) on_the_first "$detached logs ${1:-50}" ;;
+  status) on_the_first "$detached status" ;;
+  stop)
+    everywhere "cd proteus_jax && $detached stop"
+    [ -n "${KEEP:-}" ] || remove
+    ;;
+  delete) remove ;;
+esac

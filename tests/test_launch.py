@@ -37,93 +37,247 @@ def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    return (result.stdout + result.stderr).splitlines()
 
 
 def test_shellcheck() -> None:
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.is_file():
         pytest.skip("shellcheck is not installed")
-    found = subprocess.run([shellcheck, *LAUNCH.glob("*.sh")], capture_output=True, text=True)
+    found = subprocess.run(
+        [shellcheck, "-x", *LAUNCH.glob("*.sh")], cwd=ROOT, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout
 
 
+POD = {"NAME": "p", "ZONE": "z", "TYPE": "v5litepod-16", "SOURCE": "https://example.org/us"}
+
+
 def test_a_pod_is_made_trained_on_and_removed() -> None:
-    variables = {"NAME": "p", "ZONE": "z", "TYPE": "v5litepod-16", "SPOT": "1"}
-    variables |= {"SOURCE": "https://example.org/repository", "SHARED": "10.0.0.2:/share"}
-    lines = dry_run("tpu_pod.sh", "--config=c.py", "--workdir=/mnt/shared/my run", **variables)
-    made, *setup, trained, removed = lines
+    variables = POD | {"SPOT": "1", "SHARED": "10.0.0.2:/share"}
+    arguments = ("start", "--config=c.py", "--workdir=/mnt/shared/my run")
+    made, *setup, prepared, trained, removed = dry_run("tpu_pod.sh", *arguments, **variables)
     assert made.startswith("+ gcloud compute tpus tpu-vm create p ")
     assert "--spot" in made
-    assert all("--worker=all" in line for line in [*setup, trained])
-    assert "main.py --config.stop_within=25 --config=c.py --workdir=/mnt/shared/my\\ run" in trained
+    assert all("--worker=all" in line for line in [*setup, prepared, trained])
+    words = "--config=c.py --workdir=/mnt/shared/my\\ run"
+    assert f"main.py --prepare {words}" in prepared
+    assert "launch/detached.sh start .venv/bin/python main.py --config.stop_within=25 " in trained
+    assert words in trained
     assert removed == "+ gcloud compute tpus tpu-vm delete p --zone=z --quiet"
 
 
-# gcloud whose answers are the lines of a file, one for each create and each training: an exit code,
-# whether the slice is there afterwards, and words for standard error.
+def test_several_slices_are_queued() -> None:
+    lines = dry_run("tpu_pod.sh", "start", "--config=c.py", **POD, SLICES="2", SPOT="1")
+    made, removed = lines[0], lines[-1]
+    assert made == (
+        "+ gcloud compute tpus queued-resources create p --accelerator-type=v5litepod-16 "
+        "--runtime-version=v2-alpha-tpuv5-lite --node-count=2 --node-prefix=p --spot --zone=z "
+        "--quiet"
+    )
+    for node in ("p-0", "p-1"):
+        assert sum(f"tpu-vm ssh {node} --worker=all" in line for line in lines) == 3
+    assert removed == "+ gcloud compute tpus queued-resources delete p --force --zone=z --quiet"
+
+
+# gcloud whose answers are the lines of a file, one for each create and each look at the run: an
+# exit code, whether the slice is there afterwards, and words: for standard error of a create, for
+# standard output of a look.
 GCLOUD = """#!/bin/bash
-echo "$4" "${*: -1}" >> calls.txt
+echo "$3" "$4" "${*: -1}" >> calls.txt
 answer() {
   read -r code there words < answers.txt && sed -i 1d answers.txt
   echo "$there" > there.txt
-  echo "$words" >&2
-  exit "$code"
 }
 case "$4" in
   describe) cat there.txt 2>/dev/null ;;
-  create) answer ;;
-  ssh) case "$*" in *main.py*) answer ;; esac ;;
+  create) answer; echo "$words" >&2; exit "$code" ;;
+  ssh) case "$*" in *"sh status"*) answer; echo "$words"; exit "$code" ;; esac ;;
 esac
 """
+
+
+def watched_pod(folder: Path, answers: list[str], **variables: str) -> tuple[int, list[str], str]:
+    """The exit code of tpu_pod.sh where gcloud answers so, what it was called with, and what the
+    script said.
+    """
+    (folder / "gcloud").write_text(GCLOUD)
+    (folder / "gcloud").chmod(0o755)
+    (folder / "answers.txt").write_text("".join(line + "\n" for line in answers))
+    more = {"PAUSE": "0", "PATH": f"{folder}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", LAUNCH / "tpu_pod.sh", "--config=c.py"],
+        env=os.environ | POD | more | variables,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (folder / "answers.txt").read_text() == ""
+    calls = (folder / "calls.txt").read_text().splitlines()
+    return result.returncode, calls, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
     ("answers", "code", "created", "trained"),
     [
-        # No capacity twice, taken back once, then done.
+        # No capacity twice, taken back once, interrupted once, then done.
         (
             [
                 "1 GONE There is no more capacity in the zone",
                 "1 GONE RESOURCE_EXHAUSTED",
                 "0 READY",
+                "0 READY running",
                 "255 GONE lost",
                 "0 READY",
-                "75 READY",
-                "0 READY",
+                "0 READY ended 75",
+                "0 READY running",
+                # A connection that breaks is no end of the run.
+                "255 READY",
+                "0 READY ended 0",
             ],
             0,
             4,
             3,
         ),
         (["1 GONE PERMISSION_DENIED"], 1, 1, 0),
-        (["0 READY", "2 READY"], 2, 1, 1),
+        (["0 READY", "0 READY ended 2"], 2, 1, 1),
         # The slice is there, and the run fails again and again.
-        (["0 READY", "1 READY", "127 READY", "1 READY"], 1, 1, 3),
+        (["0 READY", "0 READY ended 1", "0 READY lost", "0 READY ended 127"], 127, 1, 3),
     ],
 )
 def test_a_pod_goes_on_as_long_as_that_makes_sense(
     answers: list[str], code: int, created: int, trained: int, tmp_path: Path
 ) -> None:
-    (tmp_path / "gcloud").write_text(GCLOUD)
+    found, calls, said = watched_pod(tmp_path, answers)
+    assert found == code, said
+    assert sum(call.startswith("tpu-vm create") for call in calls) == created
+    start = "sh start .venv/bin/python main.py --config.stop_within=25 --config=c.py"
+    assert said.count(start) == trained
+    # Where there was none to be had nothing is left to remove.
+    assert calls[-1].startswith("tpu-vm delete") or code == 1
+
+
+def test_a_queued_slice_is_waited_for(tmp_path: Path) -> None:
+    stub = GCLOUD.replace("describe) ", "describe) [[ $3 != queued* ]] || { queue; exit; }; ")
+    queue = "queue() { read -r state < states.txt && sed -i 1d states.txt; echo $state; }\n"
+    stub = stub.replace("answer() {", queue + "answer() {")
+    (tmp_path / "states.txt").write_text("WAITING_FOR_RESOURCES\nSUSPENDED\nPROVISIONING\nACTIVE\n")
+    (tmp_path / "gcloud").write_text(stub)
     (tmp_path / "gcloud").chmod(0o755)
-    (tmp_path / "answers.txt").write_text("".join(line + "\n" for line in answers))
-    variables = {"NAME": "p", "ZONE": "z", "TYPE": "v5litepod-16", "SOURCE": "https://x"}
-    variables |= {"PAUSE": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "answers.txt").write_text("0 READY\n0 READY\n0 READY ended 0\n")
     result = subprocess.run(
-        ["bash", LAUNCH / "tpu_pod.sh", "--config=c.py"],
-        env=os.environ | variables,
+        ["bash", LAUNCH / "tpu_pod.sh", "start", "--config=c.py"],
+        env=os.environ
+        | POD
+        | {"QUEUED": "1", "PAUSE": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert result.returncode == code, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "queued resource p: WAITING_FOR_RESOURCES" in result.stdout
     calls = (tmp_path / "calls.txt").read_text().splitlines()
-    assert sum(call.startswith("create") for call in calls) == created
-    assert result.stdout.count("main.py --config.stop_within=25 --config=c.py") == trained
-    assert calls[-1].startswith("delete")
-    assert (tmp_path / "answers.txt").read_text() == ""
+    assert sum(call.startswith("queued-resources create") for call in calls) == 2
+    assert calls[-1].startswith("queued-resources delete")
+
+
+# gcloud with one worker: this machine, with a home of its own.
+LOCAL_GCLOUD = """#!/bin/bash
+case "$4" in
+  describe) cat "$HOME/state.txt" 2>/dev/null ;;
+  create) echo READY > "$HOME/state.txt" ;;
+  delete) rm -f "$HOME/state.txt" ;;
+  ssh)
+    for word in "$@"; do
+      case "$word" in --command=*) cd "$HOME" && exec bash -c "${word#--command=}" ;; esac
+    done
+    ;;
+esac
+"""
+# Python as pip leaves it: everything is there already.
+INSTALLED = """#!/bin/bash
+case "$*" in *"-m pip install"*) echo "$*" >> "$HOME/pip.txt"; exit ;; esac
+exec {python} "$@"
+"""
+LOCAL_UV = '#!/bin/bash\nmkdir -p "${*: -1}/bin" && cp "$HOME/python" "${*: -1}/bin/python"\n'
+
+
+def programs(folder: Path, **texts: str) -> str:
+    """Programs in a folder; returns PATH with that first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_a_pod_from_nothing_to_a_student(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """All that happens on a worker as it is delivered, with Python 3.10: cloned, set up, fetched,
+    trained apart from the connection, watched to its end.
+    """
+    home = tmp_path / "home"
+    home.mkdir()
+    olds = dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), OLD)
+    path = programs(tmp_path / "bin", gcloud=LOCAL_GCLOUD, uv=LOCAL_UV, **olds)
+    programs(home, python=INSTALLED.format(python=sys.executable))
+    arguments = tiny_run(home / "run", photographs, tiny_teacher, "--config.steps=3")
+    arguments = [each.replace(str(ROOT), str(home / "proteus_jax")) for each in arguments]
+    result = subprocess.run(
+        ["bash", LAUNCH / "tpu_pod.sh", "start", *arguments],
+        env={
+            "HOME": str(home),
+            "PATH": path,
+            "PAUSE": "0.5",
+            "JAX_PLATFORMS": "cpu",
+            "PROTEUS_JAX_CACHE": str(tmp_path / "cache"),
+            **POD,
+            "SOURCE": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "jax[tpu]>=" in (home / "pip.txt").read_text()
+    assert "ready: images and models are here" in result.stdout
+    assert (home / "run" / "student" / "model.safetensors").is_file()
+    # The slice is gone.
+    assert not (home / "state.txt").exists()
+
+
+DETACHED = LAUNCH / "detached.sh"
+
+
+def test_what_is_detached_outlives_its_terminal_and_is_stopped(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path), "NAME": "a test"}
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print('hello', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+
+    def detached(*words: str) -> str:
+        result = subprocess.run(
+            ["bash", DETACHED, *words], env=environment, capture_output=True, text=True, timeout=30
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert detached("status") == "none\n"
+    detached("start", sys.executable, "-c", program)
+    until(lambda: detached("status") == "running\nhello\n")
+    assert "runs already" in detached("start", "false")
+    assert detached("stop") == "ended 75\nhello\n"
+    # Killed with the shell that would have written its end down.
+    detached("start", sys.executable, "-c", program)
+    until(lambda: detached("logs") == "hello\nhello\n")
+    os.killpg(int((tmp_path / "proteus_jax" / "a test" / "pid").read_text()), signal.SIGKILL)
+    until(lambda: detached("status").startswith("lost"))
 
 
 def test_a_job_set_is_yaml_and_ends_in_the_command() -> None:
@@ -149,7 +303,7 @@ def test_slurm_runs_both_tasks_and_queues_again(
     for name, text in (("srun", SRUN), ("scontrol", '#!/bin/bash\necho "$@" > queued.txt\n')):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    for name in ("main.py", "configs", "proteus_jax"):
+    for name in ("main.py", "configs", "proteus_jax", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -293,8 +447,7 @@ def test_the_driver_says_which_jax(driver: str, extra: str, tmp_path: Path) -> N
     ],
 )
 def test_each_type_of_slice_has_its_image(kind: str, image: str) -> None:
-    variables = {"NAME": "p", "ZONE": "z", "TYPE": kind, "SOURCE": "https://x"}
-    made, setup, trained, _ = dry_run("tpu_pod.sh", "--config=c.py", **variables)
+    made, setup, _, trained, _ = dry_run("tpu_pod.sh", "--config=c.py", **POD | {"TYPE": kind})
     assert f"--version={image} " in made
     assert "launch/setup.sh tpu" in setup
     # A spot slice leaves half a minute.
