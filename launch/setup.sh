@@ -32,7 +32,11 @@ detect() {
   fi
 }
 
-[ "$kind" != auto ] || kind="$(detect)"
+automatic=
+if [ "$kind" = auto ]; then
+  automatic=1
+  kind="$(detect)"
+fi
 case "$kind" in
   cpu) jax="jax" plugin=jaxlib ;;
   cuda12) jax="jax[cuda12]" plugin=jax_cuda12_plugin ;;
@@ -75,8 +79,17 @@ make_environment() {
 asked="$kind $*"
 installed() {
   [ -x "$BIN/python" ] && [ "$BIN/complete.stamp" -nt requirements.txt ] &&
-    [ "$(cat "$BIN/complete.stamp")" = "$asked" ] &&
+    { [ "$(cat "$BIN/complete.stamp")" = "$asked" ] || another_cuda; } &&
     "$BIN/python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$plugin') is None)"
+}
+
+# Who chose one by hand, as on a machine without the driver, has it kept by those that have it.
+another_cuda() {
+  local before
+  before="$(cat "$BIN/complete.stamp")"
+  [ -n "$automatic" ] && [[ "$kind" == cuda* && "$before" == cuda* ]] || return 1
+  [ "${before#cuda1[23]}" = "${asked#cuda1[23]}" ] || return 1
+  plugin="jax_${before%% *}_plugin"
 }
 
 installed && exit 0

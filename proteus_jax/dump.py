@@ -43,13 +43,13 @@ FOLDER = "dump"
 
 
 class Moment(NamedTuple):
-    """A step as the loop saw it: this host's share of the images uint8 [b, H, W, 3], their names,
-    and the metrics, by key.
+    """A step as the loop saw it: this host's share of the images uint8 [b, H, W, 3], their numbers
+    in the source [b], and the metrics, by key.
     """
 
     step: int
     images: np.ndarray
-    names: list[str]
+    numbers: np.ndarray
     metrics: Mapping[str, float]
 
 
@@ -61,8 +61,9 @@ def write_dump(
 
     OSError where it cannot be written.
     """
-    images = sharding.place_batch(moment.images, experiment.mesh)
-    whole = np.asarray(sharding.gather(images, experiment.mesh))
+    share = {"images": moment.images, "numbers": moment.numbers.astype(np.int32)}
+    placed = {key: sharding.place_batch(each, experiment.mesh) for key, each in share.items()}
+    whole = sharding.gather(placed, experiment.mesh)
     # Skipped updates changed nothing but these counters.
     counted = (int(moment.metrics[key]) - 1 for key in ("skipped", "skipped_in_a_row"))
     before = state._replace(
@@ -83,12 +84,13 @@ def write_dump(
         raise OSError(failures[0])
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / BATCH, images=whole)
+        np.savez(folder / BATCH, images=whole["images"])
+        source = experiment.split.training
         written = {
             "proteus_jax": proteus_jax.__version__,
             "step": moment.step,
             "images_an_epoch": experiment.config.data.epoch or len(experiment.split.training),
-            "names": moment.names,
+            "names": [source.name(number) for number in whole["numbers"].tolist()],
             "metrics": {key: repr(value) for key, value in moment.metrics.items()},
             "configuration": json.loads(experiment.config.to_json()),
         }

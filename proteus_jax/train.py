@@ -368,11 +368,10 @@ class _Run:
             last = self.skipped.last
             if last is None:
                 raise
-            name = self.experiment.split.training.name
             moment = dump.Moment(
                 last.step,
                 last.batch.images,
-                [name(index) for index in last.batch.numbers.tolist()],
+                last.batch.numbers,
                 {key: float(value) for key, value in jax.device_get(dict(last.metrics)).items()},
             )
             folder = self.workdir / dump.FOLDER / f"step_{last.step}"

@@ -2,9 +2,10 @@
 # What a stranger does: the README's two commands in a fresh clone, with an empty home and no cache,
 # then quickstart again with no index to ask. Nothing but a package index is reached.
 #
-#   tests/clean_machine.sh [--part]
+#   tests/clean_machine.sh [--part | --image]
 #
 # --part makes a few steps of quickstart, from what requirements.lock pins, and leaves the tests out.
+# --image runs the steps of launch/Dockerfile in an environment of its own, for a CPU, then as many.
 set -euo pipefail
 source="$(cd "$(dirname "$0")/.." && pwd)"
 part="${1:-}"
@@ -26,6 +27,16 @@ alone() {
     env -i HOME="$place/home" "${kept[@]}" "$@"
 }
 
+if [ "$part" = --image ]; then
+    "${PYTHON:-python3}" -m venv .venv
+    # An image begins at its root; here its volume is beside the code.
+    sed -n 's/^RUN //p' launch/Dockerfile | sed 's#mkdir /runs#mkdir runs#' | while IFS= read -r step; do
+        echo "+ $step"
+        alone env JAX=jax PATH="$PWD/.venv/bin:$PATH" bash -c "$step" </dev/null
+    done
+    alone .venv/bin/python main.py --config=configs/quickstart.py --config.steps=3 --workdir=runs/image
+    exit
+fi
 if [ "$part" = --part ]; then
     alone make .venv/locked.stamp PYTHON="${PYTHON:-python3}"
     run=(.venv/bin/python main.py --config=configs/quickstart.py --config.steps=3)

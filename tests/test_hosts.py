@@ -258,9 +258,10 @@ def test_without_host_0_the_others_say_so() -> None:
 
 
 def test_hosts_that_run_something_else_are_refused() -> None:
-    for found in meet_all(2, [{"version": "1"}, {"version": "2"}]):
-        assert isinstance(found, InputError)
-        assert "runs something else: its version is 2, that of host 0 is 1" in str(found)
+    for what in ("version", "version of jax"):
+        for found in meet_all(2, [{what: "1"}, {what: "2"}]):
+            assert isinstance(found, InputError)
+            assert f"runs something else: its {what} is 2, that of host 0 is 1" in str(found)
 
 
 def processes(
@@ -395,6 +396,25 @@ def test_hosts_whose_devices_take_turns_measure_as_one_does(
     for name in drawn:
         # Colours are scaled by the smallest and largest value: rounding may move a level or two.
         assert np.abs(picture(many / name) - picture(one / name)).mean() < 2
+
+
+def test_a_dump_of_hosts_whose_devices_take_turns_is_that_of_one(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """Training diverges at the same step, and each image of the batch has its own name."""
+    more = (*UNMEASURED, "--config.learning_rate=1e25", "--config.warmup_steps=4")
+    more += ("--config.max_skipped=1", "--config.first_moment=float32")
+    one, many = tmp_path / "one", tmp_path / "many"
+    (alone,) = ended(processes(1, 4, one, photographs, tiny_teacher, *more))
+    together = ended(processes(2, 2, many, photographs, tiny_teacher, *more, change=interleaved))
+    assert [code for code, _, _ in (alone, *together)] == [3, 3, 3], (alone, together)
+    (ours,), (theirs,) = (list((at / "dump").iterdir()) for at in (many, one))
+    assert ours.name == theirs.name
+    with np.load(ours / "batch.npz") as found, np.load(theirs / "batch.npz") as expected:
+        np.testing.assert_array_equal(found["images"], expected["images"])
+    names = [json.loads((at / "dump.json").read_text())["names"] for at in (ours, theirs)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 16
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear", "analysis"])
@@ -605,6 +625,16 @@ def test_what_is_wrong_on_one_host_ends_all_as_wrong(
     words = "the hosts do not see the same images or teacher"
     assert words in both[0][2]
     assert words in both[1][2]
+    # One that sees none at all says so; the other one hears that it left, and of what.
+    for path in (tmp_path / "1" / "images").iterdir():
+        path.unlink()
+    both = ended(
+        processes(2, 1, tmp_path / "2", Path("images"), tiny_teacher, *UNMEASURED, at=tmp_path)
+    )
+    assert [code for code, _, _ in both] == [2, 2], both
+    assert "--config.data.root: images: no image (.jpg" in both[1][2]
+    assert "host 1 (" in both[0][2]
+    assert "images: no image (.jpg" in both[0][2]
 
 
 def test_devices_hear_each_other(tmp_path: Path) -> None:

@@ -288,6 +288,17 @@ def test_a_job_set_is_yaml_and_ends_in_the_command() -> None:
     assert container["command"][:2] == ["python", "main.py"]
     assert job["parallelism"] == job["completions"] == 4
     assert "--config.hosts=4" in container["command"]
+    shared = [each["name"] for each in container["volumeMounts"] if each["mountPath"] == "/dev/shm"]
+    (volume,) = [each for each in job["template"]["spec"]["volumes"] if each["name"] in shared]
+    assert volume["emptyDir"]["medium"] == "Memory"
+
+
+def test_the_image_is_made_as_recommended() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    if not hadolint.is_file():
+        pytest.skip("hadolint is not installed")
+    found = subprocess.run([hadolint, LAUNCH / "Dockerfile"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 def tiny_run(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list[str]:
@@ -435,6 +446,14 @@ def test_the_driver_says_which_jax(driver: str, extra: str, tmp_path: Path) -> N
         tmp_path, **{"nvidia-smi": f"#!/bin/bash\necho {driver}\necho {driver}\n"}
     )
     assert f"jax{extra}>=" in set_up(tmp_path, environment)[-1]
+
+
+def test_what_was_chosen_by_hand_is_kept(tmp_path: Path) -> None:
+    """On a login node without a driver somebody chose CUDA 12; the nodes could have 13."""
+    environment = machine(tmp_path, **{"nvidia-smi": "#!/bin/bash\necho 580.65.06\n"})
+    lines = set_up(tmp_path, environment, "cuda12")
+    assert set_up(tmp_path, environment) == lines
+    assert "jax[cuda13]>=" in set_up(tmp_path, environment, "cuda13")[-1]
 
 
 @pytest.mark.parametrize(
