@@ -28,8 +28,7 @@ from proteus_jax.rendezvous import meet
 
 STEPS = 6
 GLOO = re.compile(
-    r"\[Gloo\] Rank ?|\d* ?is connected to \d* ?peer ranks\. ?"
-    r"|Expected number of connected peer ranks is ?: ?\d*"
+    r"\[Gloo\] Rank|is connected to|peer ranks(?:\.| is ?:)?|Expected number of connected"
 )
 UNMEASURED = ("--config.data.held_out.share=0",)
 SLURM = {
@@ -331,7 +330,7 @@ def ended(running: list[subprocess.Popen], timeout: float = 180.0) -> list[tuple
         finally:
             process.kill()
         # What the CPU's stand-in for a network says of itself, at times into the middle of a line.
-        said = [re.sub(r"(?m)^[\d\s]+$", "", GLOO.sub("", text)) for text in (out, err)]
+        said = [re.sub(r"(?m)^[\d\s:.]+$", "", GLOO.sub("", text)) for text in (out, err)]
         found.append((process.returncode, *said))
     return found
 

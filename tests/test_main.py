@@ -45,6 +45,7 @@ def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list
         f"--config.data.root={photographs}",
         f"--config.teacher={teacher}",
         f"--config.steps={STEPS}",
+        "--config.warmup_steps=2",
         "--config.batch=4",
         "--config.data.crop=28",
         "--config.checkpoint_every=2",

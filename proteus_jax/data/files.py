@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import stat
+import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,8 @@ from proteus_jax.errors import InputError
 SCHEMES = ("gs", "s3", "file")
 # What a library tries again on gs:// it gives up after so many seconds.
 RETRY_SECONDS = 60
+# A store that has not answered after so many may be one of which requests fail.
+PATIENCE = 10.0
 
 
 def is_remote(path: str) -> bool:
@@ -117,7 +120,7 @@ def copy_here(address: str, target: Path) -> None:
         ):
             shutil.copyfileobj(source, file, 1 << 24)
     except OSError as error:
-        raise InputError(f"{address}: cannot be fetched: {error}") from None
+        raise InputError(f"{address}: cannot be fetched: {_reason(error)}") from None
 
 
 def size_and_time(path: str) -> tuple[int, int]:
@@ -139,13 +142,33 @@ def remote_listing(root: str) -> Iterator[tuple[str, int]]:
     """The name and the size in bytes of every file below a root on a store."""
     store, base = _store(root)
     try:
-        with waiting(f"listing {root}"):
+        with waiting(f"listing {root}", done=_tried_again()):
             listed = store.get_file_info(pyarrow.fs.FileSelector(base, recursive=True))
         for info in listed:
             if info.is_file:
                 yield info.path[len(base) :].lstrip("/"), int(info.size)
     except OSError as error:
-        raise InputError(f"{root}: cannot be listed: {error}") from None
+        raise InputError(f"{root}: cannot be listed: {_reason(error)}") from None
+
+
+def _tried_again() -> Callable[[], str]:
+    """What is said of a store that takes long: its library does not tell of what it tries."""
+    began = time.monotonic()
+
+    def told() -> str:
+        if time.monotonic() - began < PATIENCE:
+            return ""
+        return "requests that fail are tried again, up to two minutes"
+
+    return told
+
+
+def _reason(error: OSError) -> str:
+    """The last thing that a store said, without the accounts of its library."""
+    found = re.search(
+        r"Status\((\w+): .*? last message of (.*?) error_info=", str(error), re.DOTALL
+    )
+    return ": ".join(found.groups()) if found else str(error)
 
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
