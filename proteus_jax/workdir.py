@@ -19,6 +19,7 @@ from typing import IO
 
 import fsspec
 
+from proteus_jax.console import waiting
 from proteus_jax.errors import InputError, Interrupted, about
 from proteus_jax.heartbeat import FILE as HEARTBEAT
 from proteus_jax.heartbeat import is_stopping, living
@@ -166,7 +167,7 @@ class Workdir:
         """
         if not self.remote:
             return None
-        return _persistently(self._upload)
+        return _persistently(self._upload, f"uploading to {self.remote}")
 
     def _upload(self) -> None:
         system, root = fsspec.url_to_fs(self.remote)
@@ -179,7 +180,8 @@ class Workdir:
 
     def download(self) -> None:
         """Fetches what a resumed run goes on with; Interrupted where that fails."""
-        reason = _persistently(self._download)
+        with waiting(f"reading {self.remote}"):
+            reason = _persistently(self._download, f"reading {self.remote}")
         if reason is not None:
             raise Interrupted(f"what the run goes on with cannot be fetched: {reason}")
 
@@ -223,15 +225,17 @@ def _in_use(name: str, who: str) -> InputError:
     )
 
 
-def _persistently(act: Callable[[], None]) -> str | None:
-    """Does it, after a while once more where it fails; why it failed the last time."""
+def _persistently(act: Callable[[], None], what: str) -> str | None:
+    """Does it, and again after a while where it fails, which is said; why it failed at last."""
     for pause in (*PAUSES, None):
         try:
             act()
             break
         except Exception as error:  # Each file system has its own.
+            reason = f"{type(error).__name__}: {error}"
             if pause is None:
-                return f"{type(error).__name__}: {error}"
+                return reason
+            print(f"{what}: {reason}; again in {pause:.0f} s", flush=True)
             time.sleep(pause)
     return None
 
@@ -248,8 +252,9 @@ def why_no_workdir(text: str) -> str | None:
     if text.partition("://")[0] not in SCHEMES:
         return f"expected a folder or an address on {', '.join(SCHEMES)}://, found {text}"
     try:
-        system, root = fsspec.url_to_fs(text.rstrip("/"))
-        system.exists(root)
+        with waiting(f"asking for {text}"):
+            system, root = fsspec.url_to_fs(text.rstrip("/"))
+            system.exists(root)
     except ImportError as error:
         return f"{text} needs more packages: pip install -r {EXTRA} ({error})"
     except Exception as error:  # Each file system has its own.
@@ -296,7 +301,8 @@ def opened_workdir(text: str) -> Iterator[Workdir]:
 
 def _left(workdir: Workdir) -> str | None:
     """Uploads for the last time and removes the folder; in words, where it has to stay."""
-    reason = workdir.upload()
+    with waiting(f"uploading to {workdir.remote}"):
+        reason = workdir.upload()
     if reason is not None:
         return f"the last files were not uploaded, and stay in {workdir.local}: {reason}"
     shutil.rmtree(workdir.local)
