@@ -78,7 +78,7 @@ def _alone(target: Path) -> Iterator[None]:
     """Of several processes that want one model, as the hosts of a run that share a home, one
     fetches it while the others wait. Where a file system has no locks each fetches its own.
     """
-    with (target.parent / f".{target.name}.lock").open("a") as file:
+    with (cache_folder("locks") / target.name).open("a") as file:
         with (
             waiting(f"waiting for another process to fetch {target.name}"),
             contextlib.suppress(OSError),
