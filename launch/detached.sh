@@ -5,7 +5,8 @@
 #   launch/detached.sh attach             shows what it says; Ctrl-C leaves it running
 #   launch/detached.sh logs [LINES]       its last lines
 #   launch/detached.sh stop               asks it to save and to end, and waits for that
-#   launch/detached.sh status             "running", "ended CODE", "lost" or "none", and its last line
+#   launch/detached.sh status             "running", "ended CODE", "stopped CODE" where that was asked for, "lost" or
+#                                         "none"; and its last line
 #
 # NAME tells several on one machine apart; what they say lies in ~/.local/state/proteus_jax/NAME.
 set -euo pipefail
@@ -24,7 +25,9 @@ status() {
   if running; then
     echo running
   elif [ -e "$folder/code" ]; then
-    echo "ended $(cat "$folder/code")"
+    if [ -e "$folder/asked" ]; then echo "stopped $(cat "$folder/code")"; else
+      echo "ended $(cat "$folder/code")"
+    fi
   elif [ -e "$folder/lock" ]; then
     # Killed, or the machine was started again.
     echo lost
@@ -43,7 +46,7 @@ start() {
     echo "$NAME runs already; NAME=$NAME launch/detached.sh attach shows it"
     return
   fi
-  rm -f "$folder/code"
+  rm -f "$folder/code" "$folder/asked"
   # A request to the whole group is one to the command; this shell stays to write down its end.
   # shellcheck disable=SC2016
   setsid nohup bash -c 'trap : TERM INT; code=0; "${@:2}" || code=$?; echo "$code" >"$1/code"' \
@@ -59,6 +62,7 @@ case "$what" in
   attach) exec tail -n 50 --pid="$(cat "$folder/pid")" -f "$folder/output.txt" ;;
   stop)
     if running; then
+      touch "$folder/asked"
       kill -TERM -- "-$(cat "$folder/pid")" 2>/dev/null || true
       while running; do sleep 1; done
     fi

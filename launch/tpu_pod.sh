@@ -76,13 +76,30 @@ on_the_first() {
 
 detached="NAME=$NAME launch/detached.sh"
 
-ready() {
-  local node
-  [ -z "${DRY_RUN:-}" ] || return 1
+# READY or another state of a slice, or of its place in the queue; NONE where there is none; nothing
+# where gcloud cannot tell, as without a network.
+state_of() {
+  if gcloud compute tpus "$1" describe "$2" "--zone=$ZONE" "--format=value($3)" 2>"$said"; then
+    return
+  fi
+  ! grep -qiE 'not_found|not found' "$said" || echo NONE
+}
+
+look() {
+  local node found
+  if [ -n "${DRY_RUN:-}" ]; then
+    echo "${made:-NONE}"
+    return
+  fi
+  if [ -n "${QUEUED:-}" ]; then
+    found="$(state_of queued-resources "$NAME" state.state)"
+    [ "$found" = ACTIVE ] || { echo "$found"; return; }
+  fi
   for node in $(nodes); do
-    [ "$(gcloud compute tpus tpu-vm describe "$node" "--zone=$ZONE" '--format=value(state)' \
-      2>/dev/null)" = READY ] || return 1
+    found="$(state_of tpu-vm "$node" state)"
+    [ "$found" = READY ] || { echo "$found"; return; }
   done
+  echo READY
 }
 
 remove() {
@@ -98,14 +115,15 @@ lacks_capacity() {
   grep -qiE 'capacity|exhausted|stockout|unavailable|internal error' "$said"
 }
 
-# Waits for as long as there is no slice to have; any other refusal is final.
+# Asks for as long as there is no slice to have; any other refusal is final. What is queued is there
+# later.
 create() {
-  local kind=()
+  local kind=() place=("--node-id=$NAME")
   [ -z "${SPOT:-}" ] || kind=(--spot)
-  # What was taken back still has its name.
-  remove >/dev/null 2>&1
   if [ -n "${QUEUED:-}" ]; then
-    create_queued "${kind[@]}"
+    [ "$SLICES" -eq 1 ] || place=("--node-count=$SLICES" "--node-prefix=$NAME")
+    queue create "$NAME" "--accelerator-type=$TYPE" "--runtime-version=$VERSION" "${place[@]}" \
+      "${kind[@]}" || exit 1
     return
   fi
   until tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" "${kind[@]}" 2>"$said"; do
@@ -116,25 +134,37 @@ create() {
   cat "$said" >&2
 }
 
-create_queued() {
-  local place=("--node-id=$NAME") state
-  [ "$SLICES" -eq 1 ] || place=("--node-count=$SLICES" "--node-prefix=$NAME")
-  queue create "$NAME" "--accelerator-type=$TYPE" "--runtime-version=$VERSION" "${place[@]}" "$@" \
-    2>"$said" || { cat "$said" >&2; exit 1; }
-  cat "$said" >&2
-  [ -z "${DRY_RUN:-}" ] || return 0
+# Until all slices are there. One that was taken back is made again; one that was there and is gone
+# was deleted by somebody, who means it.
+prepare() {
+  local state
   while true; do
-    state="$(gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" \
-      '--format=value(state.state)' 2>/dev/null || true)"
-    echo "$(date +%H:%M:%S) queued resource $NAME: ${state:-unknown}"
+    state="$(look)"
     case "$state" in
-      ACTIVE) return ;;
+      READY) return ;;
+      "") echo "$(date +%H:%M:%S) gcloud does not answer: $(head -c 300 "$said")" >&2 ;;
+      NONE)
+        if [ -n "$made" ]; then
+          echo "$NAME was deleted: start makes it again" >&2
+          exit 75
+        fi
+        create
+        made=READY
+        continue
+        ;;
+      CREATING | STARTING | RESTARTING | REPAIRING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | ACTIVE)
+        echo "$(date +%H:%M:%S) $NAME: $state"
+        ;;
       FAILED)
-        gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" '--format=value(state)' >&2
+        gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" >&2 || true
         exit 1
         ;;
-      # Taken back before it began.
-      SUSPENDING | SUSPENDED) remove >/dev/null 2>&1; create_queued "$@"; return ;;
+      # Taken back: what is left of it still has its name.
+      *)
+        echo "$(date +%H:%M:%S) $NAME: $state; it is made again"
+        remove >/dev/null 2>&1
+        create
+        ;;
     esac
     sleep "$PAUSE"
   done
@@ -161,7 +191,8 @@ watch() {
   local found last=""
   while true; do
     if ! found="$(on_the_first "$detached status" 2>/dev/null)"; then
-      ready || return 255
+      # A connection that breaks is no end of the run.
+      case "$(look)" in READY | "") found="" ;; *) return 255 ;; esac
     fi
     [ -z "${DRY_RUN:-}" ] || return 0
     if [ "$(tail -n 1 <<<"$found")" != "$last" ]; then
@@ -175,6 +206,10 @@ watch() {
         [ "$found" = "ended 0" ] || on_the_first "$detached logs 20" || true
         return "${found#ended }"
         ;;
+      "stopped "*)
+        echo "$NAME was asked to stop, and did: start goes on" >&2
+        exit 75
+        ;;
       *) return 1 ;;
     esac
     sleep "$PAUSE"
@@ -183,6 +218,7 @@ watch() {
 
 start() {
   local code failures=0
+  made=""
   : "${TYPE:?type, as v5litepod-16}" "${SOURCE:?address to clone this repository from}"
   # The image that goes with each type (cloud.google.com/tpu/docs/runtimes); VERSION names another.
   case "$TYPE" in
@@ -198,7 +234,8 @@ start() {
   trap 'echo "slice and run stay: launch/tpu_pod.sh start watches them again, stop ends them" >&2
     exit 75' INT TERM HUP
   while true; do
-    ready || create
+    prepare
+    made=READY
     code=0
     { setup && begin && watch; } || code=$?
     case "$code" in
@@ -206,7 +243,7 @@ start() {
       0 | 2 | 3) break ;;
       75) failures=0 ;;
       # A slice that was taken back is no failure of the run.
-      *) if ready; then failures=$((failures + 1)); else failures=0; fi ;;
+      *) if [ "$(look)" = READY ]; then failures=$((failures + 1)); else failures=0; fi ;;
     esac
     [ "$failures" -lt "$PATIENCE" ] || break
     sleep "$PAUSE"

@@ -90,24 +90,24 @@ answer() {
   echo "$there" > there.txt
 }
 case "$4" in
-  describe) cat there.txt 2>/dev/null ;;
+  describe) cat there.txt 2>/dev/null || { echo NOT_FOUND >&2; exit 1; } ;;
   create) answer; echo "$words" >&2; exit "$code" ;;
   ssh) case "$*" in *"sh status"*) answer; echo "$words"; exit "$code" ;; esac ;;
 esac
 """
 
 
-def watched_pod(folder: Path, answers: list[str], **variables: str) -> tuple[int, list[str], str]:
+def watched_pod(folder: Path, answers: list[str], stub: str = GCLOUD) -> tuple[int, list[str], str]:
     """The exit code of tpu_pod.sh where gcloud answers so, what it was called with, and what the
     script said.
     """
-    (folder / "gcloud").write_text(GCLOUD)
+    (folder / "gcloud").write_text(stub)
     (folder / "gcloud").chmod(0o755)
     (folder / "answers.txt").write_text("".join(line + "\n" for line in answers))
     more = {"PAUSE": "0", "PATH": f"{folder}:{os.environ['PATH']}"}
     result = subprocess.run(
         ["bash", LAUNCH / "tpu_pod.sh", "--config=c.py"],
-        env=os.environ | POD | more | variables,
+        env=os.environ | POD | more,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -158,11 +158,47 @@ def test_a_pod_goes_on_as_long_as_that_makes_sense(
     assert calls[-1].startswith("tpu-vm delete") or code == 1
 
 
+def test_a_pod_that_was_deleted_or_stopped_is_not_made_again(tmp_path: Path) -> None:
+    """By somebody else, from another terminal, while this one watches."""
+    code, calls, said = watched_pod(tmp_path, ["0 READY", "0 READY stopped 75"])
+    assert code == 75
+    assert "was asked to stop, and did" in said
+    assert sum(call.startswith("tpu-vm create") for call in calls) == 1
+    (tmp_path / "there.txt").unlink()
+    (tmp_path / "calls.txt").unlink()
+    code, calls, said = watched_pod(tmp_path, ["0 READY", "255 NONE"])
+    assert code == 75
+    assert "p was deleted" in said
+    assert sum(call.startswith("tpu-vm create") for call in calls) == 1
+    # Nothing of anybody's is deleted.
+    assert not any(call.startswith("tpu-vm delete") for call in calls)
+
+
+def test_a_broken_network_costs_no_slice(tmp_path: Path) -> None:
+    """gcloud answers nothing for a while: what is there stays, and is watched again."""
+    down = "describe) read -r line < down.txt && sed -i 1d down.txt && exit 1; "
+    stub = GCLOUD.replace("describe) ", down)
+    (tmp_path / "gcloud").write_text(stub)
+    answers = ["0 READY", "255 READY", "0 READY ended 0"]
+    (tmp_path / "there.txt").write_text("READY\n")
+    (tmp_path / "down.txt").write_text("x\nx\n")
+    code, calls, said = watched_pod(tmp_path, answers[1:], stub=stub)
+    assert code == 0, said
+    assert "gcloud does not answer" in said
+    assert not any(call.startswith("tpu-vm create") for call in calls)
+    assert sum(call.startswith("tpu-vm delete") for call in calls) == 1
+
+
 def test_a_queued_slice_is_waited_for(tmp_path: Path) -> None:
     stub = GCLOUD.replace("describe) ", "describe) [[ $3 != queued* ]] || { queue; exit; }; ")
-    queue = "queue() { read -r state < states.txt && sed -i 1d states.txt; echo $state; }\n"
+    queue = (
+        "queue() { read -r state < states.txt && sed -i 1d states.txt; "
+        "[ $state != NONE ] || { echo NOT_FOUND >&2; exit 1; }; echo $state; }\n"
+    )
     stub = stub.replace("answer() {", queue + "answer() {")
-    (tmp_path / "states.txt").write_text("WAITING_FOR_RESOURCES\nSUSPENDED\nPROVISIONING\nACTIVE\n")
+    (tmp_path / "states.txt").write_text(
+        "NONE\nWAITING_FOR_RESOURCES\nSUSPENDED\nPROVISIONING\nACTIVE\n"
+    )
     (tmp_path / "gcloud").write_text(stub)
     (tmp_path / "gcloud").chmod(0o755)
     (tmp_path / "answers.txt").write_text("0 READY\n0 READY\n0 READY ended 0\n")
@@ -177,7 +213,8 @@ def test_a_queued_slice_is_waited_for(tmp_path: Path) -> None:
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    assert "queued resource p: WAITING_FOR_RESOURCES" in result.stdout
+    assert "p: WAITING_FOR_RESOURCES" in result.stdout
+    assert "p: SUSPENDED; it is made again" in result.stdout
     calls = (tmp_path / "calls.txt").read_text().splitlines()
     assert sum(call.startswith("queued-resources create") for call in calls) == 2
     assert calls[-1].startswith("queued-resources delete")
@@ -186,7 +223,7 @@ def test_a_queued_slice_is_waited_for(tmp_path: Path) -> None:
 # gcloud with one worker: this machine, with a home of its own.
 LOCAL_GCLOUD = """#!/bin/bash
 case "$4" in
-  describe) cat "$HOME/state.txt" 2>/dev/null ;;
+  describe) cat "$HOME/state.txt" 2>/dev/null || { echo NOT_FOUND >&2; exit 1; } ;;
   create) echo READY > "$HOME/state.txt" ;;
   delete) rm -f "$HOME/state.txt" ;;
   ssh)
@@ -272,7 +309,7 @@ def test_what_is_detached_outlives_its_terminal_and_is_stopped(tmp_path: Path) -
     detached("start", sys.executable, "-c", program)
     until(lambda: detached("status") == "running\nhello\n")
     assert "runs already" in detached("start", "false")
-    assert detached("stop") == "ended 75\nhello\n"
+    assert detached("stop") == "stopped 75\nhello\n"
     # Killed with the shell that would have written its end down.
     detached("start", sys.executable, "-c", program)
     until(lambda: detached("logs") == "hello\nhello\n")
