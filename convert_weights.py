@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from proteus_jax import hub
+from proteus_jax import hub, process
 from proteus_jax.convert.exporter import FORMATS, LARGEST_BATCH, PROGRAMS, Settings, export
 from proteus_jax.convert.families import FAMILIES
 from proteus_jax.convert.importer import import_weights
@@ -41,6 +41,8 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    if arguments is None:
+        process.begin()
     options = _parser().parse_args(arguments)
     if getattr(options, "offline", False):
         go_offline()

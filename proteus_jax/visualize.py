@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from proteus_jax import process
 from proteus_jax.data import images
 from proteus_jax.errors import InputError, exit_code
 from proteus_jax.evaluation import picture
@@ -100,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--beside", action="append", default=[], metavar="MODEL")
     parser.add_argument("--size", type=int, default=SIZE, help="shorter side in pixels")
+    if arguments is None:
+        process.begin()
     read = parser.parse_args(arguments)
     try:
         if not 14 <= read.size <= 4096:

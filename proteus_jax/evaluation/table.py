@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from proteus_jax import process
 from proteus_jax.errors import InputError, exit_code
 from proteus_jax.evaluation.results import read_results
 
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIRS")
     parser.add_argument("--alone", action="store_true", help="without published numbers")
+    if arguments is None:
+        process.begin()
     read = parser.parse_args(arguments)
     try:
         directories = [directory.expanduser() for directory in read.directories]
