@@ -322,11 +322,7 @@ def main() -> int:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
-    try:
-        process.begin()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return exit_code(error)
+    process.begin()
     console = Console(watched=True)
     _end_at_a_signal(console)
     try:

@@ -21,7 +21,7 @@ def begin() -> None:
     files may be open as the system allows, and JAX computes as always, whatever the environment has
     it refuse or widen. Standard streams that are closed lead nowhere.
 
-    InputError on a system that lacks what a run is made of, as Windows.
+    On a system that lacks what a run is made of, as Windows, it ends the process in one line.
     """
     _open_standard_streams()
     _refuse_other_systems()
@@ -56,10 +56,12 @@ def _refuse_other_systems() -> None:
     missing += [name for name in ("SIGHUP", "SIGUSR1") if not hasattr(signal, name)]
     missing += [] if hasattr(os, "fork") else ["fork"]
     if missing:
-        raise InputError(
+        print(
             f"{sys.platform} has no {', '.join(missing)}: expected Linux or macOS; on Windows the "
-            "Windows Subsystem for Linux (WSL 2) runs this"
+            "Windows Subsystem for Linux (WSL 2) runs this",
+            file=sys.stderr,
         )
+        sys.exit(InputError.EXIT_CODE)
 
 
 def _is_there(module: str) -> bool:
