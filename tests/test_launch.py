@@ -1,6 +1,7 @@
 """The files that start runs on machines: checked as far as can be without them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,6 +285,81 @@ def test_a_pod_from_nothing_to_a_student(
     assert (home / "run" / "student" / "model.safetensors").is_file()
     # The slice is gone.
     assert not (home / "state.txt").exists()
+
+
+ONE_TASK = '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nSLURM_PROCID=0 exec "$@"\n'
+
+
+def test_slurm_from_nothing_to_a_student(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """A node as it is delivered, with Python 3.10: the job makes its environment."""
+    home, folder = tmp_path / "home", tmp_path / "submitted"
+    home.mkdir()
+    folder.mkdir()
+    olds = dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), OLD)
+    path = programs(tmp_path / "bin", srun=ONE_TASK, uv=LOCAL_UV, **olds)
+    programs(home, python=INSTALLED.format(python=sys.executable))
+    for name in ("main.py", "configs", "proteus_jax", "requirements.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    # Its scripts find their folder by their own place.
+    shutil.copytree(LAUNCH, folder / "launch")
+    arguments = tiny_run(tmp_path / "run", photographs, tiny_teacher, "--config.steps=3")
+    result = subprocess.run(
+        ["bash", folder / "launch" / "slurm.sh", *arguments],
+        env={
+            "HOME": str(home),
+            "PATH": path,
+            "JAX_PLATFORMS": "cpu",
+            "SLURM_NNODES": "1",
+            "SLURM_SUBMIT_DIR": str(folder),
+            "SLURM_JOB_ID": "1",
+            "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "-r requirements.txt" in (home / "pip.txt").read_text()
+    assert "ready: images and models are here" in result.stdout
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_pods_of_a_job_set_meet_and_train(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    """The command of kubernetes.yaml, as each of its pods gets it, for a tiny run."""
+    yaml = pytest.importorskip("yaml")
+    job_set = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    pods, variables = job["parallelism"], {each["name"]: each["value"] for each in container["env"]}
+    assert variables == {"PROTEUS_JAX_CACHE": "/runs/cache"}
+    # What says which images, teacher and folder are meant comes last, and wins.
+    tiny = tiny_run(tmp_path / "run", photographs, tiny_teacher, "--config.steps=2")
+    asked = [each for each in container["command"][2:] if each.startswith("--config.")]
+    running = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "main.py", *asked, *tiny],
+            env=os.environ
+            | {
+                "TPU_WORKER_ID": str(pod),
+                "TPU_WORKER_HOSTNAMES": ",".join(["127.0.0.1"] * pods),
+                "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
+                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for pod in range(pods)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * pods, said
+    assert f"on {pods} hosts x 1 device" in said[0]
 
 
 DETACHED = LAUNCH / "detached.sh"
