@@ -75,9 +75,8 @@ def test_a_store_that_answers_late_is_waited_for_in_words(
         assert files.read(root, "a.png") == b"abc"
     said = capfd.readouterr().out.splitlines()
     assert said[0] == f"listing {root}: 0:00"
-    assert (
-        said[-1] == f"listing {root}: requests that fail are tried again, up to two minutes, 0:00"
-    )
+    tried = "requests that fail are tried again, up to two minutes"
+    assert said[-1].startswith(f"listing {root}: {tried}, 0:0")
 
 
 @pytest.mark.parametrize("kind", ROOTS)
