@@ -130,7 +130,9 @@ def parse(arguments: list[str]) -> Arguments:
         read.problems.append("--output: only --doctor writes there")
     if "--plan" not in read.flags:
         read.problems.extend(f"{name}: only --plan asks for it" for name in read.planning)
-    flags = [name for name in FLAGS if name in read.flags and name != "--offline"]
+    # What a launch file prepares with is the run's own command line.
+    beside = {"--offline", "--profile"} if "--prepare" in read.flags else {"--offline"}
+    flags = [name for name in FLAGS if name in read.flags and name not in beside]
     if len(flags) > 1:
         names = " and ".join(flags)
         read.problems.append(f"{names}: expected one of them")

@@ -18,20 +18,28 @@ cd "$(dirname "$0")/.."
 # A signal to this script is one to the run, and the end.
 stopped=
 child=
-trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' INT TERM
+trap 'stopped="1$stopped"; kill -TERM "$child" 2>/dev/null || true' INT TERM
+
+# A trap ends a wait before its time; the code of a process is had as often as it is asked for.
+wait_for() {
+  local waited
+  while true; do
+    code=0 waited="$stopped"
+    wait "$1" || code=$?
+    [ "$stopped" != "$waited" ] || return 0
+  done
+}
 
 while true; do
   echo "+ ${PYTHON:-.venv/bin/python} main.py $*"
   [ -z "${DRY_RUN:-}" ] || exit 0
   "${PYTHON:-.venv/bin/python}" main.py "$@" &
   child=$!
-  code=0
-  wait "$child" || code=$?
-  # A trap ends a wait before its time.
-  while kill -0 "$child" 2>/dev/null; do
-    code=0
-    wait "$child" || code=$?
-  done
+  wait_for "$child"
   [ "$code" -eq 75 ] && [ -z "$stopped" ] || exit "$code"
-  sleep "${PAUSE:-10}"
+  sleep "${PAUSE:-10}" &
+  child=$!
+  wait_for "$child"
+  # Asked to end in the pause: the run stays what it was, interrupted.
+  [ -z "$stopped" ] || exit 75
 done

@@ -72,7 +72,7 @@ make_environment() {
     fi
   done
   # Takes an installed one where there is one, and fetches one otherwise.
-  run "$(find_uv)" venv --quiet --seed --python 3.11 .venv
+  run "$(find_uv)" venv --quiet --seed --allow-existing --python 3.11 .venv
 }
 
 # What is installed counts, and whether it was all that is asked for now.
@@ -93,10 +93,10 @@ another_cuda() {
 }
 
 installed && exit 0
-[ -x "$BIN/python" ] || make_environment
-extra=()
-for file in "$@"; do extra+=(-r "$file"); done
+# One whose making was interrupted may lack pip.
+"$BIN/python" -m pip --version >/dev/null 2>&1 ||
+  "$BIN/python" -m ensurepip >/dev/null 2>&1 || make_environment
 # In one command: JAX, its plugin and its libraries pin each other.
 run "$BIN/python" -m pip install --quiet --disable-pip-version-check \
-  "$jax>=0.10.2,<0.13" -r requirements.txt "${extra[@]}"
+  "$jax>=0.10.2,<0.13" -r requirements.txt ${@/#/-r}
 [ -n "${DRY_RUN:-}" ] || echo "$asked" >"$BIN/complete.stamp"

@@ -40,12 +40,16 @@ on_all_nodes() {
   srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$PYTHON" main.py "$@"
 }
 
-"$PYTHON" main.py --prepare "$@"
-if [ "${CHECK:-1}" != 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
-  on_all_nodes --devices
-fi
+run() {
+  "$PYTHON" main.py --prepare "$@" || return
+  if [ "${CHECK:-1}" != 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
+    on_all_nodes --devices || return
+  fi
+  on_all_nodes "--config.hosts=${SLURM_NNODES}" --config.stop_within=50 "$@"
+}
+
 code=0
-on_all_nodes "--config.hosts=${SLURM_NNODES}" --config.stop_within=50 "$@" || code=$?
+run "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -36,6 +36,10 @@ case "${1:-}" in
 esac
 said="$(mktemp)"
 trap 'rm -f "$said"' EXIT
+# Whether there has been a slice, whether this call made it, and whether it began a run there.
+made=""
+mine=""
+begun=""
 
 run() {
   echo "+ $*" >&2
@@ -115,19 +119,22 @@ lacks_capacity() {
   grep -qiE 'capacity|exhausted|stockout|unavailable|internal error' "$said"
 }
 
-# Asks for as long as there is no slice to have; any other refusal is final. What is queued is there
-# later.
+# Asks for as long as there is no slice to have; any other refusal is final, unless there is one all the
+# same, as where a connection broke while it was made. What is queued is there later.
 create() {
-  local kind=() place=("--node-id=$NAME")
-  [ -z "${SPOT:-}" ] || kind=(--spot)
+  local place=("--node-id=$NAME")
+  mine=1
   if [ -n "${QUEUED:-}" ]; then
     [ "$SLICES" -eq 1 ] || place=("--node-count=$SLICES" "--node-prefix=$NAME")
     queue create "$NAME" "--accelerator-type=$TYPE" "--runtime-version=$VERSION" "${place[@]}" \
-      "${kind[@]}" || exit 1
+      ${SPOT:+--spot} || [ "$(look)" != NONE ] || exit 1
     return
   fi
-  until tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" "${kind[@]}" 2>"$said"; do
-    lacks_capacity || exit 1
+  until tpu create "$NAME" "--accelerator-type=$TYPE" "--version=$VERSION" ${SPOT:+--spot} 2>"$said"; do
+    if ! lacks_capacity; then
+      [ "$(look)" != NONE ] || exit 1
+      return 0
+    fi
     sleep "$PAUSE"
     remove >/dev/null 2>&1
   done
@@ -152,19 +159,22 @@ prepare() {
         made=READY
         continue
         ;;
-      CREATING | STARTING | RESTARTING | REPAIRING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | ACTIVE)
-        echo "$(date +%H:%M:%S) $NAME: $state"
+      # Taken back: what is left of it still has its name.
+      PREEMPTED | TERMINATED | SUSPENDING | SUSPENDED)
+        echo "$(date +%H:%M:%S) $NAME: $state; it is made again"
+        remove >/dev/null 2>&1
+        create
         ;;
       FAILED)
         gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" >&2 || true
         exit 1
         ;;
-      # Taken back: what is left of it still has its name.
-      *)
-        echo "$(date +%H:%M:%S) $NAME: $state; it is made again"
-        remove >/dev/null 2>&1
-        create
+      STOPPED | HIDING | HIDDEN)
+        echo "$NAME is $state: start it with gcloud, or remove it with launch/tpu_pod.sh delete" >&2
+        exit 1
         ;;
+      # On its way to be there or, where somebody deletes it, not to be.
+      *) echo "$(date +%H:%M:%S) $NAME: $state" ;;
     esac
     sleep "$PAUSE"
   done
@@ -179,19 +189,29 @@ proteus_jax && cd proteus_jax && launch/setup.sh tpu requirements-gcs.txt && tou
 }
 
 # Each worker finds the others by the metadata of its TPU. Each fetches the teacher for itself, unless
-# PROTEUS_JAX_CACHE is on a shared disk.
+# PROTEUS_JAX_CACHE names a shared disk. Where another terminal has begun the run it is left alone.
 begin() {
-  everywhere "cd proteus_jax && .venv/bin/python main.py --prepare $words" || return
-  everywhere "cd proteus_jax && $detached start .venv/bin/python main.py \
---config.stop_within=$STOP_WITHIN $words"
+  local found=""
+  [ -n "$mine$begun" ] || found="$(on_the_first "$detached status" 2>/dev/null)" || true
+  begun=1
+  if [[ "$found" != running* ]]; then
+    setup || return 1
+    everywhere "cd proteus_jax && $cache .venv/bin/python main.py --prepare $words" || return
+  fi
+  everywhere "cd proteus_jax && $cache $detached start .venv/bin/python main.py \
+--config.stop_within=$STOP_WITHIN $words" || return 1
 }
 
 # Until the run is at its end: with its exit code, or 255 where the slice is gone.
 watch() {
-  local found last=""
+  local found last="" silent=0
   while true; do
-    if ! found="$(on_the_first "$detached status" 2>/dev/null)"; then
+    if found="$(on_the_first "$detached status" 2>"$said")"; then
+      silent=0
+    else
       # A connection that breaks is no end of the run.
+      [ $((silent++ % 10)) -ne 0 ] ||
+        echo "$(date +%H:%M:%S) host ${WORKER:-0} does not answer: $(tail -n 1 "$said")" >&2
       case "$(look)" in READY | "") found="" ;; *) return 255 ;; esac
     fi
     [ -z "${DRY_RUN:-}" ] || return 0
@@ -201,7 +221,8 @@ watch() {
     fi
     case "$found" in
       running* | "") ;;
-      "ended "*)
+      "ended "[0-9]*)
+        ended=1
         found="$(head -n 1 <<<"$found")"
         [ "$found" = "ended 0" ] || on_the_first "$detached logs 20" || true
         return "${found#ended }"
@@ -217,8 +238,7 @@ watch() {
 }
 
 start() {
-  local code failures=0
-  made=""
+  local code failures=0 ended
   : "${TYPE:?type, as v5litepod-16}" "${SOURCE:?address to clone this repository from}"
   # The image that goes with each type (cloud.google.com/tpu/docs/runtimes); VERSION names another.
   case "$TYPE" in
@@ -231,13 +251,14 @@ start() {
   VERSION="${VERSION:-$image}"
   : "${VERSION:?the runtime version that goes with $TYPE}"
   words="$(printf '%q ' "$@")"
+  cache="${PROTEUS_JAX_CACHE:+PROTEUS_JAX_CACHE=$(printf %q "${PROTEUS_JAX_CACHE:-}")}"
   trap 'echo "slice and run stay: launch/tpu_pod.sh start watches them again, stop ends them" >&2
     exit 75' INT TERM HUP
   while true; do
     prepare
     made=READY
-    code=0
-    { setup && begin && watch; } || code=$?
+    code=0 ended=""
+    { begin && watch; } || code=$?
     case "$code" in
       # Done; or the run's input is wrong, or it diverged: again would be the same.
       0 | 2 | 3) break ;;
@@ -248,8 +269,21 @@ start() {
     [ "$failures" -lt "$PATIENCE" ] || break
     sleep "$PAUSE"
   done
-  [ -n "${KEEP:-}" ] || remove
+  # On a slice that was there before another run may be at work, whatever failed here.
+  if [ -z "$ended$mine" ]; then
+    echo "$NAME stays: launch/tpu_pod.sh stop or delete removes it" >&2
+  elif [ -z "${KEEP:-}" ]; then
+    remove
+  fi
   exit "$code"
+}
+
+stop() {
+  if [ "$(look)" = READY ] && ! everywhere "cd proteus_jax && $detached stop"; then
+    echo "not every host could be asked: $NAME stays; launch/tpu_pod.sh delete removes it unsaved" >&2
+    exit 1
+  fi
+  [ -n "${KEEP:-}" ] || remove
 }
 
 case "$what" in
@@ -257,9 +291,6 @@ case "$what" in
   attach) on_the_first "$detached attach" ;;
   logs) on_the_first "$detached logs ${1:-50}" ;;
   status) on_the_first "$detached status" ;;
-  stop)
-    everywhere "cd proteus_jax && $detached stop"
-    [ -n "${KEEP:-}" ] || remove
-    ;;
+  stop) stop ;;
   delete) remove ;;
 esac

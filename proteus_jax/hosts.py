@@ -27,7 +27,8 @@ JOBS = ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "PMIX_NAMESPACE", "OMPI_MCA_ess_ba
 
 class Launcher(NamedTuple):
     """A program that starts one process on many machines, and the variables in which it tells each
-    of them its number.
+    of them its number. `mark` is one that nothing else sets, where it has one: it then started this
+    process, whoever started it.
     """
 
     name: str
@@ -35,13 +36,23 @@ class Launcher(NamedTuple):
     size: str
     local_rank: str
     local_size: str
+    mark: str = ""
     has_address: bool = False
 
 
 _OMPI = "OMPI_COMM_WORLD_"
 LAUNCHERS = (
-    Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", has_address=True),
-    Launcher("mpirun", f"{_OMPI}RANK", f"{_OMPI}SIZE", f"{_OMPI}LOCAL_RANK", f"{_OMPI}LOCAL_SIZE"),
+    Launcher(
+        "torchrun",
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        mark="TORCHELASTIC_RUN_ID",
+        has_address=True,
+    ),
+    Launcher(
+        "mpirun",
+        *(f"{_OMPI}{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+        mark=f"{_OMPI}SIZE",
+    ),
     Launcher("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 
@@ -65,23 +76,45 @@ ALONE = Place(0, 1, "", 0, "this machine alone")
 
 
 def find_place(flags: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Place:
-    """--hosts, --host and --coordinator where they are given, then a step of SLURM, torchrun or
-    mpirun, then a TPU pod; alone otherwise.
+    """--hosts, --host and --coordinator where they are given, then torchrun or mpirun, which SLURM
+    may have started, a step of SLURM, then a TPU pod; alone otherwise.
 
     InputError where flags or a launcher's variables make no sense.
     """
     environment = os.environ if environment is None else environment
     if flags:
         return _from_flags(flags)
-    # A batch script that starts without srun has the job's variables, but no step's; a shell of an
-    # interactive step has those of both, and the step's are about this process.
-    step = environment.get("SLURM_STEP_NODELIST")
-    if step and _tasks(environment) > 1:
-        return _from_slurm(environment)
-    for launcher in LAUNCHERS:
-        if environment.get(launcher.size, "1") != "1":
+    launchers = [each for each in LAUNCHERS if environment.get(each.size, "1") != "1"]
+    for launcher in launchers:
+        if launcher.mark in environment:
             return _from_launcher(launcher, environment)
+    if _in_step(environment):
+        return _from_slurm(environment)
+    for launcher in launchers:
+        return _from_launcher(launcher, environment)
     return _from_tpu(environment) or ALONE
+
+
+def processes_here(environment: Mapping[str, str] | None = None) -> int:
+    """How many processes of a run share this machine, as their launcher says."""
+    environment = os.environ if environment is None else environment
+    for launcher in LAUNCHERS:
+        if environment.get(launcher.local_size, "").isdecimal():
+            return max(1, int(environment[launcher.local_size]))
+    if _in_step(environment):
+        return -(-_tasks(environment) // max(1, _step_nodes(environment)))
+    return 1
+
+
+def _in_step(environment: Mapping[str, str]) -> bool:
+    """A batch script that starts without srun has the job's variables, but no step's; a shell of an
+    interactive step has those of both, and the step's are about this process.
+    """
+    return bool(environment.get("SLURM_STEP_NODELIST")) and _tasks(environment) > 1
+
+
+def _step_nodes(environment: Mapping[str, str]) -> int:
+    return _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
 
 
 def _from_flags(flags: Mapping[str, str]) -> Place:
@@ -132,8 +165,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
     job = _port_of(environment.get("SLURM_JOB_ID", ""))
     host = _number(environment, "SLURM_PROCID")
     place = _checked(host, tasks, first_node(nodes), job, "SLURM")
-    count = _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
-    if tasks > count > 0:
+    if tasks > _step_nodes(environment) > 0:
         return _with_one_device(place, environment, "SLURM_LOCALID")
     return place
 

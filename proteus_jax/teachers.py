@@ -21,6 +21,7 @@ from proteus_jax.convert.formats import SUFFIXES
 from proteus_jax.convert.importer import import_weights
 from proteus_jax.data import files
 from proteus_jax.downloads import (
+    UNFINISHED,
     cache_directory,
     cache_folder,
     expect_digest,
@@ -68,7 +69,12 @@ def obtain_teacher(name: str) -> Path:
         if (target / CARD).is_file():
             # Another process has made it meanwhile.
             return target
-        _obtain(name, target)
+        try:
+            _obtain(name, target)
+        except OSError:
+            # Where nothing kept them apart another process may have been first.
+            if not (target / CARD).is_file():
+                raise
     print(f"{name}: converted into {target}", flush=True)
     return target
 
@@ -88,7 +94,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _obtain(name: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{UNFINISHED}fetch-", dir=target.parent) as folder:
         if name in KNOWN:
             _obtain_known(name, target, Path(folder))
         elif name.startswith(hub.PREFIX):

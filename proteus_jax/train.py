@@ -291,13 +291,13 @@ class _Run:
         stopping, agreement = False, sharding.Agreement(experiment.mesh)
         with (
             contextlib.closing(self.profiling),
-            contextlib.closing(self.batches(step, self.makers)) as batches,
+            contextlib.closing(self.batches(step)) as batches,
             jax.transfer_guard("disallow"),
             self.dumping(lambda: state),
         ):
             while step < total and not stopping:
                 with clock.waiting():
-                    batch = self.next_of(batches, step)
+                    batch = next(batches)
                 try:
                     self.unreadable.note(batch.unreadable)
                 except InputError as error:
@@ -391,19 +391,26 @@ class _Run:
                 )
             raise
 
-    def next_of(self, batches: Generator[Batch], step: int) -> Batch:
-        """Where a worker process is lost threads make what it owed, so that this step is one on all
-        hosts, saved, and the last.
-        """
-        try:
-            return next(batches)
-        except WorkerLost as error:
-            self.failure = error
-            with contextlib.closing(self.batches(step, Makers(0, 2))) as made:
-                return next(made)
+    def batches(self, step: int) -> Generator[Batch]:
+        """This host's batches from a step on; to be closed, as they are made ahead.
 
-    def batches(self, step: int, makers: Makers) -> Generator[Batch]:
-        """This host's batches from a step on; to be closed, as they are made ahead."""
+        Where a worker process is lost threads make what it owed, and what is needed until all hosts
+        have heard of it and saved the same step.
+        """
+        makers = self.makers
+        while True:
+            with contextlib.closing(self.batches_by(makers, step)) as made:
+                try:
+                    for batch in made:
+                        step += 1
+                        yield batch
+                    return
+                except WorkerLost as error:
+                    self.failure = error
+            makers = Makers(0, 2)
+
+    def batches_by(self, makers: Makers, step: int) -> Generator[Batch]:
+        """Batches as long as these workers live; WorkerLost where one does not."""
         config = self.config
         return training_batches(
             self.experiment.split.training,

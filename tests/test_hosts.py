@@ -22,7 +22,7 @@ from test_main import command, environment, losses
 
 from proteus_jax import hosts
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.hosts import ALONE, Place, find_place, first_node
+from proteus_jax.hosts import ALONE, Place, find_place, first_node, processes_here
 from proteus_jax.metrics import read_metrics
 from proteus_jax.rendezvous import meet
 
@@ -115,6 +115,19 @@ def test_launchers() -> None:
         find_place({}, nodes)
     with pytest.raises(InputError, match="WORLD_SIZE=8: expected RANK and LOCAL_RANK"):
         find_place({}, {"WORLD_SIZE": "8"})
+
+
+def test_what_slurm_started_starts_others() -> None:
+    """`srun torchrun`: the processes are torchrun's."""
+    inner = SLURM | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none", "SLURM_NTASKS": "2"}
+    found = find_place({}, inner)
+    assert found[:3] == (5, 8, "node0")
+    assert found.source == "torchrun"
+    # A batch script's own variables of these names say nothing.
+    assert find_place({}, SLURM | TORCHRUN).source == "SLURM"
+    assert processes_here(inner) == 4
+    assert processes_here(SLURM | {"SLURM_NNODES": "2"}) == 2
+    assert processes_here({}) == 1
 
 
 def test_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,21 +382,31 @@ def picture(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("count", [2, 4])
 def test_hosts_whose_devices_take_turns_measure_as_one_does(
-    count: int, tmp_path: Path, photographs: Path, tiny_teacher: Path
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:
     """Agreement, pictures and losses: more views than a batch, so that a row in the wrong place
-    would be measured, or left out.
+    would be measured, or left out. Four hosts with a device each, and two with two that share a
+    copy.
     """
-    # An odd number of views, and half of the devices share a copy where there are several each.
-    more = ("--config.data.held_out.views=21", f"--config.fsdp={4 // count}")
-    one, many = tmp_path / "one", tmp_path / "many"
+    more = ("--config.data.held_out.views=21",)
+    one = tmp_path / "one"
     (alone,) = ended(processes(1, 4, one, photographs, tiny_teacher, *more))
-    together = ended(
-        processes(count, 4 // count, many, photographs, tiny_teacher, *more, change=interleaved)
-    )
-    assert [code for code, _, _ in (alone, *together)] == [0] * (count + 1), together
+    assert alone[0] == 0, alone
+    for count in (2, 4):
+        many = tmp_path / str(count)
+        parts = (*more, f"--config.fsdp={4 // count}")
+        together = ended(
+            processes(
+                count, 4 // count, many, photographs, tiny_teacher, *parts, change=interleaved
+            )
+        )
+        assert [code for code, _, _ in together] == [0] * count, together
+        assert_measured_alike(many, one)
+
+
+def assert_measured_alike(many: Path, one: Path) -> None:
+    """The losses, agreement and pictures of two runs."""
     assert_close_losses(losses(many), losses(one))
     for ours, theirs in zip(read_metrics(many), read_metrics(one), strict=True):
         measured = [key for key in theirs if key.startswith(("agreement", "neighbour", "cka"))]
@@ -595,6 +618,22 @@ def test_a_killed_host_ends_the_others_with_a_name(
     assert f"host {killed} (" in err
     assert "is gone; this run ends" in err
     assert "Traceback" not in err
+
+
+def test_a_killed_worker_of_one_host_has_all_save_and_stop(
+    tmp_path: Path, photographs: Path, tiny_teacher: Path
+) -> None:
+    workdir = tmp_path / "run"
+    more = ("--config.steps=4000", "--config.checkpoint_every=4000", "--config.data.workers=1")
+    running = processes(2, 1, workdir, photographs, tiny_teacher, *UNMEASURED, *more)
+    until(lambda: sum(1 for _ in read_metrics(workdir)) > 3)
+    subprocess.run(["pkill", "-KILL", "-P", str(running[1].pid), "-f", "spawn_main"], check=True)
+    both = ended(running)
+    assert [code for code, _, _ in both] == [75, 75], both
+    assert "interrupted at step" in both[0][1]
+    assert "was killed" in both[1][2]
+    (saved,) = (path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    assert int(saved) > 3
 
 
 def test_another_shape_than_promised_is_refused(

@@ -129,7 +129,7 @@ def watched_pod(folder: Path, answers: list[str], stub: str = GCLOUD) -> tuple[i
                 "1 GONE RESOURCE_EXHAUSTED",
                 "0 READY",
                 "0 READY running",
-                "255 GONE lost",
+                "255 PREEMPTED lost",
                 "0 READY",
                 "0 READY ended 75",
                 "0 READY running",
@@ -141,7 +141,7 @@ def watched_pod(folder: Path, answers: list[str], stub: str = GCLOUD) -> tuple[i
             4,
             3,
         ),
-        (["1 GONE PERMISSION_DENIED"], 1, 1, 0),
+        (["1 NONE PERMISSION_DENIED"], 1, 1, 0),
         (["0 READY", "0 READY ended 2"], 2, 1, 1),
         # The slice is there, and the run fails again and again.
         (["0 READY", "0 READY ended 1", "0 READY lost", "0 READY ended 127"], 127, 1, 3),
@@ -175,12 +175,71 @@ def test_a_pod_that_was_deleted_or_stopped_is_not_made_again(tmp_path: Path) -> 
     assert not any(call.startswith("tpu-vm delete") for call in calls)
 
 
+@pytest.mark.parametrize(
+    ("answers", "code", "said"),
+    [
+        # A command line that is wrong, and hosts that do not answer.
+        (["0 READY none"], 2, "p stays"),
+        (["255 READY"], 1, "p stays"),
+        # The same command again while the run is at work watches it to its end.
+        (["0 READY running", "0 READY running", "0 READY ended 0"], 0, "ended 0"),
+    ],
+)
+def test_a_slice_that_was_there_is_not_removed_for_a_failure(
+    answers: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "there.txt").write_text("READY\n")
+    refusing = "*--prepare*) exit 2 ;; "
+    if answers[0].startswith("255"):
+        refusing = "*test\\ -e*) exit 255 ;; "
+    stub = GCLOUD.replace('ssh) case "$*" in ', f'ssh) case "$*" in {refusing}')
+    found, calls, words = watched_pod(tmp_path, answers, stub=stub)
+    assert found == code, words
+    assert said in words
+    assert any(call.startswith("tpu-vm delete") for call in calls) == (code == 0)
+
+
+def test_what_is_being_deleted_is_not_made_again(tmp_path: Path) -> None:
+    deleting = (
+        'describe) [ "$(cat there.txt)" != DELETING ] || { echo DELETING; rm there.txt; exit; }; '
+    )
+    stub = GCLOUD.replace("describe) ", deleting)
+    code, calls, said = watched_pod(tmp_path, ["0 READY", "255 DELETING"], stub=stub)
+    assert code == 75
+    assert "p was deleted" in said
+    assert sum(call.startswith("tpu-vm create") for call in calls) == 1
+
+
+def test_a_slice_that_was_made_over_a_broken_connection_is_found(tmp_path: Path) -> None:
+    answers = ["1 READY ConnectionError", "0 READY ended 0"]
+    code, calls, said = watched_pod(tmp_path, answers)
+    assert code == 0, said
+    assert sum(call.startswith("tpu-vm create") for call in calls) == 1
+    assert calls[-1].startswith("tpu-vm delete")
+
+
+def test_stop_keeps_a_slice_that_could_not_be_asked(tmp_path: Path) -> None:
+    unreachable = GCLOUD.replace("ssh) ", "ssh) exit 255; ")
+    environment = os.environ | POD | {"PATH": f"{programs(tmp_path, gcloud=unreachable)}"}
+    (tmp_path / "there.txt").write_text("READY\n")
+    stop = ["bash", LAUNCH / "tpu_pod.sh", "stop"]
+    result = subprocess.run(
+        stop, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 1
+    assert "not every host could be asked: p stays" in result.stderr
+    # One that was taken back has nothing to save.
+    (tmp_path / "there.txt").write_text("PREEMPTED\n")
+    subprocess.run(stop, env=environment, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert (tmp_path / "calls.txt").read_text().splitlines()[-1].startswith("tpu-vm delete")
+
+
 def test_a_broken_network_costs_no_slice(tmp_path: Path) -> None:
     """gcloud answers nothing for a while: what is there stays, and is watched again."""
     down = "describe) read -r line < down.txt && sed -i 1d down.txt && exit 1; "
     stub = GCLOUD.replace("describe) ", down)
     (tmp_path / "gcloud").write_text(stub)
-    answers = ["0 READY", "255 READY", "0 READY ended 0"]
+    answers = ["0 READY", "0 READY none", "255 READY", "0 READY ended 0"]
     (tmp_path / "there.txt").write_text("READY\n")
     (tmp_path / "down.txt").write_text("x\nx\n")
     code, calls, said = watched_pod(tmp_path, answers[1:], stub=stub)
@@ -386,10 +445,17 @@ def test_what_is_detached_outlives_its_terminal_and_is_stopped(tmp_path: Path) -
     until(lambda: detached("status") == "running\nhello\n")
     assert "runs already" in detached("start", "false")
     assert detached("stop") == "stopped 75\nhello\n"
+    # One that has ended by itself when it is asked is not begun again either.
+    detached("start", "false")
+    until(lambda: detached("status") == "ended 1\nhello\n")
+    assert detached("stop") == "stopped 1\nhello\n"
     # Killed with the shell that would have written its end down.
     detached("start", sys.executable, "-c", program)
     until(lambda: detached("logs") == "hello\nhello\n")
-    os.killpg(int((tmp_path / "proteus_jax" / "a test" / "pid").read_text()), signal.SIGKILL)
+    os.killpg(
+        int((tmp_path / "proteus_jax" / os.uname().nodename / "a test" / "pid").read_text()),
+        signal.SIGKILL,
+    )
     until(lambda: detached("status").startswith("lost"))
 
 
@@ -494,6 +560,21 @@ def test_a_node_goes_on_after_an_interruption_and_ends_when_told(
     assert "resuming at step" in out
 
 
+def test_a_request_in_the_pause_begins_nothing(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/bash\necho run >> "$HOME/runs.txt"; exit 75\n')
+    (tmp_path / "python").chmod(0o755)
+    script = subprocess.Popen(
+        ["bash", LAUNCH / "node.sh"],
+        env=os.environ | {"PYTHON": str(tmp_path / "python"), "HOME": str(tmp_path), "PAUSE": "60"},
+        stdout=subprocess.DEVNULL,
+    )
+    until((tmp_path / "runs.txt").is_file)
+    time.sleep(0.5)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(10) == 75
+    assert (tmp_path / "runs.txt").read_text() == "run\n"
+
+
 # A Python that is too old to suit, and one that a stub of uv puts into .venv: it notes what pip is
 # asked for, and has a module once that was installed.
 OLD = "#!/bin/bash\nexit 1\n"
@@ -542,9 +623,9 @@ def set_up(folder: Path, environment: dict[str, str], *arguments: str) -> list[s
 def test_an_old_python_is_replaced_by_uv(tmp_path: Path) -> None:
     environment = machine(tmp_path)
     made, installed = set_up(tmp_path, environment, "tpu", "requirements-gcs.txt")
-    assert made == "uv venv --quiet --seed --python 3.11 .venv"
+    assert made == "uv venv --quiet --seed --allow-existing --python 3.11 .venv"
     assert "-m pip install" in installed
-    assert installed.endswith("jax[tpu]>=0.10.2,<0.13 -r requirements.txt -r requirements-gcs.txt")
+    assert installed.endswith("jax[tpu]>=0.10.2,<0.13 -r requirements.txt -rrequirements-gcs.txt")
     # What is there is not installed again.
     assert set_up(tmp_path, environment, "tpu", "requirements-gcs.txt") == [made, installed]
     # Other devices, or more packages, are.

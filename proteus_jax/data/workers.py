@@ -24,6 +24,7 @@ import grain
 import numpy as np
 
 from proteus_jax.errors import Interrupted
+from proteus_jax.hosts import processes_here
 from proteus_jax.process import REQUESTS
 
 # Images that a thread or a worker makes at a time.
@@ -68,6 +69,9 @@ def makers(workers: int | None, threads: int, side: int) -> Makers:
     """
     if workers is None:
         count = cores()
+        if count == os.cpu_count():
+            # Nothing has divided the machine among the processes that share it.
+            count = max(1, count // processes_here())
         workers = count - 2 if count > 4 else 0
     found, reasons = workers, []
     for room, why in (_in_shared_memory(max(CHUNK * side**2 * 3, SMALLEST)), _in_descriptors()):
@@ -139,7 +143,7 @@ def _in_shared_memory(piece: int) -> tuple[int | None, str]:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0, f"there is no shared memory ({SHARED_MEMORY}); {more}"
-    free = found.f_bavail * found.f_frsize
+    free = found.f_bavail * found.f_frsize // processes_here()
     said = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
     return free // each, f"{said} takes up to {each / 1e6:.3g} MB; {more}"
 
