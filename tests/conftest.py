@@ -1,8 +1,21 @@
 """Eight fake CPU devices, and small things that many tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
+# One compilation cache for all tests and the processes that they start, removed with the session.
+if "PROTEUS_JAX_TEST_PROGRAMS" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="proteus-jax-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ |= {
+        "PROTEUS_JAX_TEST_PROGRAMS": programs,
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 # Before jax is imported: its CPU backend reads these when it starts. Nearly all the time of these
 # tests is XLA's; without its optimisations they take half as long, and round a little otherwise.
 os.environ["XLA_FLAGS"] = " ".join(
