@@ -98,5 +98,5 @@ installed && exit 0
   "$BIN/python" -m ensurepip >/dev/null 2>&1 || make_environment
 # In one command: JAX, its plugin and its libraries pin each other.
 run "$BIN/python" -m pip install --quiet --disable-pip-version-check \
-  "$jax>=0.10.2,<0.13" -r requirements.txt ${@/#/-r}
+  "$jax>=0.10.2,<0.13" -r requirements.txt "${@/#/-r}"
 [ -n "${DRY_RUN:-}" ] || echo "$asked" >"$BIN/complete.stamp"
