@@ -6,6 +6,7 @@ the faults; the exit code is 1 where one was lost.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,8 @@ from fault_suite import bits, changed, disk, fuzz, hostile, killed, machine, mem
 from fault_suite.account import Account  # noqa: E402
 from fault_suite.bench import Bench  # noqa: E402
 
+from proteus_jax.process import REQUESTS  # noqa: E402
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -26,6 +29,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     quick, seed, cores = options.quick, options.seed, min(os.cpu_count() or 1, 8)
+    # Under nohup, or behind a shell's &, some of them are ignored, which a run respects.
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_DFL)
     account = Account()
     with tempfile.TemporaryDirectory(prefix="faults é ") as folder:
         bench = Bench(Path(folder).resolve())
