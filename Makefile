@@ -63,6 +63,12 @@ audit: .venv/tools.stamp
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
+# What compiles for TPUs, on any machine; beside a CPU it would slow every start of JAX.
+.venv/tpu.stamp: requirements.txt | .venv/bin/python
+	$(PYTHON) -m venv .venv/tpu
+	.venv/tpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "jax[tpu]==0.10.2"
+	touch $@
+
 .venv/parity.stamp: requirements-parity.txt .venv/dev.stamp
 	$(PIP) -r requirements-parity.txt
 	touch $@

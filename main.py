@@ -2,7 +2,8 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.FIELD=VALUE]
     python main.py --config=configs/quickstart.py --workdir=runs/mine --doctor [--config....]
-    python main.py --config=configs/vitb14.py --plan [--topology=v5e:4x4] [--mfu=0.4] [--price=1.2]
+    python main.py --config=configs/vitb14.py --plan [--topology=v5e:4x4] [--price=1.2] \
+        [--mfu=0.4] [--hlo=step.hlo]
 
 The second looks at all images, says what is wrong, and writes WORKDIR/doctor.json (or --output):
 training can take that file in place of the folder.
@@ -10,7 +11,8 @@ training can take that file in place of the folder.
 The third says what a run will need and cost: parameters, FLOPs, memory a device, time. Nothing is
 run, and no data, weights or workdir are needed. --topology names machines that are not here (TPUs
 v4, v5e, v5p, v6e; GPUs a100, h100, h200, l4, as h100:8 or 4x8 for 4 hosts), --mfu the share of
-their peak that is assumed, --price that of a device-hour.
+their peak that is assumed in place of what the package knows of such a step, --price that of a
+device-hour. With jax[tpu] installed the step is compiled for TPUs, and --hlo keeps the program.
 
     python main.py --config=configs/eval/knn.py --config.model=MODEL --config.data.root=DIR \
         --workdir=runs/knn
@@ -74,7 +76,7 @@ WAIT, WAIT_SECONDS, LONGEST_WAIT = "--wait", "600", 7 * 24 * 3600
 # Seconds that a last line may take.
 UNREAD = 2.0
 FLAGS = ("--doctor", "--profile", "--plan", "--prepare", "--devices", "--offline")
-PLAN = ("--topology", "--mfu", "--price")
+PLAN = ("--topology", "--mfu", "--price", "--hlo")
 LESS_IN_TRAINING = (
     "--plan says what a device needs; less takes --config.accumulate=2 or more (the same batch "
     "in parts), --config.remat=blocks, --config.fsdp over several devices, or a smaller "
@@ -259,8 +261,12 @@ def _plan(configuration: Any, words: dict[str, str], known: list[str], console: 
                 known.append(f"{name}: expected a number {expected}, found {words[name]!r}")
     if known:
         raise InputError(known)
+    hlo = words.get("--hlo")
     settings = plan.Settings(
-        words.get("--topology", ""), numbers.get("--mfu", 0.4), numbers.get("--price")
+        words.get("--topology", ""),
+        numbers.get("--mfu"),
+        numbers.get("--price"),
+        None if hlo is None else Path(hlo).expanduser(),
     )
     for line in plan.plan(configuration, settings):
         console.line(line)

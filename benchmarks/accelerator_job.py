@@ -27,7 +27,7 @@ PAIRS = {
     "B": ("vit_large", "vit_base"),
     "L": ("vit_giant2", "vit_large"),
 }
-ATTENTIONS = ("ours", "cudnn", "xla")
+ATTENTIONS = ("cudnn", "pallas", "xla")
 
 
 def specs(job: Job) -> tuple[ViTSpec, ViTSpec]:
@@ -67,15 +67,20 @@ class Bench:
         import jax.numpy as jnp
 
         from proteus_jax import flops
+        from proteus_jax.models.attention import choose
         from proteus_jax.models.functional import BackboneFunction, StudentFunction
 
         self.job = job
         self.dtype = jnp.dtype(job["precision"])
         self.teacher_spec, self.student_spec = specs(job)
-        self.teacher = BackboneFunction(self.teacher_spec, self.dtype)
+        name, platform = job.get("attention", "auto"), jax.default_backend()
+        self.attention = choose(name, platform, self.dtype, 64).implementation
+        self.teacher = BackboneFunction(self.teacher_spec, self.dtype, self.attention)
         widths = {"teacher": self.teacher_spec.width}
         remat = job.get("remat", "off")
-        self.student = StudentFunction(self.student_spec, widths, self.dtype, remat=remat)
+        self.student = StudentFunction(
+            self.student_spec, widths, self.dtype, remat=remat, attention=self.attention
+        )
         sizes = [(self.teacher_spec, job["image"])], [self.student_spec], job["image"]
         self.work = flops.training(*sizes, masked=True)
         self.device = flops.known_device(jax.devices()[0].device_kind)
@@ -84,9 +89,10 @@ class Bench:
         """As the step has them: in its precision."""
         import jax
 
+        from proteus_jax.models.functional import in_precision
+
         def make() -> Any:
-            params = self.teacher.init(jax.random.key(1))
-            return jax.tree.map(lambda array: array.astype(self.dtype), params)
+            return in_precision(self.teacher.init(jax.random.key(1)), self.dtype)
 
         return jax.jit(make)()
 
@@ -116,21 +122,6 @@ class Bench:
         )
 
 
-def use_attention(name: str) -> None:
-    """From now on, in this process, all models attend with this implementation."""
-    import jax
-    import jax.numpy as jnp
-
-    from proteus_jax.models import layers
-
-    def library(qkv: jax.Array) -> jax.Array:
-        query, key, value = jnp.moveaxis(qkv, 2, 0)
-        return jax.nn.dot_product_attention(query, key, value, implementation=name)
-
-    if name != "ours":
-        layers.attention = library
-
-
 def machine(job: Job) -> Iterator[Result]:
     """What it is that is measured."""
     import jax
@@ -156,24 +147,25 @@ def attention(job: Job) -> Iterator[Result]:
     import jax
     import jax.numpy as jnp
 
-    from proteus_jax.models import layers
+    from proteus_jax.models.attention import attention as attend
 
-    bench = Bench(job)
-    spec = bench.student_spec
-    tokens = spec.prefix + spec.grid**2
-    shape = (job["batch"], tokens, 3, spec.heads, spec.width // spec.heads)
-    qkv = jax.random.normal(jax.random.key(0), shape, bench.dtype)
     for name in ATTENTIONS:
-        use_attention(name)
-        way = layers.attention
 
-        def both(qkv: jax.Array, way: Callable = way) -> jax.Array:
+        def forward(qkv: jax.Array, name: str = name) -> jax.Array:
+            return attend(qkv, name)
+
+        def both(qkv: jax.Array, way: Callable = forward) -> jax.Array:
             return jax.grad(lambda qkv: jnp.sum(way(qkv).astype(jnp.float32)))(qkv)
 
-        for part, function in (("attention forward", way), ("attention both ways", both)):
+        for part, function in (("attention forward", forward), ("attention both ways", both)):
             label = {"part": part, "attention": name}
             try:
-                yield label | bench.timed(lambda qkv, function=function: function(qkv), qkv)
+                bench = Bench(job | {"attention": name})
+                spec = bench.student_spec
+                tokens = spec.prefix + spec.grid**2
+                shape = (job["batch"], tokens, 3, spec.heads, spec.width // spec.heads)
+                qkv = jax.random.normal(jax.random.key(0), shape, bench.dtype)
+                yield label | bench.timed(function, qkv)
             except Exception as error:  # Not every platform has each of them.
                 yield label | {"error": said(error)}
 
@@ -185,22 +177,20 @@ def parts(job: Job) -> Iterator[Result]:
 
     from proteus_jax.models.normalisation import IMAGENET
 
-    bench = Bench(job)
-    images, params = noise(job["batch"], job["image"]), bench.teacher_params()
-    student = bench.work.total - bench.work.teacher
-
+    images = noise(job["batch"], job["image"])
     for part, ways in (
         ("teacher forward", ATTENTIONS),
         ("student both ways", ATTENTIONS),
-        ("student both ways, masked whole", ("ours",)),
+        ("student both ways, masked whole", ("auto",)),
     ):
         for name in ways:
-            use_attention(name)
             label = {"part": part, "attention": name}
             try:
+                bench = Bench(job | {"attention": name})
+                params, student = bench.teacher_params(), bench.work.total - bench.work.teacher
                 if part == "teacher forward":
                     # A new function each time: JAX knows what it traced by the function.
-                    def function(params: Any, images: jax.Array) -> Any:
+                    def function(params: Any, images: jax.Array, bench: Bench = bench) -> Any:
                         return bench.teacher(params, IMAGENET(images))
 
                     yield label | bench.timed(function, params, images, work=bench.work.teacher)
@@ -217,8 +207,6 @@ def step(job: Job) -> Iterator[Result]:
     """The step that main.py trains with."""
     import jax
 
-    use_attention(job["attention"])
-    _also_keep_everything()
     bench = Bench(job)
     compiled, call, spent = _whole_step(bench)
     seconds = median_seconds(call, job["rounds"])
@@ -228,15 +216,6 @@ def step(job: Job) -> Iterator[Result]:
     memory = jax.devices()[0].memory_stats() or {}
     found["peak_bytes"] = memory.get("peak_bytes_in_use", found["planned_bytes"])
     yield found | bench.rates(seconds, bench.work.total)
-
-
-def _also_keep_everything() -> None:
-    """A fourth way to choose what the backward pass makes again: nothing."""
-    import jax
-
-    from proteus_jax.models import vit
-
-    vit.REMAT["nothing"] = jax.checkpoint_policies.everything_saveable
 
 
 def _whole_step(bench: Bench) -> tuple[Any, Callable[[], Any], float]:
@@ -264,8 +243,6 @@ def trace(job: Job) -> Iterator[Result]:
     """A profile of three steps, for XProf or Perfetto."""
     import jax
 
-    use_attention(job["attention"])
-    _also_keep_everything()
     _, call, _ = _whole_step(Bench(job))
     call()
     with jax.profiler.trace(job["directory"]):

@@ -67,7 +67,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Precision of matmuls: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on a CPU).
     config.precision = "auto"
-    # The teacher's weights and arithmetic, by the same words.
+    # The teacher's matmuls, by the same words, or float16 as the authors' code has them (GPUs); its
+    # residual stream is float32 in any case.
     config.teacher_precision = "auto"
     # Where AdamW keeps its mean of the gradients: float32 or bfloat16, which is half the memory.
     config.first_moment = "float32"
@@ -78,6 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
     # What the student's backward pass makes again: off keeps what matmuls made; blocks keeps only
     # what enters a block, a fraction of the memory for a third more of the student's arithmetic.
     config.remat = "off"
+    # Attention: auto takes the fastest that the platform has (a kernel on TPUs, cuDNN on GPUs);
+    # xla, pallas (TPUs) and cudnn (GPUs, in 16 bits) name one.
+    config.attention = "auto"
     # Hosts, and devices of each, that a run must find, where they are given; it stops at once where
     # it finds others.
     config.hosts = config_dict.placeholder(int)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from proteus_jax import flops, optim, sharding
+from proteus_jax.errors import InputError
 from proteus_jax.lessons import FIRST, Lesson, lessons, masks
+from proteus_jax.models.attention import choose
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec, student_spec
@@ -38,6 +40,8 @@ class Assembly(NamedTuple):
     normalisation: Normalisation
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
+    # What there is to say of how it came out.
+    remarks: tuple[str, ...] = ()
 
     def work(self, config: Any) -> flops.Work:
         """What an image of the batch costs."""
@@ -59,12 +63,14 @@ class Assembly(NamedTuple):
         outputs = (places, sharding.replicated(mesh))
         return (
             jax.jit(self.init, out_shardings=places),
-            jax.jit(self.train_step, donate_argnums=0, out_shardings=outputs),
+            jax.jit(
+                sharding.traced_on(mesh, self.train_step), donate_argnums=0, out_shardings=outputs
+            ),
         )
 
 
 def dtype_of(precision: str, platform: str) -> Any:
-    """float32, bfloat16, or what `auto` means on a platform."""
+    """float32, bfloat16, float16, or what `auto` means on a platform."""
     if precision == "auto":
         precision = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(precision)
@@ -106,20 +112,44 @@ def assemble(
     by the names of `lessons`, `start` is what the students start from.
     """
     precision = dtype_of(config.teacher_precision, platform)
+    if precision == jnp.float16 and platform == "tpu":
+        raise InputError(
+            "--config.teacher_precision: expected auto, bfloat16 or float32 on a TPU, which has no "
+            "float16"
+        )
+    remarks = []
+
+    def attention(spec: ViTSpec, dtype: Any) -> str:
+        try:
+            choice = choose(config.attention, platform, dtype, spec.width // spec.heads)
+        except ValueError as error:
+            raise InputError(f"--config.attention: {error}") from None
+        remarks.append(choice.remark)
+        return choice.implementation
+
     taught = {
-        name: _teacher(lesson, teachers[name], config.data.crop, precision)
+        name: _teacher(
+            lesson,
+            teachers[name],
+            config.data.crop,
+            precision,
+            attention(teachers[name].spec, precision),
+        )
         for name, lesson in lessons(config).items()
     }
     widths = {name: teacher.backbone.spec.width for name, teacher in taught.items()}
+    dtype = dtype_of(config.precision, platform)
+    specs = {name: student_spec(name, config.data.crop, start) for name in config.student}
     students = {
         name: StudentFunction(
-            student_spec(name, config.data.crop, start),
+            spec,
             widths,
-            dtype=dtype_of(config.precision, platform),
+            dtype=dtype,
             drop_path=config.drop_path,
             remat=config.remat,
+            attention=attention(spec, dtype),
         )
-        for name in config.student
+        for name, spec in specs.items()
     }
     peak = config.learning_rate or optim.scaled_learning_rate(config.batch)
     schedule = optim.warmup_cosine(peak, steps.warmup, steps.total)
@@ -149,7 +179,8 @@ def assemble(
             standardise=standardise,
         )
 
-    return Assembly(taught, students, normalisation, init, step)
+    said = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
+    return Assembly(taught, students, normalisation, init, step, said)
 
 
 def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None) -> list[str]:
@@ -179,11 +210,14 @@ def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None)
     return problems
 
 
-def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any) -> Teacher:
-    """With its position table made for the size of images that it sees."""
+def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
+    """With its position table made for the size of images that it sees, and its LayerScale in its
+    weights.
+    """
     grid = (lesson.crop or crop) // known.spec.patch_size
+    spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)
     return Teacher(
-        BackboneFunction(dataclasses.replace(known.spec, grid=grid), dtype),
+        BackboneFunction(spec, dtype, attention),
         lesson.statistics(known.normalisation),
         lesson.weights,
         lesson.crop,

@@ -26,7 +26,7 @@ IDENTITY = (
 # Fields that change no number of the training, but for rounding. Every other one that may change
 # does so from the step on at which the run is resumed.
 WITHOUT_EFFECT = (
-    *("fsdp", "remat", "hosts", "devices", "log_every", "eval_every"),
+    *("fsdp", "remat", "attention", "hosts", "devices", "log_every", "eval_every"),
     *("checkpoint_every", "max_skipped", "max_failed_saves", "keep_checkpoints", "keep_every"),
     *("stop_within", "eval", "data.workers", "data.threads", "data.unreadable"),
 )

@@ -6,6 +6,7 @@ is needed to replay.
 """
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,6 @@ from proteus_jax.experiment import Experiment, images_together, placed_teacher, 
 from proteus_jax.integrity import SEAL, damage, seal
 from proteus_jax.lens import resized
 from proteus_jax.lessons import FIRST, lessons, side_of_images
-from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.vit import Features
 from proteus_jax.pretrained import load_card
 from proteus_jax.step import Skipped, TrainState, one_grid, seen_by
@@ -136,7 +136,7 @@ def replay(source: str, console: Console) -> None:
         f"step {step}: {len(images)} images of {images.shape[1]} px on {jax.device_count()} "
         f"devices, from {folder}"
     )
-    for line in _not_finite(config, assembly, params, state, images, said["names"]):
+    for line in _not_finite(config, assembly, params, state, images, said["names"], mesh):
         console.line(f"  {line}")
     _, metrics = train_step(state, params, sharding.place_batch(images, mesh))
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
@@ -203,6 +203,7 @@ def _not_finite(
     state: TrainState,
     images: np.ndarray,
     names: list[str],
+    mesh: jax.sharding.Mesh,
 ) -> list[str]:
     """Whose numbers are not: of parameters, of what a teacher or a student makes of each image."""
 
@@ -213,6 +214,7 @@ def _not_finite(
     normalise, grid = assembly.normalisation, one_grid(assembly.students)
 
     @jax.jit
+    @functools.partial(sharding.traced_on, mesh)
     def look(params: dict[str, Any], students: dict[str, Any], images: jax.Array) -> dict:
         pixels = normalise(images)
         seen = {
@@ -221,8 +223,7 @@ def _not_finite(
         }
         small = resized(pixels, config.data.crop)
         for name, student in assembly.students.items():
-            backbone = BackboneFunction(student.spec, student.dtype)
-            seen[name] = finite(backbone(students[name]["backbone"], small))
+            seen[name] = finite(student.backbone(students[name]["backbone"], small))
         return seen
 
     lines = []

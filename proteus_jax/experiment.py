@@ -5,6 +5,7 @@ Everything that can be wrong is found here, before anything is written.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,11 @@ from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, mi
 from proteus_jax.changes import CARD, CONFIGURATION
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
-from proteus_jax.data.catalog import open_images
+from proteus_jax.data.catalog import open_configured
 from proteus_jax.data.labelled import Pair, open_pair
 from proteus_jax.data.order import Order, shares
 from proteus_jax.data.randaugment import RandAugment
-from proteus_jax.data.splits import HeldOut, Split, Subset
+from proteus_jax.data.splits import Split
 from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.agreement import Said
 from proteus_jax.evaluation.results import FILE as RESULTS
@@ -34,7 +35,12 @@ from proteus_jax.lens import resized
 from proteus_jax.lessons import FIRST, lessons, masks, side_of_images
 from proteus_jax.metrics import FILE as METRICS
 from proteus_jax.modelcard import licence_of
-from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
+from proteus_jax.models.functional import (
+    Params,
+    StudentFunction,
+    in_precision,
+    without_layer_scale,
+)
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.pretrained import WEIGHTS, ModelCard, load_card, load_model
@@ -73,7 +79,7 @@ class Experiment:
     recipe: Recipe
     total_steps: int
     # What is not as was asked for; empty where all is.
-    remark: str
+    remarks: tuple[str, ...]
     facts: dict[str, Any]
     cards: dict[str, ModelCard]
     teacher_params: dict[str, Params]
@@ -125,14 +131,14 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     fetched = pictures.NAME in config.data.root
     if not fetched:
         with collecting(problems, "--config.data.root"):
-            split = _open_images(config)
+            split = open_configured(config.data, config.seed)
     for field, source in _sources(config).items():
         with collecting(problems, f"--config.{field}"):
             models[field] = find_teacher(source)
     problems += _check_models(config, models)
     if not problems and split is None:
         with collecting(problems, "--config.data.root"):
-            split = _open_images(config)
+            split = open_configured(config.data, config.seed)
     if not problems and None in models.values():
         for field, source in _sources(config).items():
             with collecting(problems, f"--config.{field}"):
@@ -159,16 +165,6 @@ def _sources(config: Any) -> dict[str, str]:
     """What each field that names a model says."""
     found = {_field(name): lesson.source for name, lesson in lessons(config).items()}
     return found | ({START: config.start} if config.start else {})
-
-
-def _open_images(config: Any) -> Split:
-    held_out, subset = config.data.held_out, config.data.subset
-    return open_images(
-        config.data.root,
-        held_out=HeldOut(held_out.share, held_out.minimum, held_out.maximum),
-        subset=Subset(subset.classes, subset.images),
-        seed=config.seed,
-    )
 
 
 def _check_workdir(workdir: str | None, roots: Sequence[str]) -> list[str]:
@@ -299,7 +295,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
         recipe=Recipe(side_of_images(config), RandAugment(**config.data.randaugment)),
         total_steps=steps.total,
-        remark=steps.remark,
+        remarks=assembly.remarks,
         facts=_facts(config, inputs, assembly, cards, start),
         cards=cards,
         teacher_params=teacher_params,
@@ -417,15 +413,15 @@ def _listed(normalisation: Normalisation) -> list[list[float]]:
 
 
 def placed_teacher(teacher: Teacher, directory: Path, mesh: Mesh) -> Params:
-    """A frozen teacher's weights in their own precision, the position table resized once for the
-    size of its images.
+    """A frozen teacher's weights, those of its matmuls in its precision, the position table resized
+    once for the size of its images.
     """
     params, card = load_model(directory)
     if card.spec.positions == "table":
         side = teacher.backbone.spec.grid
         table = resize_position_table(jnp.asarray(params["pos_embed"]), card.spec, (side, side))
         params["pos_embed"] = np.asarray(table)
-    params = jax.tree.map(lambda array: array.astype(teacher.backbone.dtype), params)
+    params = in_precision(without_layer_scale(params), teacher.backbone.dtype)
     return sharding.place_tree(params, mesh)
 
 
@@ -441,7 +437,7 @@ def _class_tokens(
         return said.cls.astype(jnp.float32)
 
     def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
-        backbone = BackboneFunction(student.spec, student.dtype)
+        backbone = student.backbone
 
         def learnt(params: Params, images: jax.Array) -> jax.Array:
             pixels = resized(assembly.normalisation(images), crop)
@@ -456,18 +452,21 @@ def _evaluation_functions(
     config: Any, assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
 ) -> tuple[Callable, Callable, Callable]:
     """First teacher and students as functions from a host batch to host arrays."""
-    whole = sharding.replicated(mesh)
     crop, grid = config.data.crop, one_grid(assembly.students)
     teacher, normalise = assembly.teachers[FIRST], assembly.normalisation
 
-    @jax.jit(out_shardings=whole)
+    def compiled(function: Callable, **options: Any) -> Callable:
+        whole = sharding.replicated(mesh)
+        return jax.jit(sharding.traced_on(mesh, function), out_shardings=whole, **options)
+
+    @compiled
     def taught(params: Params, images: jax.Array) -> Features:
         return seen_by(teacher, params, normalise(images), normalise, crop, grid)
 
     def in_its_scale(features: Features, statistics: dict[str, Moments]) -> Features:
         return restored(features, statistics[FIRST]) if FIRST in statistics else features
 
-    @jax.jit(static_argnums=0, out_shardings=whole)
+    @functools.partial(compiled, static_argnums=0)
     def learnt(name: str, params: Params, statistics: Any, images: jax.Array) -> Said:
         found = assembly.students[name](params, resized(normalise(images), crop))
         answers = found.answers[FIRST]
@@ -476,7 +475,7 @@ def _evaluation_functions(
         )
         return Said(found.features, spoken.cls, spoken.patches)
 
-    @jax.jit(static_argnums=0, out_shardings=whole)
+    @functools.partial(compiled, static_argnums=0)
     def guessed(
         name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
     ) -> jax.Array:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from proteus_jax.errors import InputError
 from proteus_jax.lessons import FIRST, OWN, lessons, masks
+from proteus_jax.models.attention import IMPLEMENTATIONS
 from proteus_jax.models.normalisation import STATISTICS
+from proteus_jax.models.remat import REMAT
 from proteus_jax.models.specs import SPECS, named_spec
 from proteus_jax.models.student import TAKEN
-from proteus_jax.models.vit import REMAT
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 FINEGRAINED = (
@@ -106,12 +107,18 @@ _TRAINING: dict[str, Rule] = {
     "loss.patch": _at_least(0),
     "mask_ratio": _share(),
     "precision": Rule(lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-    "teacher_precision": Rule(lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+    "teacher_precision": Rule(
+        lambda value: value in (*PRECISIONS, "float16"), f"one of {', '.join(PRECISIONS)}, float16"
+    ),
     "first_moment": Rule(
         lambda value: value in PRECISIONS[1:], f"one of {', '.join(PRECISIONS[1:])}"
     ),
     "fsdp": _at_least(1),
     "accumulate": _at_least(1),
+    "attention": Rule(
+        lambda value: value in ("auto", *IMPLEMENTATIONS),
+        f"one of auto, {', '.join(IMPLEMENTATIONS)}",
+    ),
     "remat": Rule(lambda value: value in REMAT, f"one of {', '.join(REMAT)}"),
     "hosts": _at_least(1),
     "devices": _at_least(1),

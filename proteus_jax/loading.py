@@ -15,7 +15,7 @@ from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.convert.directory import wanted_files
 from proteus_jax.errors import InputError
 from proteus_jax.lessons import FIRST
-from proteus_jax.models.functional import Params, StudentFunction
+from proteus_jax.models.functional import Params, StudentFunction, in_precision
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
@@ -36,8 +36,7 @@ def load_any(source: str | Path, precision: str = "float32") -> Model:
     dtype = dtype_of(precision, jax.default_backend())
     if dtype == jnp.float32:
         return model
-    params = jax.tree.map(lambda array: array.astype(dtype), model.params)
-    return Model(params, model.card, dtype)
+    return Model(in_precision(model.params, dtype), model.card, dtype)
 
 
 def _loaded(source: str | Path) -> Model:

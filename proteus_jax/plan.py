@@ -6,6 +6,7 @@ named, the real step is compiled for it and the compiler's own figures come as w
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +17,18 @@ from jax.sharding import AxisType, Mesh
 from proteus_jax import sharding
 from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
 from proteus_jax.data.augment import Recipe
+from proteus_jax.data.catalog import open_configured
 from proteus_jax.data.randaugment import RandAugment
 from proteus_jax.data.rate import views_per_second
 from proteus_jax.errors import InputError
+from proteus_jax.floors import Floor, nearest
 from proteus_jax.lessons import lessons, masks, side_of_images
+from proteus_jax.models.functional import stored_shapes
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.pretrained import load_card
 from proteus_jax.step import Teacher
+from proteus_jax.storage import write_atomically
 from proteus_jax.teachers import obtain_teacher, teacher_spec
 from proteus_jax.topology import Topology, local_topology, named_topology
 
@@ -31,17 +36,21 @@ from proteus_jax.topology import Topology, local_topology, named_topology
 IMAGENET_IMAGES = 1_281_167
 # What of a device's memory a program can have.
 USABLE = 0.92
+# The share of the peak that is assumed where nothing was compiled or measured.
+ASSUMED = 0.4
 GB = 1e9
 
 
 class Settings(NamedTuple):
     """What the command line adds to a configuration: `mfu` is the share of the devices' peak that
-    is assumed, `price` that of a device-hour.
+    is assumed, where it is not to come from what was compiled; `price` that of a device-hour; `hlo`
+    where the compiled program goes.
     """
 
     topology: str = ""
-    mfu: float = 0.4
+    mfu: float | None = None
     price: float | None = None
+    hlo: Path | None = None
 
 
 class Memory(NamedTuple):
@@ -66,6 +75,8 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     """Lines "name: value unit". InputError where batch and devices do not fit together."""
     topology = named_topology(settings.topology) if settings.topology else local_topology()
     _check(config, topology)
+    if settings.hlo is not None and not (settings.topology and topology.platform == "tpu"):
+        raise InputError("--hlo: expected with --topology of TPUs, as v5e:4x4")
     teachers = {
         name: Known(_spec(lesson.source), IMAGENET) for name, lesson in lessons(config).items()
     }
@@ -73,7 +84,8 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     problems = misfits(config, {name: known.spec for name, known in teachers.items()}, start)
     if problems:
         raise InputError(problems)
-    steps = length(config, config.data.epoch or IMAGENET_IMAGES)
+    images, counted = _images(config)
+    steps = length(config, images)
     assembly = assemble(config, teachers, steps, topology.platform, start)
     work = assembly.work(config)
     yield f"devices: {topology.description}"
@@ -84,9 +96,20 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     yield from _memory_lines(config, assembly, topology)
     if steps.remark:
         yield f"warm-up: {steps.remark.removeprefix('warm-up of ')}"
+    yield f"images an epoch: {images} images ({counted})"
     yield from _time_lines(config, work.total, steps.total, topology, settings)
     if topology.platform == "tpu" and settings.topology:
-        yield from _compiler_lines(config, assembly, topology)
+        yield from _compiler_lines(config, assembly, topology, settings.hlo)
+
+
+def _images(config: Any) -> tuple[int, str]:
+    """How many an epoch has, and where the number comes from."""
+    if config.data.epoch:
+        return config.data.epoch, "--config.data.epoch"
+    if not config.data.root:
+        return IMAGENET_IMAGES, "ImageNet-1K's, as no --config.data.root is given"
+    found = open_configured(config.data, config.seed).training
+    return len(found), "those of --config.data.root to train on"
 
 
 def _spec(source: str) -> ViTSpec:
@@ -213,13 +236,20 @@ def _time_lines(
     if settings.topology and not bfloat16:
         yield f"images a second: not known for {config.precision} on {topology.name}"
         return
+    share, reason = settings.mfu or ASSUMED, "--mfu" if settings.mfu else "an assumption"
     if topology.device is None or not bfloat16:
-        peak, share = _measured_peak(), settings.mfu
+        peak = _measured_peak()
         yield f"matmul rate measured: {peak / 1e9:.0f} GFLOP/s"
     else:
-        peak, share = topology.device.peak * topology.devices, settings.mfu
+        peak = topology.device.peak * topology.devices
+        floor = nearest(topology.name, work, config.batch / topology.devices / config.accumulate)
+        if floor is not None:
+            yield f"MFU at most: {floor.most(topology.device.peak):.0%} {_compiled_from(floor)}"
+        if floor is not None and settings.mfu is None:
+            share = floor.expected(topology.device.peak)
+            reason = "midway between that floor and the compiler's estimate"
     images = peak * share / work
-    yield f"assumed MFU: {share:.0%}"
+    yield f"assumed MFU: {share:.0%} ({reason})"
     yield f"images a second: {images:.1f} images/s"
     yield f"host images a second needed: {images / topology.hosts:.1f} images/s"
     yield f"host images a second measured: {rate.images:.1f} images/s on {rate.cores} cores here"
@@ -245,30 +275,43 @@ def _measured_peak(size: int = 1024, rounds: int = 8) -> float:
     return 2 * size**3 / float(np.median(spent))
 
 
-def _compiler_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterator[str]:
+def _compiled_from(floor: Floor) -> str:
+    return (
+        f"(by what {floor.config} moves, compiled for {floor.images} images a device of "
+        f"{floor.topology})"
+    )
+
+
+def _compiler_lines(
+    config: Any, assembly: Assembly, topology: Topology, hlo: Path | None
+) -> Iterator[str]:
     """What XLA's TPU compiler says of the real step, or why there is none."""
     try:
-        found = compiled_memory(config, assembly, topology.name)
+        compiled = compiled_step(config, assembly, topology.name)
     except Exception as error:  # The compiler's own words are all there is.
-        reason = str(error).strip().partition("\n")[0]
-        yield f"compiled for {topology.name}: not here ({reason[:200]}); pip install 'jax[tpu]'"
+        reason = f"{str(error).strip().partition(chr(10))[0][:200]}"
+        if hlo is not None:
+            raise InputError(
+                f"--hlo: {topology.name} cannot be compiled for here ({reason}); pip install "
+                "'jax[tpu]'"
+            ) from None
+        yield f"compiled for {topology.name}: not here ({reason}); pip install 'jax[tpu]'"
         return
+    found = compiled.memory_analysis()
+    assert found is not None
     assert topology.device is not None
-    total = found.arguments + found.temporary
-    yield f"compiled, memory a device: {total / GB:.2f} GB"
-    yield f"compiled, memory a device, state, teacher and images: {found.arguments / GB:.2f} GB"
-    yield f"compiled, memory a device, temporary: {found.temporary / GB:.2f} GB"
-    yield f"compiled, fits: {'yes' if total <= topology.device.memory else 'no'}"
+    # The most that is there at one time; the sum of all temporaries is more.
+    peak, stored = found.peak_memory_in_bytes, found.argument_size_in_bytes
+    yield f"compiled, memory a device: {peak / GB:.2f} GB"
+    yield f"compiled, memory a device, state, teacher and images: {stored / GB:.2f} GB"
+    yield f"compiled, fits: {'yes' if peak <= topology.device.memory * USABLE else 'no'}"
+    if hlo is not None:
+        hlo.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(hlo, compiled.as_text())
+        yield f"compiled, program: {hlo}"
 
 
-class CompiledMemory(NamedTuple):
-    """Bytes a device; outputs lie where the donated arguments lay."""
-
-    arguments: float
-    temporary: float
-
-
-def compiled_memory(config: Any, assembly: Assembly, topology: str) -> CompiledMemory:
+def compiled_step(config: Any, assembly: Assembly, topology: str) -> jax.stages.Compiled:
     """Compiles the step ahead of time for a TPU topology; whatever the compiler raises."""
     from jax.experimental import topologies
 
@@ -276,11 +319,9 @@ def compiled_memory(config: Any, assembly: Assembly, topology: str) -> CompiledM
     devices = np.asarray(described.devices).reshape(-1, config.fsdp)
     mesh = Mesh(devices, sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
-    def placed(tree: Any, dtype: Any = None) -> Any:
+    def placed(tree: Any) -> Any:
         return jax.tree.map(
-            lambda array, place: jax.ShapeDtypeStruct(
-                array.shape, dtype or array.dtype, sharding=place
-            ),
+            lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
             tree,
             sharding.shardings(tree, mesh),
         )
@@ -291,10 +332,6 @@ def compiled_memory(config: Any, assembly: Assembly, topology: str) -> CompiledM
     )
     _, step = assembly.compiled_on(mesh)
     teachers = {
-        name: placed(each.backbone.shapes, each.backbone.dtype)
-        for name, each in assembly.teachers.items()
+        name: placed(stored_shapes(each.backbone)) for name, each in assembly.teachers.items()
     }
-    compiled = step.lower(placed(assembly.state_shapes()), teachers, images).compile()
-    found = compiled.memory_analysis()
-    assert found is not None
-    return CompiledMemory(found.argument_size_in_bytes, found.temp_size_in_bytes)
+    return step.lower(placed(assembly.state_shapes()), teachers, images).compile()

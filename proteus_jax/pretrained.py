@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from proteus_jax.convert import canonical
 from proteus_jax.errors import InputError
-from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention
 from proteus_jax.models.normalisation import IMAGENET, Normalisation
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features
@@ -188,7 +188,7 @@ class Model:
         self.card = card
         self.spec = card.spec
         self.params = jax.device_put(params)
-        self._backbone = BackboneFunction(card.spec, dtype)
+        self._backbone = BackboneFunction(card.spec, dtype, fastest_attention(card.spec, dtype))
 
     def __repr__(self) -> str:
         return f"<proteus_jax model {self.spec}>"

@@ -1,6 +1,8 @@
 """Where arrays live: one mesh, one rule (docs/decisions/0003-one-sharding-rule.md)."""
 
+import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +57,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
 
     return jax.tree.map(rule, tree)
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """The function, for `jax.jit`, with the mesh as JAX's own context: kernels that XLA cannot
+    divide by itself divide their batch over it.
+    """
+
+    @functools.wraps(function)
+    def on_mesh(*arguments: Any, **named: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments, **named)
+
+    return on_mesh
 
 
 def place_batch(images: np.ndarray, mesh: Mesh) -> jax.Array:

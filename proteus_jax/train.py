@@ -89,7 +89,7 @@ def _run_alone(
         stack.callback(run.saving.checkpoints.close)
         resumed, remarks = _resumed(run.saving.checkpoints, experiment, workdir)
         unseen = unseen_gpus(jax.default_backend())
-        remarks += filter(None, [unseen, run.makers.remark, experiment.remark])
+        remarks += filter(None, [unseen, run.makers.remark, *experiment.remarks])
         if experiment.labelled is not None:
             pair = experiment.labelled
             remarks += filter(None, [uneven(pair.test.labels), images_on_both_sides(pair)])

@@ -48,7 +48,7 @@ LAYERS = [
     ("teachers", "metrics", "checkpoint", "config", "watch"),
     ("loading",),
     ("evaluation",),
-    ("topology", "collectives"),
+    ("topology", "collectives", "floors"),
     ("experiment", "checkup", "plan"),
     ("examination",),
     ("messages", "visualize", "outcome", "dump", "rows", "saving"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.functional import BackboneFunction, StudentFunction, in_precision
 from proteus_jax.models.position import resize_matrix
 from proteus_jax.models.specs import SPECS, ViTSpec
 from proteus_jax.models.vit import resize_position_table
@@ -149,10 +149,12 @@ def test_precision_table() -> None:
     assert inputs["exp"] == inputs["rsqrt"] == {"float32"}
     assert student(params, pixels).features.cls.dtype == jnp.float32
 
-    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params["backbone"])
     teacher = BackboneFunction(TINY, jnp.bfloat16)
+    half = in_precision(params["backbone"], jnp.bfloat16)
+    assert half["blocks"]["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
+    assert half["blocks"]["attn"]["qkv"]["bias"].dtype == half["pos_embed"].dtype == jnp.float32
     (stream,) = teacher.intermediates(half, pixels, (1,), normalise=False)
-    assert stream.cls.dtype == jnp.bfloat16
+    assert stream.cls.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("antialias", [False, True])

@@ -14,7 +14,7 @@ from proteus_jax import sharding
 from proteus_jax.data.sources import Source
 from proteus_jax.data.views import CentreCrop, evaluation_batches
 from proteus_jax.errors import InputError
-from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention, in_precision
 from proteus_jax.models.normalisation import Normalisation
 from proteus_jax.pretrained import Model
 
@@ -53,10 +53,10 @@ class Frozen:
         normalisation: Normalisation | None = None,
     ):
         self.spec, self.mesh = model.spec, mesh
-        self.backbone = BackboneFunction(model.spec, dtype)
+        self.backbone = BackboneFunction(model.spec, dtype, fastest_attention(model.spec, dtype))
         self.normalisation = normalisation or model.card.normalisation
-        kept = jax.tree.map(lambda array: np.asarray(array).astype(dtype), model.params)
-        self.params = sharding.place_tree(kept, mesh)
+        params = jax.tree.map(np.asarray, model.params)
+        self.params = sharding.place_tree(in_precision(params, dtype), mesh)
 
         self._compiled: dict[Function, Compiled] = {}
 
@@ -86,10 +86,11 @@ class Frozen:
 
 def compiled_pass(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Compiled:
     """A function of (parameters, images uint8 [b, h, w, 3]) for `feature_pass`."""
-    return jax.jit(
-        lambda params, images, numbers: (function(params, images), numbers),
-        out_shardings=sharding.replicated(mesh),
-    )
+
+    def all_of(params: Any, images: jax.Array, numbers: jax.Array) -> tuple[Any, jax.Array]:
+        return function(params, images), numbers
+
+    return jax.jit(sharding.traced_on(mesh, all_of), out_shardings=sharding.replicated(mesh))
 
 
 def feature_pass(

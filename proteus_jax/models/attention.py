@@ -1,122 +1,135 @@
-"""Scaled dot-product attention that keeps no scores for its backward pass.
+"""Multi-head attention: its implementations, and which of them a platform uses.
 
-Like FlashAttention (arXiv 2205.14135) it saves the logarithm of each query's normaliser and makes
-the weights again: a block keeps [b, h, t] numbers where it would keep [b, h, t, t]. The arithmetic
-is the usual one, scores and softmax in float32 (docs/decisions/0009-attention.md).
+All have one signature, qkv [B, T, 3, H, D] -> [B, T, H, D] in the dtype of qkv, compute scores and
+softmax in float32, and keep no scores for the backward pass (docs/decisions/0019-attention.md).
+
+    xla     einsums that XLA compiles: any platform and dtype
+    pallas  a kernel for TPUs; elsewhere it is interpreted, which is for tests
+    cudnn   NVIDIA's fused kernel, in float16 or bfloat16
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from types import ModuleType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-KEPT = "kept"
+from proteus_jax.models import attention_pallas, attention_xla
+from proteus_jax.models.remat import kept
+
+IMPLEMENTATIONS = ("xla", "pallas", "cudnn")
+# What a platform has; the first is what `auto` means there.
+_ON_PLATFORM = {"cpu": ("xla",), "tpu": ("pallas", "xla"), "gpu": ("cudnn", "xla")}
 
 
-def kept(arrays: Any) -> Any:
-    """Marks what a block leaves for its backward pass (proteus_jax/models/vit.py, REMAT)."""
-    return checkpoint_name(arrays, KEPT)
+def attention(
+    qkv: Float[Array, "b t 3 h d"], implementation: str = "xla"
+) -> Float[Array, "b t h d"]:
+    """softmax(query key^T / sqrt(D)) value, in the dtype of `qkv`."""
+    if implementation == "cudnn":
+        return _by_cudnn(qkv)
+    return _attention(qkv, implementation)
+
+
+def _by_cudnn(qkv: Float[Array, "b t 3 h d"]) -> Float[Array, "b t h d"]:
+    """Where the number of tokens is odd, as a class token makes it, one more is added and masked.
+
+    cuDNN wants an even number only with a bias; JAX (0.10.2) takes the one that is not there for
+    one, and refuses the gradient.
+    """
+    batch, tokens = qkv.shape[:2]
+    lengths = None
+    if tokens % 2:
+        qkv = jnp.pad(qkv, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
+        lengths = jnp.full(batch, tokens, jnp.int32)
+    query, key, value = jnp.moveaxis(qkv, 2, 0)
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return mixed[:, :tokens]
+
+
+class Choice(NamedTuple):
+    """An implementation; `remark` says why it is not the platform's first, and is empty where it
+    is, or where it was asked for.
+    """
+
+    implementation: str
+    remark: str = ""
+
+
+def choose(name: str, platform: str, dtype: DTypeLike, dim: int) -> Choice:
+    """What `name`, one of IMPLEMENTATIONS or "auto", means on "cpu", "gpu" or "tpu" for heads of
+    `dim` channels. ValueError where the platform does not have it, or not for these.
+    """
+    possible = _ON_PLATFORM[platform]
+    if name not in ("auto", *possible):
+        raise ValueError(f"expected auto or {' or '.join(possible)} on a {platform}, found {name}")
+    if name == "auto":
+        name = possible[0]
+        reason = _cudnn_refuses(jnp.dtype(dtype).name, dim) if name == "cudnn" else ""
+        return Choice("xla", f"attention is xla: {reason}") if reason else Choice(name)
+    if name == "cudnn":
+        reason = _cudnn_refuses(jnp.dtype(dtype).name, dim)
+        if reason:
+            raise ValueError(f"expected auto or xla here, found cudnn: {reason}")
+    return Choice(name)
+
+
+@functools.cache
+def _cudnn_refuses(dtype: str, dim: int) -> str:
+    """Why cuDNN does not do it, as a few heads tried both ways show; empty where it does, and where
+    no GPU is here to ask.
+    """
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"cuDNN's kernel computes in float16 or bfloat16, not in {dtype}"
+    if jax.default_backend() != "gpu":
+        return ""
+
+    def squared(qkv: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(attention(qkv, "cudnn").astype(jnp.float32)))
+
+    try:
+        # As many tokens as a ViT has of a picture: a class token makes them odd.
+        jax.block_until_ready(jax.jit(jax.grad(squared))(jnp.ones((1, 257, 3, 2, dim), dtype)))
+    except Exception as error:  # cuDNN, its wrapper and the compiler have kinds of their own.
+        return f"cuDNN's kernel cannot be had ({str(error).strip().partition(chr(10))[0][:200]})"
+    return ""
 
 
 class _Saved(NamedTuple):
-    """What the forward pass leaves for the backward one."""
+    """What the forward pass saves for the backward pass."""
 
     qkv: Float[Array, "b t 3 h d"]
     mixed: Float[Array, "b t h d"]
-    log_normaliser: Float[Array, "b h t"]
+    log_normalizer: Float[Array, "b h t"]
 
 
-@jax.custom_vjp
-def attention(qkv: Float[Array, "b t 3 h d"]) -> Float[Array, "b t h d"]:
-    """softmax(query key^T / sqrt(d)) value, in the dtype of `qkv`."""
-    return _forward(qkv)[0]
+_MODULES: dict[str, ModuleType] = {"xla": attention_xla, "pallas": attention_pallas}
 
 
-def _forward(qkv: jax.Array) -> tuple[jax.Array, _Saved]:
-    mixed, log_normaliser = kept(_on_any_platform(_mix, qkv))
-    return mixed, _Saved(qkv, mixed, log_normaliser)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attention(qkv: jax.Array, implementation: str) -> jax.Array:
+    return _forward(qkv, implementation)[0]
 
 
-def _backward(saved: _Saved, gradient: jax.Array) -> tuple[jax.Array]:
-    # The softmax's own gradient, summed over keys, is that of the output times the output.
-    common = jnp.sum(saved.mixed.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1)
-    common = jnp.swapaxes(common, 1, 2)
-    return (_on_any_platform(_unmix, saved.qkv, saved.log_normaliser, gradient, common),)
+def _forward(qkv: jax.Array, implementation: str) -> tuple[jax.Array, _Saved]:
+    mixed, log_normalizer = _MODULES[implementation].forward(qkv)
+    # Saved without its axis of heads, which a TPU would pad to twice the size.
+    saved = kept(mixed.reshape(*mixed.shape[:2], -1)).reshape(mixed.shape)
+    return saved, _Saved(qkv, saved, kept(log_normalizer))
 
 
-attention.defvjp(_forward, _backward)
+def _backward(implementation: str, saved: _Saved, gradient: jax.Array) -> tuple[jax.Array]:
+    return (_MODULES[implementation].backward(*saved, gradient),)
 
 
-def _on_any_platform(function: Callable, *arrays: jax.Array) -> Any:
-    """The whole batch at once on accelerators; on a CPU one sample after the other, whose scores
-    fit into its cache.
-    """
-
-    def one_by_one(*arrays: jax.Array) -> Any:
-        batch = len(arrays[0])
-        # One on each device of a sharded batch: a group is a row of every device's share.
-        together = math.gcd(batch, jax.device_count())
-        groups = [
-            array.reshape(together, batch // together, *array.shape[1:]).swapaxes(0, 1)
-            for array in arrays
-        ]
-        found = jax.lax.map(lambda group: function(*group), groups)
-        return jax.tree.map(
-            lambda array: array.swapaxes(0, 1).reshape(batch, *array.shape[2:]), found
-        )
-
-    return jax.lax.platform_dependent(*arrays, cpu=one_by_one, default=function)
-
-
-def _scores(key: jax.Array, query: jax.Array) -> Float[Array, "b h k q"]:
-    """Float32. Keys come before queries: the softmax then runs over an axis that is not the
-    innermost, where a CPU takes many queries at a time.
-    """
-    return jnp.einsum("bhdk,bhdq->bhkq", key, query, preferred_element_type=jnp.float32)
-
-
-def _mix(qkv: jax.Array) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:
-    query, key, value = jnp.moveaxis(qkv, 2, 0)
-    query = query * query.shape[-1] ** -0.5
-    scores = _scores(_channels_first(key), _channels_first(query))
-    largest = jnp.max(scores, axis=2)
-    exponentials = jnp.exp(scores - largest[:, :, None])
-    normaliser = jnp.sum(exponentials, axis=2)
-    mixed = jnp.einsum(
-        "bhkq,bhkd->bhqd",
-        exponentials.astype(value.dtype),
-        _heads_first(value),
-        preferred_element_type=jnp.float32,
-    )
-    mixed = (mixed / normaliser[..., None]).astype(value.dtype)
-    return _heads_first(mixed), largest + jnp.log(normaliser)
-
-
-def _unmix(
-    qkv: jax.Array, log_normaliser: jax.Array, gradient: jax.Array, common: jax.Array
-) -> Float[Array, "b t 3 h d"]:
-    query, key, value = jnp.moveaxis(qkv, 2, 0)
-    scale = query.shape[-1] ** -0.5
-    query = query * scale
-    scores = _scores(_channels_first(key), _channels_first(query))
-    weights = jnp.exp(scores - log_normaliser[:, :, None])
-    of_weights = _scores(_channels_first(value), _channels_first(gradient))
-    of_scores = weights * (of_weights - common[:, :, None])
-    of_scores = of_scores.astype(query.dtype)
-    of_value = jnp.einsum("bhkq,bhqd->bhkd", weights.astype(gradient.dtype), _heads_first(gradient))
-    of_key = jnp.einsum("bhkq,bhqd->bhkd", of_scores, _heads_first(query))
-    of_query = jnp.einsum("bhkq,bhkd->bhqd", of_scores, _heads_first(key)) * scale
-    return jnp.stack([_heads_first(of) for of in (of_query, of_key, of_value)], axis=2)
-
-
-def _heads_first(tokens: Float[Array, "b t h d"]) -> Float[Array, "b h t d"]:
-    """Its own inverse."""
-    return jnp.swapaxes(tokens, 1, 2)
-
-
-def _channels_first(tokens: Float[Array, "b t h d"]) -> Float[Array, "b h d t"]:
-    return jnp.transpose(tokens, (0, 2, 3, 1))
+_attention.defvjp(_forward, _backward)

@@ -5,19 +5,59 @@ stacked: every array under "blocks" has a leading layer axis. Why plain dicts:
 docs/decisions/0001-plain-arrays.md.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from proteus_jax.models.attention import choose
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.student import Predictions, Student
 from proteus_jax.models.vit import Features, VisionTransformer
 
 Params = dict[str, Any]
+
+
+def in_precision(params: Params, dtype: DTypeLike) -> Params:
+    """Params with the weights of matmuls in `dtype`. What is added, multiplied or normalized with
+    keeps its own: it is little, and its rounding would add to that of the matmuls.
+    """
+
+    def cast(path: tuple[Any, ...], array: Any) -> Any:
+        return array.astype(dtype) if path[-1].key == "kernel" else array
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def stored_shapes(backbone: "BackboneFunction") -> Params:
+    """The shapes and dtypes of a backbone's params in its own precision."""
+    return jax.eval_shape(lambda params: in_precision(params, backbone.dtype), backbone.shapes)
+
+
+def without_layer_scale(params: Params) -> Params:
+    """A backbone's params for the same spec with `layer_scale` false: the factors are multiplied
+    into the Linear before them, as LayerScale does it at each call, and then rounded once.
+    """
+    blocks = dict(params["blocks"])
+    for scale, branch, last in (("ls1", "attn", ("proj",)), ("ls2", "mlp", ("fc2", "w3"))):
+        if scale not in blocks:
+            continue
+        factors = np.asarray(blocks.pop(scale)["gamma"], np.float32)
+        branches = dict(blocks[branch])
+        for name in set(last) & branches.keys():
+            linear = branches[name]
+            branches[name] = {
+                "kernel": np.asarray(linear["kernel"]) * factors[:, None],
+                "bias": np.asarray(linear["bias"]) * factors,
+            }
+        blocks[branch] = branches
+    return {**params, "blocks": blocks}
 
 
 class _Functional:
@@ -37,11 +77,15 @@ class _Functional:
 
 
 class BackboneFunction(_Functional):
-    """A ViT: (params, normalised images [B, H, W, 3]) -> Features. Matmuls run in `dtype`."""
+    """A ViT: (params, normalised images [B, H, W, 3]) -> Features. Matmuls run in `dtype`,
+    attention is one of attention.IMPLEMENTATIONS.
+    """
 
-    def __init__(self, spec: ViTSpec, dtype: DTypeLike = jnp.float32):
-        self.spec, self.dtype = spec, jnp.dtype(dtype)
-        super().__init__(lambda rngs: VisionTransformer(spec, dtype=dtype, rngs=rngs))
+    def __init__(self, spec: ViTSpec, dtype: DTypeLike = jnp.float32, attention: str = "xla"):
+        self.spec, self.dtype, self.attention = spec, jnp.dtype(dtype), attention
+        super().__init__(
+            lambda rngs: VisionTransformer(spec, dtype=dtype, attention=attention, rngs=rngs)
+        )
 
     def __call__(
         self, params: Params, images: jax.Array, mask: jax.Array | None = None
@@ -76,6 +120,16 @@ class BackboneFunction(_Functional):
         return self._module(params).class_attention(images)
 
 
+def fastest_attention(spec: ViTSpec, dtype: DTypeLike) -> str:
+    """The implementation for the devices that are here, with a warning where it is not their
+    first.
+    """
+    choice = choose("auto", jax.default_backend(), dtype, spec.width // spec.heads)
+    if choice.remark:
+        warnings.warn(choice.remark, stacklevel=3)
+    return choice.implementation
+
+
 class StudentFunction(_Functional):
     """A student with its heads; params have "backbone" and "heads", by teacher and then "token",
     "feature" and "patch".
@@ -88,11 +142,19 @@ class StudentFunction(_Functional):
         dtype: DTypeLike = jnp.float32,
         drop_path: float = 0.0,
         remat: str = "off",
+        attention: str = "xla",
     ):
-        self.spec, self.dtype = spec, jnp.dtype(dtype)
+        self.spec, self.dtype, self.attention = spec, jnp.dtype(dtype), attention
         self.drop_path = drop_path
         self.remat = remat
-        super().__init__(lambda rngs: Student(spec, teacher_widths, dtype=dtype, rngs=rngs))
+        super().__init__(
+            lambda rngs: Student(spec, teacher_widths, dtype=dtype, attention=attention, rngs=rngs)
+        )
+
+    @functools.cached_property
+    def backbone(self) -> BackboneFunction:
+        """The student without its heads; its params are those under "backbone"."""
+        return BackboneFunction(self.spec, self.dtype, self.attention)
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 softmax float32.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from proteus_jax.models.attention import attention, kept
+from proteus_jax.models.attention import attention
+from proteus_jax.models.remat import kept
 from proteus_jax.models.rotary import Rotation, turned
 from proteus_jax.models.specs import ViTSpec
 
@@ -45,13 +47,57 @@ def linear(
     return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(width: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A LayerNorm in float32; the fast variance E[x^2] - E[x]^2 would cost digits that parity
-    needs.
+class LayerNorm(nnx.Module):
+    """LayerNorm in float32, whatever comes in.
+
+    The variance is that of centered values: the fast one, E[x^2] - E[x]^2, would cost digits that
+    parity needs. The gradient is written out, as it takes fewer passes over the tokens than the
+    derivative of each step does, and saves the statistics, which are small.
     """
-    return nnx.LayerNorm(
-        width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+
+    def __init__(self, width: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return _normalized(tokens, self.scale[...], self.bias[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalized(tokens: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    return _normalize(tokens, scale, bias, epsilon)[0]
+
+
+def _normalize(
+    tokens: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    wide = tokens.astype(jnp.float32)
+    mean = kept(jnp.mean(wide, axis=-1))
+    centered = wide - mean[..., None]
+    inverse = kept(jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1) + epsilon))
+    normalized = centered * (inverse[..., None] * scale.astype(jnp.float32))
+    return normalized + bias.astype(jnp.float32), (tokens, mean, inverse, scale, bias)
+
+
+def _gradient_of_normalized(
+    epsilon: float, saved: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tokens, mean, inverse, scale, bias = saved
+    rows = tuple(range(gradient.ndim - 1))
+    standard = (tokens.astype(jnp.float32) - mean[..., None]) * inverse[..., None]
+    scaled = gradient * scale.astype(jnp.float32)
+    common = jnp.mean(scaled, axis=-1, keepdims=True)
+    along = jnp.mean(scaled * standard, axis=-1, keepdims=True)
+    of_tokens = (scaled - common - standard * along) * inverse[..., None]
+    return (
+        of_tokens.astype(tokens.dtype),
+        jnp.sum(gradient * standard, axis=rows).astype(scale.dtype),
+        jnp.sum(gradient, axis=rows).astype(bias.dtype),
     )
+
+
+_normalized.defvjp(_normalize, _gradient_of_normalized)
 
 
 class LayerScale(nnx.Module):
@@ -86,10 +132,12 @@ Scale = LayerScale | Unscaled
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with one qkv projection."""
+    """Multi-head self-attention with one qkv projection; `implementation` is one of
+    attention.IMPLEMENTATIONS.
+    """
 
-    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.heads, self.key_bias = spec.heads, spec.key_bias
+    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, implementation: str, rngs: nnx.Rngs):
+        self.heads, self.key_bias, self.implementation = spec.heads, spec.key_bias, implementation
         init = nnx.initializers.xavier_uniform() if spec.xavier_qkv else LINEAR_INIT
         self.qkv = linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs, init=init)
         self.proj = linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
@@ -98,7 +146,7 @@ class Attention(nnx.Module):
         self, tokens: Float[Array, "b t d"], scale: Scale, rotation: Rotation | None
     ) -> Float[Array, "b t d"]:
         qkv = self.projected(tokens, rotation)
-        return scale(self.proj, attention(qkv).reshape(tokens.shape))
+        return scale(self.proj, attention(qkv, self.implementation).reshape(tokens.shape))
 
     def projected(
         self, tokens: Float[Array, "b t d"], rotation: Rotation | None
@@ -171,11 +219,11 @@ class Block(nnx.Module):
     time.
     """
 
-    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm1 = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
-        self.attn = Attention(spec, dtype=dtype, rngs=rngs)
+    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, attention: str, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(spec.width, spec.norm_epsilon)
+        self.attn = Attention(spec, dtype=dtype, implementation=attention, rngs=rngs)
         self.ls1 = LayerScale(spec.width) if spec.layer_scale else Unscaled()
-        self.norm2 = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
+        self.norm2 = LayerNorm(spec.width, spec.norm_epsilon)
         feed_forward = SwiGLU if spec.feed_forward == "swiglu" else Mlp
         self.mlp = feed_forward(spec, dtype=dtype, rngs=rngs)
         self.ls2 = LayerScale(spec.width) if spec.layer_scale else Unscaled()
@@ -185,11 +233,18 @@ class Block(nnx.Module):
         tokens: Float[Array, "b t d"],
         keep: Float[Array, "2 b 1 1"] | None = None,
         rotation: Rotation | None = None,
+        *,
+        training: bool = False,
     ) -> Float[Array, "b t d"]:
         """`keep` multiplies the two branches of each sample: 0, or 1 / (1 - rate)."""
-        attended = self.attn(self.norm1(tokens), self.ls1, rotation)
+        # What is added to the stream is saved rather than the stream: in bfloat16 it is half of it.
+        attended = kept(self.attn(self.norm1(tokens), self.ls1, rotation))
         # The stream keeps its own dtype: float32 for float32 parameters, whatever the matmuls use.
         attended = attended if keep is None else attended * keep[0]
-        tokens = kept(tokens + attended.astype(tokens.dtype))
+        tokens = tokens + attended.astype(tokens.dtype)
         fed = self.mlp(self.norm2(tokens), self.ls2)
+        if not training and fed.dtype != tokens.dtype:
+            # A TPU's compiler makes one program of both matmuls, and computes the first one again
+            # for each part of the second's output: the wider the output, the more often.
+            fed = jax.lax.optimization_barrier(fed)
         return tokens + (fed if keep is None else fed * keep[1]).astype(tokens.dtype)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from proteus_jax.models.layers import Mlp, Unscaled, layer_norm, linear
+from proteus_jax.models.layers import LayerNorm, Mlp, Unscaled, linear
 from proteus_jax.models.specs import ViTSpec
 
 
@@ -22,7 +22,7 @@ class AttentionPool(nnx.Module):
         self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, 1, spec.width)))
         self.qkv = linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs)
         self.proj = linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
-        self.norm = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
+        self.norm = LayerNorm(spec.width, spec.norm_epsilon)
         self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from proteus_jax.models.layers import layer_norm, torch_uniform
+from proteus_jax.models.layers import LayerNorm, torch_uniform
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features, VisionTransformer
 
@@ -42,7 +42,7 @@ class Head(nnx.Module):
 
     def __init__(self, width: int, teacher_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = torch_uniform(width)
-        self.norm = layer_norm(width, HEAD_NORM_EPSILON, rngs=rngs)
+        self.norm = LayerNorm(width, HEAD_NORM_EPSILON)
         self.linear = nnx.Linear(
             width, teacher_width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
         )
@@ -79,9 +79,10 @@ class Student(nnx.Module):
         teacher_widths: Mapping[str, int],
         *,
         dtype: DTypeLike = jnp.float32,
+        attention: str = "xla",
         rngs: nnx.Rngs,
     ):
-        self.backbone = VisionTransformer(spec, dtype=dtype, rngs=rngs)
+        self.backbone = VisionTransformer(spec, dtype=dtype, attention=attention, rngs=rngs)
         self.heads = nnx.Dict(
             {
                 name: Heads(spec.width, width, dtype=dtype, rngs=rngs)
@@ -100,7 +101,7 @@ class Student(nnx.Module):
         remat: str = "off",
     ) -> Predictions:
         """Unmasked predictions for `images`, masked ones for `masked_images` under `mask`."""
-        training = {"drop_path": drop_path, "key": key, "remat": remat}
+        training = {"drop_path": drop_path, "key": key, "remat": remat, "training": True}
         masked: Features | None = None
         if masked_images is None or mask is None:
             features = self.backbone(images, **training)

@@ -14,20 +14,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from proteus_jax.models.attention import KEPT
-from proteus_jax.models.layers import LINEAR_INIT, Block, layer_norm, torch_uniform
+from proteus_jax.models.layers import LINEAR_INIT, Block, LayerNorm, torch_uniform
 from proteus_jax.models.pooling import AttentionPool
 from proteus_jax.models.position import resize_matrix
+from proteus_jax.models.remat import REMAT
 from proteus_jax.models.rotary import Rotation, rotation
 from proteus_jax.models.specs import ViTSpec
-
-# What a block leaves for its backward pass. off: what its matmuls made (`kept`); elementwise
-# arithmetic is made again, which costs less than its memory would. blocks: its input alone, for
-# about a third more arithmetic in the student.
-REMAT = {
-    "off": jax.checkpoint_policies.save_only_these_names(KEPT),
-    "blocks": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Features(NamedTuple):
@@ -95,11 +87,11 @@ class PatchEmbed(nnx.Module):
         return self.proj(patches.reshape(batch, rows * columns, patch * patch * 3))
 
 
-def _stacked_blocks(spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+def _stacked_blocks(spec: ViTSpec, *, dtype: DTypeLike, attention: str, rngs: nnx.Rngs) -> Block:
     """A Block whose every parameter has a leading layer axis."""
 
     def make(key: PRNGKeyArray) -> Block:
-        return Block(spec, dtype=dtype, rngs=nnx.Rngs(key))
+        return Block(spec, dtype=dtype, attention=attention, rngs=nnx.Rngs(key))
 
     keys = jax.random.split(rngs.params(), spec.depth)
     graph = nnx.graphdef(nnx.eval_shape(lambda: make(jax.random.key(0))))
@@ -109,7 +101,14 @@ def _stacked_blocks(spec: ViTSpec, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Block
 class VisionTransformer(nnx.Module):
     """Class token, registers and patches through pre-norm blocks and a final LayerNorm."""
 
-    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: ViTSpec,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        attention: str = "xla",
+        rngs: nnx.Rngs,
+    ):
         self.spec = spec
         tiny = nnx.initializers.normal(1e-6)
         self.patch_embed = PatchEmbed(spec, dtype=dtype, rngs=rngs)
@@ -128,9 +127,9 @@ class VisionTransformer(nnx.Module):
         if spec.registers:
             self.register_tokens = nnx.Param(tiny(rngs.params(), (1, spec.registers, spec.width)))
         if spec.pre_norm:
-            self.norm_pre = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
-        self.blocks = _stacked_blocks(spec, dtype=dtype, rngs=rngs)
-        self.norm = layer_norm(spec.width, spec.norm_epsilon, rngs=rngs)
+            self.norm_pre = LayerNorm(spec.width, spec.norm_epsilon)
+        self.blocks = _stacked_blocks(spec, dtype=dtype, attention=attention, rngs=rngs)
+        self.norm = LayerNorm(spec.width, spec.norm_epsilon)
         if spec.pooling == "attention":
             self.pool = AttentionPool(spec, dtype=dtype, rngs=rngs)
 
@@ -142,16 +141,19 @@ class VisionTransformer(nnx.Module):
         drop_path: float = 0.0,
         key: PRNGKeyArray | None = None,
         remat: str = "off",
+        training: bool = False,
     ) -> Features:
         """Features of normalised images, the patches under `mask` replaced by the mask token.
 
         `drop_path` is the rate of the last block, growing linearly from 0 at the first; it needs a
-        `key`. `remat` says what the backward pass makes again, see REMAT. ValueError where a side
+        `key`. `remat` says what the backward pass makes again, see REMAT; `training` that there
+        will be one, which chooses what is compiled, not what it computes. ValueError where a side
         is no multiple of the patch size.
         """
         tokens = self._embed(images, mask)
         keep = self._keep(drop_path, key, images.shape[0])
-        tokens, _ = self._run_blocks(tokens, (), keep, remat, self._rotation(images))
+        rotation = self._rotation(images)
+        tokens, _ = self._run_blocks(tokens, (), keep, remat, rotation, training=training)
         return self._features(tokens, normalise=True)
 
     def intermediates(
@@ -211,13 +213,14 @@ class VisionTransformer(nnx.Module):
                 f"{height} x {width}"
             )
         grid = (height // spec.patch_size, width // spec.patch_size)
-        stream = self.mask_token.dtype
+        stream = jnp.float32
         patches = self.patch_embed(images).astype(stream)
         if mask is not None:
             patches = jnp.where(mask[..., None], self.mask_token[None], patches)
         before: list[jax.Array] = []
         if spec.class_token:
-            before.append(jnp.broadcast_to(self.cls_token[...], (batch, 1, spec.width)))
+            token = self.cls_token[...].astype(stream)
+            before.append(jnp.broadcast_to(token, (batch, 1, spec.width)))
         if spec.positions == "table":
             table = resize_position_table(self.pos_embed[...], spec, grid)
             first = spec.table_prefix
@@ -226,7 +229,8 @@ class VisionTransformer(nnx.Module):
         if spec.registers:
             # Registers have no position: they enter after the table is added.
             registers = (batch, spec.registers, spec.width)
-            before.append(jnp.broadcast_to(self.register_tokens[...], registers))
+            tokens = self.register_tokens[...].astype(stream)
+            before.append(jnp.broadcast_to(tokens, registers))
         tokens = jnp.concatenate([*before, patches], axis=1)
         return self.norm_pre(tokens) if spec.pre_norm else tokens
 
@@ -255,6 +259,8 @@ class VisionTransformer(nnx.Module):
         keep: jax.Array | None,
         remat: str,
         rotation: Rotation | None,
+        *,
+        training: bool = False,
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens after the last block, and [len(wanted), b, t, d] those after each wanted block."""
         depth = self.spec.depth
@@ -270,7 +276,7 @@ class VisionTransformer(nnx.Module):
         def body(carry, layer):
             tokens, outputs = carry
             block, slot, kept = layer
-            tokens = nnx.merge(graph, block)(tokens, kept, rotation)
+            tokens = nnx.merge(graph, block)(tokens, kept, rotation, training=training)
             if wanted:
                 outputs = jax.lax.dynamic_update_index_in_dim(outputs, tokens, slot, 0)
             return (tokens, outputs), None
