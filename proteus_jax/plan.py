@@ -23,7 +23,7 @@ from proteus_jax.data.rate import views_per_second
 from proteus_jax.errors import InputError
 from proteus_jax.floors import Floor, nearest
 from proteus_jax.lessons import lessons, masks, side_of_images
-from proteus_jax.models.functional import stored_shapes
+from proteus_jax.models.functional import StudentFunction, stored_shapes
 from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.pretrained import load_card
@@ -160,10 +160,7 @@ def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
     images = batch / devices / config.accumulate
     rows = images * (1.5 if masks(config) else 1.0)
     side = config.data.crop
-    kept = [
-        _kept(student.spec, side, rows, student.dtype.itemsize, config.remat)
-        for student in assembly.students.values()
-    ]
+    kept = [_kept(student, side, rows) for student in assembly.students.values()]
     taught = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
     largest = max([side, *(each.side or 0 for each in assembly.teachers.values())])
     params = _bytes(state.params, parts)
@@ -187,6 +184,7 @@ def _teaching(teacher: Teacher, crop: int, images: float, parts: int) -> tuple[f
     spec, precision = teacher.backbone.spec, teacher.backbone.dtype
     tokens = _tokens(spec, teacher.side or crop)
     scores = images * spec.heads * tokens**2 * (4 + precision.itemsize)
+    scores *= teacher.backbone.attention == "xla"
     wide = images * tokens * spec.hidden * 2 * (4 + precision.itemsize)
     return _bytes(teacher.backbone.shapes, parts) / 4 * precision.itemsize, max(scores, wide)
 
@@ -195,13 +193,16 @@ def _tokens(spec: ViTSpec, side: int) -> int:
     return spec.prefix + (side // spec.patch_size) ** 2
 
 
-def _kept(spec: ViTSpec, side: int, rows: float, itemsize: int, remat: str) -> float:
+def _kept(student: StudentFunction, side: int, rows: float) -> float:
     """Bytes that a student's blocks leave for the backward pass, and what one works with."""
+    spec, itemsize = student.spec, student.dtype.itemsize
     tokens, width = _tokens(spec, side), spec.width
     stream = rows * tokens * width * 4
-    block = stream + rows * tokens * (4 * width + spec.hidden) * itemsize
-    working = rows * spec.heads * tokens**2 * (2 * 4 + 2 * itemsize)
-    each = stream if remat == "blocks" else stream + block
+    # Queries, keys, values, what they attend to, what that adds to the stream, the hidden layer.
+    block = rows * tokens * (5 * width + spec.hidden) * itemsize
+    scores = rows * spec.heads * tokens**2 * (2 * 4 + 2 * itemsize)
+    working = 2 * stream + (scores if student.attention == "xla" else 0)
+    each = stream if student.remat == "blocks" else stream + block
     return spec.depth * each + block + working
 
 

@@ -153,3 +153,23 @@ def test_cudnn_is_lowered_and_its_residuals_are_saved(
         == forward
     )
     assert text.count("fmhaSoftmaxBackward") == 1
+
+
+@pytest.mark.parametrize("positions", ["table", "rotary"])
+@pytest.mark.parametrize("remat", ["off", "blocks"])
+def test_a_student_learns_the_same(positions: str, remat: str) -> None:
+    """Through the scan over blocks, and what it saves and computes again."""
+    spec = ViTSpec(width=64, depth=2, heads=2, grid=4, positions=positions)
+    images = jax.random.normal(jax.random.key(2), (2, 56, 56, 3))
+    gradients = []
+    for implementation in ("xla", "pallas"):
+        student = StudentFunction(spec, {"t": 8}, remat=remat, attention=implementation)
+        params = student.init(jax.random.key(3))
+
+        def loss(params: dict, student: StudentFunction = student) -> jax.Array:
+            return jnp.mean(jnp.square(student(params, images).answers["t"].feature))
+
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+    for found, expected in zip(*gradients, strict=True):
+        scale = np.abs(expected).max() + 1e-12
+        np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)

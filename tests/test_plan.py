@@ -1,5 +1,6 @@
 """What a run will need, before it: counted work, machines by name, memory, lines of --plan."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax
 import pytest
 from conftest import ROOT
 
-from proteus_jax import config, flops, plan
+from proteus_jax import config, floors, flops, plan
 from proteus_jax.assembly import Known, assemble, length
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
@@ -108,7 +109,8 @@ def test_memory_follows_what_a_configuration_asks_for() -> None:
 
 def test_the_estimate_is_near_what_a_compiler_says() -> None:
     """On a CPU, of the small pair in float32: what is stored exactly, the rest within a third."""
-    overrides = ("precision=float32", "teacher_precision=float32")
+    # The kernel for TPUs would be interpreted.
+    overrides = ("precision=float32", "teacher_precision=float32", "attention=xla")
     configuration, assembly = assembled(
         *overrides, "batch=32", "teacher=dinov2_vits14", "student=vit_tiny", "data.crop=112"
     )
@@ -155,6 +157,75 @@ def test_plan_prints_lines_and_leaves_nothing(tmp_path: Path) -> None:
     assert float(lines["cost"].split()[0]) == pytest.approx(32 * hours, rel=0.01)
     for line in result.stdout.splitlines():
         assert re.fullmatch(r"[^:]+: \S.*", line)
+    assert not list(tmp_path.iterdir())
+
+
+def lines_of(tmp_path: Path, *arguments: str) -> dict[str, str]:
+    result = printed(tmp_path, "--plan", *arguments)
+    assert result.returncode == 0, result.stderr
+    return dict(line.split(": ", 1) for line in result.stdout.splitlines())
+
+
+def test_the_assumed_mfu_comes_from_what_was_compiled(tmp_path: Path) -> None:
+    lines = lines_of(tmp_path, "--topology=v5e:4x4")
+    most = re.fullmatch(
+        r"(\d+)% \(by what vitti14 moves, compiled for 64 images a device of v5e:4x4\)",
+        lines["MFU at most"],
+    )
+    assumed = re.fullmatch(r"(\d+)% \(midway between that floor and .*", lines["assumed MFU"])
+    assert most
+    assert assumed
+    assert 0 < int(assumed[1]) < int(most[1]) <= 100
+    peak = 16 * 197e12
+    rate = peak * int(assumed[1]) / 100 / 27.7e9
+    assert float(lines["images a second"].split()[0]) == pytest.approx(rate, rel=0.05)
+    # Another share of a topology that nothing was compiled for.
+    assert lines_of(tmp_path, "--topology=h100:8")["assumed MFU"] == "40% (an assumption)"
+    found = lines_of(tmp_path, "--topology=v6e:2x4", "--mfu=0.25", "--config.batch=512")
+    assert found["assumed MFU"] == "25% (--mfu)"
+    assert "v6e" in found["MFU at most"]
+
+
+def test_the_table_of_compiled_steps() -> None:
+    made, rows = floors.table()
+    assert {"commit", "jax", "libtpu"} <= made.keys()
+    for each in rows:
+        configuration, problems = config.load(str(ROOT / "configs" / f"{each.config}.py"), [])
+        assert not problems
+        topology = named_topology(each.topology)
+        assert topology.device is not None
+        assert each.images * topology.devices == configuration.batch
+        assert 0 < each.expected(topology.device.peak) < each.most(topology.device.peak) < 1
+        assert each.memory < plan.USABLE * topology.device.memory
+        assert floors.nearest(each.topology, each.work, each.images) == each
+    assert floors.nearest("h100:8", 1e9, 64) is None
+
+
+def test_the_epoch_is_that_of_the_images(tmp_path: Path, photographs: Path) -> None:
+    arguments = (f"--config.data.root={photographs}", "--topology=v5e:4x4", "--config.epochs=1024")
+    lines = lines_of(tmp_path, *arguments, "--config.data.held_out.share=0")
+    assert lines["images an epoch"] == "40 images (those of --config.data.root to train on)"
+    assert lines["steps"] == "40 of 1024 images"
+    assert lines_of(tmp_path)["images an epoch"].startswith("1281167 images (ImageNet-1K's")
+    result = printed(tmp_path, "--plan", f"--config.data.root={tmp_path / 'absent'}")
+    assert result.returncode == 2
+    assert "absent" in result.stderr
+
+
+def test_a_plan_of_another_teacher(tmp_path: Path, tiny_teacher: Path) -> None:
+    lines = lines_of(tmp_path, f"--config.teacher={tiny_teacher}", "--topology=v5e:4x4")
+    assert float(lines["teacher parameters"].split()[0]) < 0.1
+
+
+def test_a_program_is_kept_where_it_can_be_compiled(tmp_path: Path) -> None:
+    for topology in ((), ("--topology=h100:8",)):
+        result = printed(tmp_path, "--plan", "--hlo=step.hlo", *topology)
+        assert result.returncode == 2
+        assert "--hlo: expected with --topology of TPUs" in result.stderr
+    if importlib.util.find_spec("libtpu") is None:
+        result = printed(tmp_path, "--plan", "--hlo=step.hlo", "--topology=v5e:4x4")
+        assert result.returncode == 2
+        assert "--hlo: v5e:4x4 cannot be compiled for here" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
