@@ -307,8 +307,10 @@ def _compiler_lines(
     yield f"compiled, memory a device, state, teacher and images: {stored / GB:.2f} GB"
     yield f"compiled, fits: {'yes' if peak <= topology.device.memory * USABLE else 'no'}"
     if hlo is not None:
+        text = compiled.as_text()
+        assert text is not None
         hlo.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(hlo, compiled.as_text())
+        write_atomically(hlo, text)
         yield f"compiled, program: {hlo}"
 
 

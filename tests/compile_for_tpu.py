@@ -63,7 +63,7 @@ def compiled(topology: str, shape: tuple[int, int, int, str]) -> str:
         for rest in ((3, heads, dim), (heads, dim))
     ]
     lowered = jax.jit(sharding.traced_on(mesh, both_ways)).lower(*arrays)
-    return lowered.compile().as_text()
+    return lowered.compile().as_text() or ""
 
 
 def main() -> None:
