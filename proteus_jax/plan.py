@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 
 from proteus_jax import sharding
 from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
+from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_configured
 from proteus_jax.data.randaugment import RandAugment
@@ -108,6 +109,8 @@ def _images(config: Any) -> tuple[int, str]:
         return config.data.epoch, "--config.data.epoch"
     if not config.data.root:
         return IMAGENET_IMAGES, "ImageNet-1K's, as no --config.data.root is given"
+    if pictures.NAME in config.data.root and not pictures.are_here():
+        return IMAGENET_IMAGES, f"ImageNet-1K's, as {pictures.NAME}'s are not fetched for a plan"
     found = open_configured(config.data, config.seed).training
     return len(found), "those of --config.data.root to train on"
 

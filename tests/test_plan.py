@@ -201,12 +201,18 @@ def test_the_table_of_compiled_steps() -> None:
     assert floors.nearest("h100:8", 1e9, 64) is None
 
 
-def test_the_epoch_is_that_of_the_images(tmp_path: Path, photographs: Path) -> None:
+def test_the_epoch_is_that_of_the_images(
+    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = (f"--config.data.root={photographs}", "--topology=v5e:4x4", "--config.epochs=1024")
     lines = lines_of(tmp_path, *arguments, "--config.data.held_out.share=0")
     assert lines["images an epoch"] == "40 images (those of --config.data.root to train on)"
     assert lines["steps"] == "40 of 1024 images"
     assert lines_of(tmp_path)["images an epoch"].startswith("1281167 images (ImageNet-1K's")
+    # A plan fetches nothing.
+    monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
+    fetched = lines_of(tmp_path, "--config.data.root=scikit-image")
+    assert fetched["images an epoch"].endswith("scikit-image's are not fetched for a plan)")
     result = printed(tmp_path, "--plan", f"--config.data.root={tmp_path / 'absent'}")
     assert result.returncode == 2
     assert "absent" in result.stderr

@@ -27,10 +27,19 @@ FILES = (
 )  # fmt: skip
 
 
+def _folder() -> Path:
+    return cache_directory() / "pictures"
+
+
+def are_here() -> bool:
+    """Whether they have been fetched."""
+    return all((_folder() / name).is_file() for name in FILES)
+
+
 def obtain_pictures() -> Path:
     """The folder of the pictures in the cache, fetched where it is not there yet."""
-    folder = cache_directory() / "pictures"
-    if not all((folder / name).is_file() for name in FILES):
+    folder = _folder()
+    if not are_here():
         cache_folder()
         with atomic_directory(folder, replace=True) as temporary:
             fetch_wheel_members(WHEEL, [f"skimage/data/{name}" for name in FILES], temporary)
