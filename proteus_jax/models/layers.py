@@ -55,10 +55,10 @@ class LayerNorm(nnx.Module):
     derivative of each step does, and saves the statistics, which are small.
     """
 
-    def __init__(self, width: int, epsilon: float):
+    def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale = nnx.Param(nnx.initializers.ones_init()(rngs.params(), (width,)))
+        self.bias = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), (width,)))
 
     def __call__(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         return _normalized(tokens, self.scale[...], self.bias[...], self.epsilon)
@@ -220,10 +220,10 @@ class Block(nnx.Module):
     """
 
     def __init__(self, spec: ViTSpec, *, dtype: DTypeLike, attention: str, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(spec.width, spec.norm_epsilon)
+        self.norm1 = LayerNorm(spec.width, spec.norm_epsilon, rngs=rngs)
         self.attn = Attention(spec, dtype=dtype, implementation=attention, rngs=rngs)
         self.ls1 = LayerScale(spec.width) if spec.layer_scale else Unscaled()
-        self.norm2 = LayerNorm(spec.width, spec.norm_epsilon)
+        self.norm2 = LayerNorm(spec.width, spec.norm_epsilon, rngs=rngs)
         feed_forward = SwiGLU if spec.feed_forward == "swiglu" else Mlp
         self.mlp = feed_forward(spec, dtype=dtype, rngs=rngs)
         self.ls2 = LayerScale(spec.width) if spec.layer_scale else Unscaled()

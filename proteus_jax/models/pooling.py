@@ -22,7 +22,7 @@ class AttentionPool(nnx.Module):
         self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, 1, spec.width)))
         self.qkv = linear(spec.width, 3 * spec.width, dtype=dtype, rngs=rngs)
         self.proj = linear(spec.width, spec.width, dtype=dtype, rngs=rngs)
-        self.norm = LayerNorm(spec.width, spec.norm_epsilon)
+        self.norm = LayerNorm(spec.width, spec.norm_epsilon, rngs=rngs)
         self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:

@@ -42,7 +42,7 @@ class Head(nnx.Module):
 
     def __init__(self, width: int, teacher_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = torch_uniform(width)
-        self.norm = LayerNorm(width, HEAD_NORM_EPSILON)
+        self.norm = LayerNorm(width, HEAD_NORM_EPSILON, rngs=rngs)
         self.linear = nnx.Linear(
             width, teacher_width, kernel_init=init, bias_init=init, dtype=dtype, rngs=rngs
         )

@@ -127,9 +127,9 @@ class VisionTransformer(nnx.Module):
         if spec.registers:
             self.register_tokens = nnx.Param(tiny(rngs.params(), (1, spec.registers, spec.width)))
         if spec.pre_norm:
-            self.norm_pre = LayerNorm(spec.width, spec.norm_epsilon)
+            self.norm_pre = LayerNorm(spec.width, spec.norm_epsilon, rngs=rngs)
         self.blocks = _stacked_blocks(spec, dtype=dtype, attention=attention, rngs=rngs)
-        self.norm = LayerNorm(spec.width, spec.norm_epsilon)
+        self.norm = LayerNorm(spec.width, spec.norm_epsilon, rngs=rngs)
         if spec.pooling == "attention":
             self.pool = AttentionPool(spec, dtype=dtype, rngs=rngs)
 
