@@ -259,9 +259,11 @@ def _plan(configuration: Any, words: dict[str, str], known: list[str], console: 
                 fits = False
             if not fits:
                 known.append(f"{name}: expected a number {expected}, found {words[name]!r}")
+    hlo = words.get("--hlo")
+    if hlo is not None and (not hlo or Path(hlo).expanduser().is_dir()):
+        known.append(f"--hlo: expected a file to write, found {hlo!r}")
     if known:
         raise InputError(known)
-    hlo = words.get("--hlo")
     settings = plan.Settings(
         words.get("--topology", ""),
         numbers.get("--mfu"),

@@ -19,6 +19,8 @@ from proteus_jax.step import Metrics, Teacher, TrainState, init_state, make_trai
 
 # A warm-up that would take all of a run takes this part of it.
 SHORTENED = 10
+# Channels of a head of nearly every ViT: what is asked of a platform before its models are known.
+HEAD = 64
 
 
 class Length(NamedTuple):
@@ -112,11 +114,6 @@ def assemble(
     by the names of `lessons`, `start` is what the students start from.
     """
     precision = dtype_of(config.teacher_precision, platform)
-    if precision == jnp.float16 and platform == "tpu":
-        raise InputError(
-            "--config.teacher_precision: expected auto, bfloat16 or float32 on a TPU, which has no "
-            "float16"
-        )
     remarks = []
 
     def attention(spec: ViTSpec, dtype: Any) -> str:
@@ -181,6 +178,22 @@ def assemble(
 
     said = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
     return Assembly(taught, students, normalisation, init, step, said)
+
+
+def unsuited(config: Any, platform: str) -> list[str]:
+    """What a platform does not have of what is asked for, in words."""
+    problems = []
+    if config.teacher_precision == "float16" and platform == "tpu":
+        problems.append(
+            "--config.teacher_precision: expected auto, bfloat16 or float32 on a TPU, which has no "
+            "float16"
+        )
+    for precision in dict.fromkeys([config.precision, config.teacher_precision]):
+        try:
+            choose(config.attention, platform, dtype_of(precision, platform), HEAD)
+        except ValueError as error:
+            problems.append(f"--config.attention: {error}")
+    return list(dict.fromkeys(problems))
 
 
 def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proteus_jax import sharding
-from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
+from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits, unsuited
 from proteus_jax.changes import CARD, CONFIGURATION
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
@@ -113,6 +113,7 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     misspelt path.
     """
     problems = [*known, *_check_workdir(workdir, config.data.root), *_check_devices(config)]
+    problems += [] if known else unsuited(config, jax.default_backend())
     return _found(config, problems)
 
 

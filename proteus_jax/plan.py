@@ -1,4 +1,5 @@
-"""Before a run: what it will need and cost, from sizes alone; no data, no weights, nothing trained.
+"""Before a run: what it will need and cost, from sizes alone; no weights, nothing trained. Images
+are counted where they are given.
 
 Memory is an estimate from what is stored and kept; with the TPU compiler at hand and a TPU topology
 named, the real step is compiled for it and the compiler's own figures come as well.
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from proteus_jax import sharding
-from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits
+from proteus_jax.assembly import Assembly, Known, assemble, dtype_of, length, misfits, unsuited
 from proteus_jax.data import pictures
 from proteus_jax.data.augment import Recipe
 from proteus_jax.data.catalog import open_configured
@@ -82,7 +83,8 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
         name: Known(_spec(lesson.source), IMAGENET) for name, lesson in lessons(config).items()
     }
     start = _spec(config.start) if config.start else None
-    problems = misfits(config, {name: known.spec for name, known in teachers.items()}, start)
+    problems = unsuited(config, topology.platform)
+    problems += misfits(config, {name: known.spec for name, known in teachers.items()}, start)
     if problems:
         raise InputError(problems)
     images, counted = _images(config)
@@ -293,7 +295,7 @@ def _compiler_lines(
     try:
         compiled = compiled_step(config, assembly, topology.name)
     except Exception as error:  # The compiler's own words are all there is.
-        reason = f"{str(error).strip().partition(chr(10))[0][:200]}"
+        reason = str(error).strip().partition("\n")[0][:200]
         if hlo is not None:
             raise InputError(
                 f"--hlo: {topology.name} cannot be compiled for here ({reason}); pip install "

@@ -115,12 +115,10 @@ def test_choice() -> None:
     assert choose("auto", "tpu", jnp.float32, 64) == Choice("pallas")
     assert choose("auto", "gpu", jnp.bfloat16, 64) == Choice("cudnn")
     assert choose("xla", "gpu", jnp.bfloat16, 64) == Choice("xla")
-    found = choose("auto", "gpu", jnp.float32, 64)
-    assert found.implementation == "xla"
-    assert "cuDNN's kernel computes in float16 or bfloat16, not in float32" in found.remark
-    with pytest.raises(ValueError, match="expected auto or xla on a cpu, found pallas"):
+    assert choose("auto", "gpu", jnp.float32, 64) == Choice("xla")
+    with pytest.raises(ValueError, match="expected auto or xla on a cpu in float32, found pallas"):
         choose("pallas", "cpu", jnp.float32, 64)
-    with pytest.raises(ValueError, match="found cudnn: cuDNN's kernel computes in float16"):
+    with pytest.raises(ValueError, match="expected auto or xla on a gpu in float32, found cudnn"):
         choose("cudnn", "gpu", jnp.float32, 64)
 
 
@@ -131,6 +129,8 @@ def test_a_refusal_of_cudnn_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     found = choose("auto", "gpu", jnp.float16, 40)
     assert found.implementation == "xla"
     assert "cuDNN's kernel cannot be had (cuDNN is not detected" in found.remark
+    with pytest.raises(ValueError, match="found cudnn: cuDNN's kernel cannot be had"):
+        choose("cudnn", "gpu", jnp.float16, 40)
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("off", 1), ("blocks", 2)])
@@ -174,4 +174,5 @@ def test_a_student_learns_the_same(positions: str, remat: str) -> None:
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
     for found, expected in zip(*gradients, strict=True):
         scale = np.abs(expected).max() + 1e-12
-        np.testing.assert_allclose(found / scale, expected / scale, atol=2e-5)
+        # Sums over all tokens of the batch, in another order.
+        np.testing.assert_allclose(found / scale, expected / scale, atol=5e-6)

@@ -241,8 +241,11 @@ class CropTrainer:
             pixels = frozen.normalisation(images)
             return probe.update(state, tokens(frozen.backbone, params, pixels), labels, step)
 
-        replicated = sharding.replicated(context.mesh)
-        self._train = jax.jit(train, donate_argnums=0, out_shardings=replicated)
+        self._train = jax.jit(
+            sharding.traced_on(context.mesh, train),
+            donate_argnums=0,
+            out_shardings=sharding.replicated(context.mesh),
+        )
 
     def __call__(self, learnt: Labelled, state: Params) -> Params:
         """All steps of the probe; `state` is gone afterwards."""

@@ -58,8 +58,8 @@ def _by_cudnn(qkv: Float[Array, "b t 3 h d"]) -> Float[Array, "b t h d"]:
 
 
 class Choice(NamedTuple):
-    """An implementation; `remark` says why it is not the platform's first, and is empty where it
-    is, or where it was asked for.
+    """An implementation; `remark` says why it is not the one that `auto` would take, where cuDNN
+    refuses, and is empty otherwise.
     """
 
     implementation: str
@@ -70,18 +70,17 @@ def choose(name: str, platform: str, dtype: DTypeLike, dim: int) -> Choice:
     """What `name`, one of IMPLEMENTATIONS or "auto", means on "cpu", "gpu" or "tpu" for heads of
     `dim` channels. ValueError where the platform does not have it, or not for these.
     """
-    possible = _ON_PLATFORM[platform]
+    kind = jnp.dtype(dtype)
+    # cuDNN's kernel computes in 16 bits alone.
+    possible = [each for each in _ON_PLATFORM[platform] if each != "cudnn" or kind.itemsize == 2]
     if name not in ("auto", *possible):
-        raise ValueError(f"expected auto or {' or '.join(possible)} on a {platform}, found {name}")
-    if name == "auto":
-        name = possible[0]
-        reason = _cudnn_refuses(jnp.dtype(dtype).name, dim) if name == "cudnn" else ""
-        return Choice("xla", f"attention is xla: {reason}") if reason else Choice(name)
-    if name == "cudnn":
-        reason = _cudnn_refuses(jnp.dtype(dtype).name, dim)
-        if reason:
-            raise ValueError(f"expected auto or xla here, found cudnn: {reason}")
-    return Choice(name)
+        known = " or ".join(["auto", *possible])
+        raise ValueError(f"expected {known} on a {platform} in {kind}, found {name}")
+    chosen = possible[0] if name == "auto" else name
+    reason = _cudnn_refuses(kind.name, dim) if chosen == "cudnn" else ""
+    if reason and name == "cudnn":
+        raise ValueError(f"expected auto or xla here, found cudnn: {reason}")
+    return Choice("xla", f"attention is xla: {reason}") if reason else Choice(chosen)
 
 
 @functools.cache
@@ -89,8 +88,6 @@ def _cudnn_refuses(dtype: str, dim: int) -> str:
     """Why cuDNN does not do it, as a few heads tried both ways show; empty where it does, and where
     no GPU is here to ask.
     """
-    if jnp.dtype(dtype).itemsize != 2:
-        return f"cuDNN's kernel computes in float16 or bfloat16, not in {dtype}"
     if jax.default_backend() != "gpu":
         return ""
 
