@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import photograph
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from proteus_jax.data import images, randaugment
 from proteus_jax.data.augment import Box, Recipe, crop_box, resized_crop
@@ -57,6 +57,59 @@ def test_crops_are_distributed_as_stated() -> None:
     assert np.abs(counts / small.sum() - 0.2).max() < 0.03
 
 
+def test_crops_reach_every_place() -> None:
+    """All four edges of a small image, whole sides, and each offset that a side leaves."""
+    rng = np.random.default_rng(0)
+    boxes = [crop_box(rng, 6, 6) for _ in range(4000)]
+    for first, last in (("left", "right"), ("top", "bottom")):
+        found = Counter((getattr(box, first), getattr(box, last)) for box in boxes)
+        # From two pixels on, the shortest that an area of 0.08 of 36 comes to.
+        whole = {(at, at + side) for side in range(2, 7) for at in range(6 - side + 1)}
+        assert found.keys() - {(at, at + 1) for at in range(6)} == whole
+        for side in (2, 3, 4):
+            counts = [found[at, at + side] for at in range(6 - side + 1)]
+            assert min(counts) > 0.7 * max(counts), "places of a side come as often"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        # As wide as allowed, or as high, and in the middle: nothing else fits into such strips.
+        (500, 3, Box(0, 248, 3, 252)),
+        (3, 500, Box(248, 0, 252, 3)),
+        (1, 100, Box(49, 0, 50, 1)),
+    ],
+)
+def test_where_no_crop_fits_the_middle_is_taken(height: int, width: int, box: Box) -> None:
+    rng = np.random.default_rng(0)
+    assert {crop_box(rng, height, width) for _ in range(20)} == {box}
+
+
+class Asked:
+    """A picture that tells at which fraction of its size it was asked for."""
+
+    reductions = images.REDUCTIONS
+
+    def __init__(self, side: int):
+        self.height = self.width = side
+        self.fractions: list[int] = []
+
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
+        self.fractions.append(reduction)
+        side = -(-self.height // reduction)
+        return np.zeros((side, side, 3), np.uint8)
+
+
+def test_a_jpeg_is_reduced_only_where_enough_is_left_to_resize() -> None:
+    """One and a half times the crop's side remains, by the shorter side of the box."""
+    picture = Asked(2400)
+    widths = (59, 60, 119, 120, 239, 240, 400)
+    for width in widths:
+        resized_crop(picture, Box(0, 0, width, 2400), 20)
+        resized_crop(picture, Box(0, 0, 2400, width), 20)
+    assert picture.fractions[::2] == picture.fractions[1::2] == [1, 2, 2, 4, 4, 8, 8]
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 3), (7, 9)])
 def test_any_shape_can_be_cropped(height: int, width: int) -> None:
     rng = np.random.default_rng(0)
@@ -88,6 +141,15 @@ def test_resized_as_by_pillow(rng: np.random.Generator, scale: float) -> None:
         < 0.5
     )
     rough = texture(rng, side, round(side * 1.2))
+    assert mean_difference(resized(rough, 112), by_pillow(rough, 112)) < 1.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 360), (340, 115), (112, 224)])
+def test_long_images_are_resized_as_by_pillow(
+    rng: np.random.Generator, height: int, width: int
+) -> None:
+    """Each axis by its own filter."""
+    rough = texture(rng, height, width)
     assert mean_difference(resized(rough, 112), by_pillow(rough, 112)) < 1.5
 
 
@@ -144,8 +206,83 @@ def test_every_operation_gives_an_image(rng: np.random.Generator) -> None:
                 np.testing.assert_array_equal(picture, before, err_msg=name)
 
 
-def test_operations_as_by_pillow(rng: np.random.Generator) -> None:
-    """A few of what the golden file holds, where that is absent."""
+# What timm 0.9.16's "increasing" set makes of a magnitude and a sign, by hand.
+ARGUMENTS = {
+    "AutoContrast": [(9.0, 1, 0.0)],
+    "Equalize": [(9.0, -1, 0.0)],
+    "Invert": [(9.0, 1, 0.0)],
+    "Rotate": [(9.0, 1, 27.0), (5.0, -1, -15.0)],
+    "PosterizeIncreasing": [(0.0, 1, 4), (9.0, 1, 1), (7.4, -1, 2), (10.0, 1, 0)],
+    "SolarizeIncreasing": [(0.0, 1, 256), (9.0, -1, 26), (10.0, 1, 0)],
+    "SolarizeAdd": [(0.0, 1, 0), (9.0, -1, 99), (10.0, 1, 110)],
+    "ColorIncreasing": [(9.0, 1, 1.81), (9.0, -1, 0.19), (10.0, -1, 0.1), (0.0, -1, 1.0)],
+    "ContrastIncreasing": [(9.0, 1, 1.81), (5.0, -1, 0.55)],
+    "BrightnessIncreasing": [(9.0, 1, 1.81), (5.0, -1, 0.55)],
+    "SharpnessIncreasing": [(9.0, 1, 1.81), (5.0, -1, 0.55)],
+    "ShearX": [(9.0, 1, 0.27), (10.0, -1, -0.3)],
+    "ShearY": [(9.0, 1, 0.27), (10.0, -1, -0.3)],
+    "TranslateXRel": [(9.0, 1, 0.405), (10.0, -1, -0.45)],
+    "TranslateYRel": [(9.0, 1, 0.405), (10.0, -1, -0.45)],
+}
+
+
+def test_arguments_of_operations_are_timms() -> None:
+    assert list(ARGUMENTS) == list(OPERATIONS)
+    for name, rows in ARGUMENTS.items():
+        for magnitude, sign, expected in rows:
+            found = OPERATIONS[name].argument(magnitude, sign)
+            assert found == pytest.approx(expected), (name, magnitude, sign)
+
+
+def test_colours_as_by_pillow(rng: np.random.Generator) -> None:
+    """Each of the ten operations on colours, on an image that uses few levels of each channel:
+    at most one level apart.
+    """
+    levels = texture(rng, 48, 48).astype(int)
+    picture = (levels * (0.6, 0.5, 0.8) + (30, 90, 5)).astype(np.uint8)
+    pillow = Image.fromarray(picture)
+    added = [min(255, level + 99) if level < 128 else level for level in range(256)]
+    expected = {
+        ("AutoContrast", 0.0): ImageOps.autocontrast(pillow),
+        ("Equalize", 0.0): ImageOps.equalize(pillow),
+        ("Invert", 0.0): ImageOps.invert(pillow),
+        ("PosterizeIncreasing", 1): ImageOps.posterize(pillow, 1),
+        ("PosterizeIncreasing", 4): ImageOps.posterize(pillow, 4),
+        ("SolarizeIncreasing", 100): ImageOps.solarize(pillow, 100),
+        ("SolarizeIncreasing", 256): pillow,
+        ("SolarizeAdd", 99): pillow.point(added * 3),
+    }
+    for name, kind in (
+        ("ColorIncreasing", ImageEnhance.Color),
+        ("ContrastIncreasing", ImageEnhance.Contrast),
+        ("BrightnessIncreasing", ImageEnhance.Brightness),
+        ("SharpnessIncreasing", ImageEnhance.Sharpness),
+    ):
+        expected |= {(name, factor): kind(pillow).enhance(factor) for factor in (0.19, 1.81)}
+    for (name, argument), image in expected.items():
+        found = OPERATIONS[name].apply(picture, argument).astype(int)
+        assert np.abs(found - np.asarray(image)).max() <= 1, (name, argument)
+        assert (found == np.asarray(image)).mean() > 0.5, (name, argument)
+
+
+def test_augmentations_follow_each_other_in_the_order_drawn(rng: np.random.Generator) -> None:
+    """Both of two operations, the second on what the first made."""
+    picture = texture(rng, 20, 20)
+    seen = 0
+    for seed in range(400):
+        drawn = RandAugment().draw(np.random.default_rng(seed))
+        if len(drawn) == 2:
+            expected = picture
+            for name, magnitude, sign in drawn:
+                operation = OPERATIONS[name]
+                expected = operation.apply(expected, operation.argument(magnitude, sign))
+            found = RandAugment()(picture, np.random.default_rng(seed))
+            np.testing.assert_array_equal(found, expected)
+            seen += 1
+    assert seen > 60
+
+
+def test_geometry_as_by_pillow(rng: np.random.Generator) -> None:
     picture = texture(rng, 64, 64)
     pillow = Image.fromarray(picture)
     fill = randaugment.FILL
@@ -165,6 +302,22 @@ def test_operations_as_by_pillow(rng: np.random.Generator) -> None:
             fillcolor=fill,
         )
         found = OPERATIONS[name].apply(picture, argument)
+        assert mean_difference(found, np.asarray(moved)) < 2, name
+    # Not square: a share of the side that the axis runs along.
+    wide = texture(rng, 32, 64)
+    for name, matrix in (
+        ("TranslateXRel", (1, 0, 0.25 * 64, 0, 1, 0)),
+        ("TranslateYRel", (1, 0, 0, 0, 1, 0.25 * 32)),
+        ("ShearX", (1, 0.25, 0, 0, 1, 0)),
+    ):
+        moved = Image.fromarray(wide).transform(
+            (64, 32),
+            Image.Transform.AFFINE,
+            matrix,
+            resample=Image.Resampling.BICUBIC,
+            fillcolor=fill,
+        )
+        found = OPERATIONS[name].apply(wide, 0.25)
         assert mean_difference(found, np.asarray(moved)) < 2, name
     far = OPERATIONS["TranslateXRel"].apply(picture, 1.5)
     assert (far == fill).all()
@@ -204,6 +357,29 @@ def test_erasing_is_distributed_as_stated() -> None:
     assert np.median(ratio) == pytest.approx(0, abs=0.15)
     everything = np.asarray(erase(jax.random.key(1), blank[:64], 1.0))
     assert everything.any(axis=(1, 2, 3)).all()
+
+
+def test_erased_boxes_reach_their_bounds() -> None:
+    """Up to the last row and column, never a whole side, as long and as thin as allowed."""
+    blank = jnp.zeros((6000, 10, 10, 3))
+    boxes = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(0), blank, 1.0)).any(-1)
+    for axis in (1, 2):
+        lines = boxes.any(axis=axis)
+        assert lines.sum(axis=1).max() == 9
+        # Places are as likely from the first on to the last.
+        long = lines[lines.sum(axis=1) == 5]
+        starts = np.bincount(long.argmax(axis=1), minlength=6)
+        assert len(starts) == 6
+        assert starts.min() > 0.6 * starts.max()
+    blank = jnp.zeros((3000, 80, 80, 3))
+    boxes = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(1), blank, 1.0)).any(-1)
+    tall, wide = (boxes.any(axis=axis).sum(axis=1) for axis in (2, 1))
+    large = (tall > 20) & (wide > 20)
+    for ratio in (tall[large] / wide[large], wide[large] / tall[large]):
+        assert 3.15 < ratio.max() < 3.45
+    area = tall * wide / 80**2
+    assert area.min() == pytest.approx(0.02, abs=0.002)
+    assert area.max() == pytest.approx(1 / 3, abs=0.008)
 
 
 def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:

@@ -223,6 +223,91 @@ def test_mixtures_hold_their_shares() -> None:
     assert Counter(half[half >= 90].tolist()) == dict.fromkeys(range(90, 100), 10)
 
 
+def test_parts_and_epochs_are_shuffled_apart() -> None:
+    """Parts as long as each other do not take turns in step, nor does one repeat its order; and a
+    part's own epoch goes on where the run's ended it.
+    """
+    drawn = images_of(Order(1, (12, 12), (3.0, 1.0)), 96)
+    one, other = drawn[drawn < 12], drawn[drawn >= 12] - 12
+    assert (len(one), len(other)) == (72, 24)
+    # In the order of drawing an epoch of the run mixes; as sets each stretch is a part's epoch.
+    for epoch in drawn.reshape(4, 24):
+        assert Counter(Counter((epoch[epoch < 12]).tolist()).values()) == {1: 6, 2: 6}
+    assert Counter(other[:12].tolist()) == dict.fromkeys(range(12), 1)
+    firsts = [set(epoch[epoch >= 12].tolist()) for epoch in drawn.reshape(4, 24)]
+    assert firsts[0].isdisjoint(firsts[1])
+    assert firsts[2] != firsts[0]
+    orders = [tuple(order._permutation(1, order._PART, 0, 12, part)) for part in (0, 1)]
+    assert orders[0] != orders[1]
+    assert images_of(Order(1, (20,)), 20).tolist() != images_of(Order(2, (20,)), 20).tolist()
+
+
+def test_shares_add_up_whatever_the_weights() -> None:
+    for total, weights in (
+        (7, (1.0, 1.0)),
+        (100, (0.1, 0.2, 0.7)),
+        (5, (1e-9, 1.0)),
+        (1, (1.0,) * 9),
+    ):
+        found = shares(total, weights)
+        assert sum(found) == total
+        for count, weight in zip(found, weights, strict=True):
+            assert abs(count - total * weight / sum(weights)) <= 1
+
+
+def shades(count: int) -> MemorySource:
+    """Images each of one grey, which tells its number."""
+    return MemorySource(
+        [np.full((20, 30, 3), 8 * number, np.uint8) for number in range(count)],
+        [str(number) for number in range(count)],
+    )
+
+
+class Broken(MemorySource):
+    """Some of whose images cannot be read."""
+
+    lost: tuple[int, ...] = (3,)
+
+    def read(self, index: int) -> np.ndarray:
+        if index in self.lost:
+            raise images.Unreadable("broken")
+        return super().read(index)
+
+
+def test_numbers_are_those_of_the_images() -> None:
+    """Also where another image stands in, whichever it is; each that is drawn is replaced anew."""
+    whole = shades(10)
+    source = Broken([whole.read(index) for index in range(10)], [str(n) for n in range(10)])
+    found = list(
+        training_batches(
+            source, order=Order(5, (10,)), recipe=Recipe(12), batch=20, steps=range(12), threads=0
+        )
+    )
+    pixels, unreadable, numbers = (np.concatenate(part) for part in zip(*found, strict=True))
+    np.testing.assert_array_equal(
+        pixels, np.broadcast_to(8 * numbers[:, None, None, None], pixels.shape)
+    )
+    assert 3 not in numbers
+    expected = np.array([Order(5, (10,))(draw).image for draw in range(240)])
+    np.testing.assert_array_equal(unreadable, np.where(expected == 3, 3, -1))
+    np.testing.assert_array_equal(numbers[expected != 3], expected[expected != 3])
+    assert len(set(numbers[expected == 3].tolist())) > 5
+
+
+def test_views_of_one_image_differ_and_are_of_it(rng: np.random.Generator) -> None:
+    """Held-out views: image after image, then all again by another draw."""
+    pictures = [photograph(rng) for _ in range(3)]
+    source = MemorySource(pictures, list("abc"))
+    views, _ = held_out_views(source, count=9, size=16)
+    for index in range(3):
+        own = [views[turn * 3 + index] for turn in range(3)]
+        assert len({view.tobytes() for view in own}) == 3
+        expected = Recipe(16)(images.opened(pictures[index]), order.held_out_generator(index, 1))
+        np.testing.assert_array_equal(own[1], expected)
+    grey, _ = held_out_views(shades(4), count=8, size=8)
+    assert grey[:, 0, 0, 0].tolist() == [0, 8, 16, 24] * 2
+
+
 def test_raw_bits_do_not_change_with_numpy() -> None:
     """The order of a run that is taken up in a year must be the one it began with."""
     assert order._permutation(7, 1, 2, 8).tolist() == [1, 3, 0, 6, 4, 7, 5, 2]
@@ -260,13 +345,8 @@ def test_held_out_views_are_fixed(source: MemorySource) -> None:
 
 
 def test_held_out_images_that_cannot_be_read(source: MemorySource) -> None:
-    class Broken(MemorySource):
-        def read(self, index: int) -> np.ndarray:
-            if index == 1:
-                raise images.Unreadable("broken")
-            return super().read(index)
-
     broken = Broken([source.read(index) for index in range(3)], ["a", "b", "c"])
+    broken.lost = (1,)
     views, unreadable = held_out_views(broken, count=9, size=28)
     assert len(views) == 6
     assert unreadable == [1]

@@ -112,6 +112,82 @@ def test_fingerprint_changes_with_the_images(tmp_path: Path, rng: np.random.Gene
     assert open_folder(tmp_path, NONE).training.fingerprint != before
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_fingerprint_tells_names_contents_and_classes(
+    tmp_path: Path, rng: np.random.Generator, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large folder by names and sizes, of a small one by contents."""
+    monkeypatch.setattr(folders, "SMALL", 10 if small else 1)
+    for name in ("x/a.png", "x/b.png", "y/c.png"):
+        save(tmp_path / name, photograph(rng))
+    seen = {open_source(str(tmp_path))[0].fingerprint}
+    changes = [
+        # Into another class, under a name that keeps its place.
+        lambda: (tmp_path / "x/b.png").rename(tmp_path / "y/b.png"),
+        lambda: (tmp_path / "y/b.png").rename(tmp_path / "y/bb.png"),
+        # As a program that syncs folders replaces a file: of a large one no file is looked at
+        # while its directories stay as they are.
+        lambda: save(tmp_path / "x/new.png", photograph(rng, 61, 80)),
+        lambda: (tmp_path / "x/new.png").rename(tmp_path / "x/a.png"),
+        lambda: (tmp_path / "y/c.png").unlink(),
+    ]
+    for number, change in enumerate(changes, 2):
+        change()
+        seen.add(open_source(str(tmp_path))[0].fingerprint)
+        assert len(seen) == number
+
+
+def test_fingerprint_of_a_small_folder_tells_equal_sizes_apart(tmp_path: Path) -> None:
+    """One bit of a pixel, and a file that goes on differently after its beginning."""
+    folder = tmp_path / "images"
+    for level in (0, 1):
+        save(folder / "a.bmp", np.full((4, 4, 3), level, np.uint8))
+        save(tmp_path / f"{level}.bmp", np.full((4, 4, 3), level, np.uint8))
+    one = open_source(str(folder))[0]
+    (folder / "a.bmp").write_bytes((tmp_path / "0.bmp").read_bytes())
+    other = open_source(str(folder))[0]
+    assert one.fingerprint != other.fingerprint
+    assert one.digests() != other.digests()
+    large = bytearray((tmp_path / "0.bmp").read_bytes() + bytes(folders.HASHED_BYTES))
+    (folder / "a.bmp").write_bytes(large)
+    longer = open_source(str(folder))[0]
+    (folder / "a.bmp").write_bytes(large + b"1")
+    assert open_source(str(folder))[0].digests() != longer.digests()
+
+
+def test_fingerprint_of_shards_tells_names_and_sizes(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Parquet files of as many rows; tar shards whose members have other classes."""
+
+    def written(name: str, content: bytes) -> str:
+        for old in tmp_path.glob("*.parquet"):
+            old.unlink()
+        pq.write_table(pa.table({"image": [content] * 2}), tmp_path / name)
+        return open_source(str(tmp_path))[0].fingerprint
+
+    first = written("a.parquet", b"x" * 100)
+    assert written("a.parquet", b"x" * 100) == first
+    assert written("b.parquet", b"x" * 100) != first
+    # Bytes that do not compress, so that the file is longer.
+    assert written("a.parquet", rng.bytes(3000)) != first
+    contents = [encoded(rng), encoded(rng)]
+    seen = set()
+    for labels in ("01", "10"):
+        with tarfile.open(tmp_path / "a.tar", "w") as shard:
+            for number, content in enumerate(contents):
+                for suffix, data in (("png", content), ("cls", labels[number].encode())):
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(data)
+                    shard.addfile(member, io.BytesIO(data))
+        source, _ = open_source(str(tmp_path / "a.tar"))
+        found = source.labels()
+        assert found is not None
+        assert "".join(map(str, found.tolist())) == labels
+        seen.add(source.fingerprint)
+    assert len(seen) == 2
+
+
 def test_paths_that_are_no_unicode(tmp_path: Path, rng: np.random.Generator) -> None:
     save(tmp_path / "a.png", photograph(rng))
     (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
@@ -415,6 +491,28 @@ def test_overlapping_roots_never_train_on_what_one_holds_out(
         assert len(out) >= 6
         assert not out & kept
         assert sum(split.parts) == len(split.training)
+
+
+def test_a_copy_of_a_held_out_image_is_not_trained_on(photographs: Path, tmp_path: Path) -> None:
+    """In another root, under another name, and whichever root comes first."""
+    for number, path in enumerate(sorted(photographs.rglob("*.png"))):
+        (tmp_path / f"copy {number}.png").write_bytes(path.read_bytes())
+    for roots in ([photographs, tmp_path], [tmp_path, photographs]):
+        split = open_images([str(root) for root in roots], held_out=HeldOut(0.2, 2, 9))
+        assert split.held_out is not None
+        out, kept = (
+            [bytes(source.read(index)) for index in range(len(source))]
+            for source in (split.held_out, split.training)
+        )
+        assert len(out) == 2 + 8
+        assert set(out).isdisjoint(kept)
+        copies = set(out) & {path.read_bytes() for path in tmp_path.iterdir()}
+        assert len(kept) == 50 - len(out) - len(copies - _both(out))
+
+
+def _both(out: list[bytes]) -> set[bytes]:
+    """What both roots hold out."""
+    return {content for content in out if out.count(content) == 2}
 
 
 def test_parts_of_one_picture_can_be_mixed_with_others(

@@ -1,0 +1,364 @@
+"""Models, losses and whole updates against plain.py, which writes each formula out once more."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plain
+import pytest
+
+from proteus_jax.losses import LossWeights
+from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.normalisation import CLIP, IMAGENET, Normalisation
+from proteus_jax.models.specs import CLIP as CLIPS
+from proteus_jax.models.specs import SPECS, SYNCLR, ViTSpec
+from proteus_jax.optim import adamw, decay_mask
+from proteus_jax.step import Teacher, init_state, make_train_step, random_masks
+
+SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
+# Every choice that a family makes, in as few models as hold them.
+CHOICES: dict[str, dict[str, Any]] = {
+    "dinov2": {},
+    "registers": {"registers": 3, "interpolate_antialias": True, "interpolate_offset": 0.0},
+    "giant": {"feed_forward": "swiglu", "inner": 24},
+    "clip": {name: value for name, value in CLIPS.items() if name != "xavier_qkv"},
+    "synclr": SYNCLR,
+    "dinov3": {"positions": "rotary", "registers": 2, "key_bias": False, "norm_epsilon": 1e-5},
+    "siglip": {"class_token": False, "pooling": "attention", "activation": "gelu_tanh"},
+    "mean": {"pooling": "mean", "final_norm": "class", "class_position": False},
+}
+
+
+def shuffled(params: Any, seed: int = 0) -> Any:
+    """Every array moved away from where it starts: no gamma of 1, no bias of 0, no tiny token."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda array: (
+            jnp.asarray(array)
+            + 0.3 * rng.normal(size=array.shape).astype(np.float32) * (array.ndim < 3 or 0.3)
+        ),
+        params,
+    )
+
+
+def images_of(spec: ViTSpec, count: int = 2, seed: int = 3) -> jax.Array:
+    side = spec.grid * spec.patch_size
+    return jax.random.normal(jax.random.key(seed), (count, side, side, 3))
+
+
+def assert_equal(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """Each array within a share of its own largest value."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for one, other in pairs:
+        one, other = np.asarray(one), np.asarray(other)
+        assert one.shape == other.shape
+        if one.size:
+            np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max())
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_model_and_its_gradient(name: str) -> None:
+    spec = dataclasses.replace(SMALL, **CHOICES[name])
+    backbone = BackboneFunction(spec)
+    params, images = shuffled(backbone.init(jax.random.key(1))), images_of(spec)
+    mask = jnp.zeros((2, 9), bool).at[0, 2].set(True).at[1, 4:7].set(True)
+    mix = [jax.random.normal(jax.random.key(9), shape) for shape in ((2, 16), (2, 9, 16))]
+
+    def mixed(function: Any, params: Any) -> tuple[jax.Array, Any]:
+        features = tuple(function(params, images, mask))
+        return sum(jnp.sum(part * own) for part, own in zip(mix, features, strict=False)), features
+
+    ((_, found), gradient), ((_, expected), wanted) = (
+        jax.jit(jax.value_and_grad(functools.partial(mixed, function), has_aux=True))(params)
+        for function in (backbone, functools.partial(plain.vit, spec))
+    )
+    assert_equal(found, expected)
+    # The keys' own bias moves no softmax: its gradient is rounding, on both sides.
+    third = slice(spec.width, 2 * spec.width)
+    for tree in (gradient, wanted):
+        qkv = tree["blocks"]["attn"]["qkv"]
+        qkv["bias"] = np.delete(np.asarray(qkv["bias"]), np.r_[third], axis=1)
+    jax.tree.map(lambda one, other: assert_equal(one, other, 1e-4), gradient, wanted)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "registers", "siglip", "mean"])
+def test_where_the_class_token_looks(name: str) -> None:
+    """Of the last of two blocks, from queries and keys by hand; registers are left out."""
+    spec = dataclasses.replace(SMALL, **CHOICES[name])
+    backbone = BackboneFunction(spec)
+    params, images = shuffled(backbone.init(jax.random.key(1))), images_of(spec)
+    if spec.pooling == "attention":
+        _, patches, _ = plain.vit(spec, params, images)
+        query = plain.linear(params["pool"]["probe"], params["pool"]["qkv"])[:, 0, :16]
+        keys = plain.linear(patches, params["pool"]["qkv"])[..., 16:32]
+        expected = jnp.stack([_weights(query[:, at], keys[..., at]) for at in _halves()], axis=1)
+    elif not spec.class_token:
+        expected = jnp.full((2, 2, 9), 1 / 9)
+    else:
+        one, two = (
+            jax.tree.map(lambda stacked, n=n: stacked[n], params["blocks"]) for n in range(2)
+        )
+        tokens = plain.block(spec, plain.embed(spec, params, images), one, (3, 3))
+        qkv = plain.linear(
+            plain.layer_norm(tokens, two["norm1"], spec.norm_epsilon), two["attn"]["qkv"]
+        )
+        query, keys = qkv[:, 0, :16], qkv[..., 16:32]
+        heads = [_weights(query[:, at], keys[..., at]) for at in _halves()]
+        expected = jnp.stack(heads, axis=1)[..., spec.prefix :]
+    assert_equal(backbone.class_attention(params, images), expected)
+
+
+def _halves() -> tuple[slice, slice]:
+    return slice(0, 8), slice(8, 16)
+
+
+def _weights(query: jax.Array, keys: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.einsum("bd,bnd->bn", query, keys) / np.sqrt(8), axis=-1)
+
+
+def test_what_blocks_give_before_and_after_the_last_norm() -> None:
+    """Two of three blocks, of CLIP's, whose norm is for the class token alone, and of DINOv2's."""
+    for name in ("clip", "dinov2"):
+        spec = dataclasses.replace(SMALL, depth=3, **CHOICES[name])
+        backbone = BackboneFunction(spec)
+        params, images = shuffled(backbone.init(jax.random.key(1))), images_of(spec)
+        tokens = plain.embed(spec, params, images)
+        after = []
+        for number in range(3):
+            one = jax.tree.map(lambda stacked, n=number: stacked[n], params["blocks"])
+            tokens = plain.block(spec, tokens, one, (3, 3))
+            after.append(tokens)
+        raw = backbone.intermediates(params, images, (2, 0), normalise=False)
+        normed = backbone.intermediates(params, images, (2, 0))
+        for found, whole, tokens in zip(raw, normed, (after[2], after[0]), strict=True):
+            assert_equal(found[:2], (tokens[:, 0], tokens[:, 1:]))
+            normal = plain.layer_norm(tokens, params["norm"], spec.norm_epsilon)
+            patches = tokens if spec.final_norm == "class" else normal
+            assert_equal(whole[:2], (normal[:, 0], patches[:, 1:]))
+        every = backbone.block_tokens(params, images, (0, 1, 2))
+        assert_equal(every, jnp.stack(after))
+
+
+def test_gradients_of_attention_with_large_scores() -> None:
+    """Scores around a thousand overflow where the largest is not subtracted first."""
+    from proteus_jax.models.attention import attention
+
+    qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 2, 4)).at[:, :, :2].multiply(40.0)
+    weight = jax.random.normal(jax.random.key(1), (2, 5, 2, 4))
+    for implementation in ("xla", "pallas"):
+        found, expected = (
+            jax.value_and_grad(lambda qkv, f=f: jnp.sum(f(qkv) * weight))(qkv)
+            for f in (
+                functools.partial(attention, implementation=implementation),
+                plain.softmax_attention,
+            )
+        )
+        assert np.isfinite(found[0])
+        assert_equal(found, expected, 1e-4)
+
+
+TEACHERS = {
+    "big": (dataclasses.replace(SMALL, width=24, depth=1), IMAGENET, (1.0, 0.5, 2.0), False),
+    "odd": (
+        dataclasses.replace(SMALL, width=12, depth=1, registers=2),
+        CLIP,
+        (0.5, 1.0, 0.25),
+        True,
+    ),
+}
+STUDENTS = {
+    "one": dataclasses.replace(SMALL, depth=1),
+    "two": dataclasses.replace(SMALL, width=8, depth=1),
+}
+RATE, DECAY, SEED, RATIO = 0.05, 0.9, 5, 0.45
+
+
+@functools.cache
+def _training() -> tuple[Any, Any, Any, Any]:
+    """Students, teachers' params, step and state of two students who follow two teachers."""
+    widths = {name: spec.width for name, (spec, *_) in TEACHERS.items()}
+    students = {name: StudentFunction(spec, widths) for name, spec in STUDENTS.items()}
+    backbones = {name: BackboneFunction(spec) for name, (spec, *_) in TEACHERS.items()}
+    params = {
+        name: shuffled(backbone.init(jax.random.key(7)), seed=11)
+        for name, backbone in backbones.items()
+    }
+    teachers = {
+        name: Teacher(backbones[name], statistics, LossWeights(*factors), standardise=standard)
+        for name, (_, statistics, factors, standard) in TEACHERS.items()
+    }
+    optimizer = optax.sgd(RATE)
+    step = make_train_step(
+        teachers=teachers,
+        students=students,
+        optimizer=optimizer,
+        schedule=lambda count: RATE + 0.0 * count,
+        normalisation=IMAGENET,
+        mask_ratio=RATIO,
+        ema_decay=DECAY,
+        seed=SEED,
+    )
+    state = init_state(students, optimizer, ema=True, seed=1, standardise={"odd": 12})
+    state = state._replace(params=shuffled(state.params, seed=13))
+    state = state._replace(ema={name: values["backbone"] for name, values in state.params.items()})
+    return students, params, jax.jit(step), state
+
+
+def _normalized(images: np.ndarray, statistics: Normalisation) -> jax.Array:
+    return jnp.asarray((images / 255 - statistics.mean) / statistics.std, jnp.float32)
+
+
+def test_three_updates_written_out() -> None:
+    """Two students, two teachers with statistics of their own, one of them standardised; weights,
+    masks, averages and moments, over three batches.
+    """
+    _, teachers, step, state = _training()
+    rng = np.random.default_rng(0)
+    expected = {name: state.params[name] for name in STUDENTS}
+    averages = {name: expected[name]["backbone"] for name in STUDENTS}
+    seen: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+    of_teacher = jax.jit(plain.vit, static_argnums=0)
+    gradient_of = jax.jit(jax.value_and_grad(_objective, argnums=1, has_aux=True), static_argnums=0)
+    for count in range(3):
+        images = rng.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
+        targets = {}
+        for name, (spec, statistics, _, standard) in TEACHERS.items():
+            cls, patches, _ = of_teacher(spec, teachers[name], _normalized(images, statistics))
+            if standard:
+                seen.append({"cls": cls, "patches": patches.reshape(-1, 12)})
+                # The first batch's own, then those of all batches before.
+                known = seen[:1] if count == 0 else seen[:count]
+                moments = [
+                    (jnp.mean(jnp.stack([jnp.mean(f(each[part]), 0) for each in known]), 0))
+                    for part in ("cls", "patches")
+                    for f in (lambda x: x, jnp.square)
+                ]
+                deviations = [jnp.sqrt(moments[i + 1] - moments[i] ** 2 + 1e-6) for i in (0, 2)]
+                cls = (cls - moments[0]) / deviations[0]
+                patches = (patches - moments[2]) / deviations[1]
+            targets[name] = (cls, patches)
+        key = jax.random.fold_in(jax.random.key(SEED), count)
+        mask = random_masks(jax.random.split(key, 3)[0], 3, 9, RATIO)
+        assert mask.sum() == 3 * 4
+        pixels = _normalized(images, IMAGENET)
+        state, metrics = step(state, teachers, images)
+        assert float(metrics["learning_rate"]) == pytest.approx(RATE)
+        for name, spec in STUDENTS.items():
+            (total, parts), gradient = gradient_of(spec, expected[name], pixels, targets, mask)
+            expected[name] = jax.tree.map(lambda p, g: p - RATE * g, expected[name], gradient)
+            decay = min(DECAY, (1 + count) / (10 + count))
+            averages[name] = jax.tree.map(
+                lambda old, new, decay=decay: decay * old + (1 - decay) * new,
+                averages[name],
+                expected[name]["backbone"],
+            )
+            found = [
+                metrics[f"{name}/{teacher}{loss}_loss"]
+                for teacher in ("", "odd_")
+                for loss in ("token", "feature", "patch")
+            ]
+            assert_equal(metrics[f"{name}/loss"], total)
+            np.testing.assert_allclose(found, [*parts["big"], *parts["odd"]], rtol=1e-4)
+        assert_equal(state.params, expected, 3e-5)
+        assert_equal(state.ema, averages, 3e-5)
+    assert (int(state.step), int(state.skipped.total)) == (3, 0)
+
+
+def _objective(spec: ViTSpec, params: Any, pixels: Any, targets: Any, mask: Any) -> Any:
+    parts = plain.losses(spec, params, pixels, targets, mask)
+    total = sum(
+        factor * loss
+        for name, (_, _, factors, _) in TEACHERS.items()
+        for factor, loss in zip(factors, parts[name], strict=True)
+    )
+    return total, parts
+
+
+@pytest.mark.parametrize("student", ["one", "two"])
+def test_a_nan_of_any_student_stops_the_update_of_all(student: str) -> None:
+    _, teachers, step, state = _training()
+    images = np.random.default_rng(1).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
+    spoilt = jax.tree.map(jnp.asarray, jax.device_get(state.params))
+    spoilt[student]["heads"]["odd"]["feature"]["linear"]["bias"] *= jnp.nan
+    begun = state._replace(params=spoilt)
+    after, metrics = step(begun, teachers, images)
+    assert int(metrics["skipped"]) == 1
+    for old, new in zip(begun[1:-1], after[1:-1], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+
+
+def test_after_skipped_first_steps_the_next_is_the_first() -> None:
+    """Targets are standardised by the batch's own moments, and an average is as young."""
+    _, teachers, step, state = _training()
+    images = np.random.default_rng(2).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
+    first, _ = step(state, teachers, images)
+    late = state._replace(
+        step=jnp.int32(3), skipped=state.skipped._replace(total=jnp.int32(3), in_a_row=jnp.int32(3))
+    )
+    after, metrics = step(late, teachers, images)
+    assert_equal(after.statistics, first.statistics, 1e-6)
+    assert int(metrics["skipped"]) == 3
+    assert int(metrics["skipped_in_a_row"]) == 0
+    # Token losses know no mask, which does follow the step.
+    _, row = step(state, teachers, images)
+    for name in ("one/odd_token_loss", "two/token_loss"):
+        assert float(metrics[name]) == pytest.approx(float(row[name]), rel=1e-6)
+    assert float(metrics["one/patch_loss"]) != float(row["one/patch_loss"])
+
+
+def test_moments_over_many_batches() -> None:
+    """A plain mean of the first thousand, and never a smaller share than a thousandth."""
+    from proteus_jax.standardise import Moments, updated
+
+    rows = np.random.default_rng(0).normal(size=(4, 4, 2)).astype(np.float32)
+    batches = [Moments(*jnp.asarray(each)) for each in rows]
+    running = Moments(*(jnp.full(2, 3.0) for _ in range(4)))
+    for count, batch in enumerate(batches):
+        running = updated(jnp.int32(count), running, batch)
+    assert_equal(running, Moments(*rows.mean(axis=0)), 1e-5)
+    zero, one = (Moments(*(jnp.full(2, value) for _ in range(4))) for value in (0.0, 1.0))
+    for updates, share in ((9, 0.1), (998, 1 / 999), (999, 1e-3), (5000, 1e-3)):
+        assert_equal(updated(jnp.int32(updates), zero, one).cls, jnp.full(2, share), 1e-5)
+
+
+def test_adamw_over_three_updates_of_a_whole_student() -> None:
+    """Each array by name: matrices, tokens and tables decay; vectors, biases and what is one per
+    block do not.
+    """
+    spec = dataclasses.replace(SMALL, registers=1)
+    params = StudentFunction(spec, {"t": 4}).init(jax.random.key(0))
+    params = shuffled(params)
+    rng = np.random.default_rng(5)
+    gradients = [
+        jax.tree.map(lambda array: rng.normal(size=array.shape).astype(np.float32), params)
+        for _ in range(3)
+    ]
+    rates = [1e-2, 2e-2, 5e-3]
+    optimizer = adamw(lambda count: jnp.asarray(rates)[count], weight_decay=0.3)
+    state, now = optimizer.init(params), params
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, now)
+        now = optax.apply_updates(now, updates)
+    decayed = {"kernel", "cls_token", "pos_embed", "mask_token", "register_tokens"}
+    names = set()
+
+    def check(path: Any, start: Any, found: Any, *steps: Any) -> None:
+        name = path[-1].key
+        names.add(name)
+        expected = plain.adamw(
+            np.asarray(start), list(steps), rates, 0.3 if name in decayed else 0.0
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(check, params, now, *gradients)
+    assert names == decayed | {"bias", "scale", "gamma"}
+
+
+def test_a_clip_students_class_token_is_a_vector_that_does_not_decay() -> None:
+    mask = decay_mask(BackboneFunction(SPECS["vit_small_clip"]).shapes)
+    assert not mask["cls_token"]
+    assert mask["pos_embed"]
