@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 
 from proteus_jax.evaluation.agreement import (
+    NEIGHBOURS,
     Agreement,
     Said,
+    StudentTokens,
     TeacherTokens,
     centred_cosine,
     measure,
@@ -47,6 +49,41 @@ def test_neighbours_written_out(rng: np.random.Generator) -> None:
     assert neighbour_overlap(ours, theirs, 5) == pytest.approx(expected)
     assert neighbour_overlap(theirs, 3 * theirs, 5) == 1.0
     assert neighbour_overlap(ours[:3], theirs[:3], 5) == 1.0
+
+
+def test_what_is_measured_of_which_tokens(rng: np.random.Generator) -> None:
+    """Cosines through the heads; neighbours and CKA of the student's own class tokens, which have a
+    width of their own.
+    """
+    token, feature, own = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((24, 6), (24, 3, 6), (24, 4))
+    )
+    target = TeacherTokens(token + rng.normal(size=(24, 6)).astype(np.float32), feature[::-1])
+    found = measure(StudentTokens(token, feature, own), target)
+
+    def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+        ours, theirs = (
+            each.reshape(-1, 6) - theirs.reshape(-1, 6).mean(0) for each in (ours, theirs)
+        )
+        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        return float(np.mean((ours * theirs).sum(axis=1) / lengths))
+
+    centring = np.eye(24) - 1 / 24
+    k, n = (centring @ (each @ each.T) @ centring for each in (own, target.cls))
+    assert found.cls == pytest.approx(cosine(token, target.cls), abs=1e-6)
+    assert found.patch == pytest.approx(cosine(feature, target.patches), abs=1e-6)
+    assert found.cka == pytest.approx(
+        np.sum(k * n) / np.sqrt(np.sum(k * k) * np.sum(n * n)), abs=1e-6
+    )
+    shared = []
+    for row in range(24):
+        nearest = []
+        for tokens in (own, target.cls):
+            similarity = tokens @ tokens[row] / np.linalg.norm(tokens, axis=1)
+            similarity[row] = -np.inf
+            nearest.append(set(np.argsort(-similarity)[:NEIGHBOURS].tolist()))
+        shared.append(len(nearest[0] & nearest[1]) / NEIGHBOURS)
+    assert found.neighbours == pytest.approx(np.mean(shared))
 
 
 def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:

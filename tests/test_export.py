@@ -188,6 +188,28 @@ def test_an_export_that_differs_is_not_written(
         export(models / "dinov2", "onnx", tmp_path / "m.pth", photographs)
 
 
+def test_an_export_whose_outputs_are_no_numbers_is_not_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single NaN among what is loaded back, in the class token or in one patch."""
+    own = FORMATS["safetensors"]
+
+    def spoilt(name: str):
+        def outputs(*arguments: Any) -> dict[str, np.ndarray]:
+            found = {key: np.array(each) for key, each in own.outputs(*arguments).items()}
+            found[name].flat[-1] = np.nan
+            return found
+
+        return outputs
+
+    for name in ("class token", "patches"):
+        changed = own._replace(outputs=spoilt(name))
+        monkeypatch.setitem(FORMATS, "safetensors", changed)
+        with pytest.raises(InputError, match=f"not written: loaded back, its {name} is nan"):
+            export(models / "dinov2", "safetensors", tmp_path / "m.safetensors", photographs)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs requirements-parity.txt")
     folder = tmp_path / "photographs"

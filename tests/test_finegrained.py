@@ -381,6 +381,56 @@ def test_the_protocol_by_scikit_learn(
     assert found.percent == pytest.approx(100 * balanced_accuracy_score(other.labels, predicted))
 
 
+def test_what_is_difficult_to_see_counts_as_absent(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels of 1, -1 and 0 (VOC's difficult objects), learnt from and scored."""
+    monkeypatch.setattr(finegrained, "DECAYS", np.array([1.0]))
+
+    def drawn(count: int) -> Features:
+        rows = rng.normal(size=(count, 4)).astype(np.float32)
+        labels = np.where(rows[:, :2] > 0.4, 1, np.where(rows[:, :2] > 0.1, 0, -1))
+        return Features(rows, labels)
+
+    train, validation, test = drawn(60), drawn(30), drawn(50)
+    found = evaluate(train, validation, test, "map")
+    both = Features(*(np.concatenate(p) for p in zip(train, validation, strict=True)))
+    mean, deviation = both.rows.mean(axis=0), both.rows.std(axis=0)
+    expected = []
+    for kind in range(2):
+        model = LogisticRegression(C=1.0, tol=1e-10, max_iter=5000).fit(
+            (both.rows - mean) / deviation, both.labels[:, kind] == 1
+        )
+        scores = model.decision_function((test.rows - mean) / deviation)
+        order = np.argsort(-scores)
+        right = (test.labels[order, kind] == 1).astype(float)
+        precision, recall = np.cumsum(right) / np.arange(1, 51), np.cumsum(right) / right.sum()
+        expected.append(
+            np.mean([precision[recall >= at - 1e-9].max(initial=0) for at in np.arange(11) / 10])
+        )
+    assert found.percent == pytest.approx(100 * np.mean(expected), abs=1e-6)
+
+
+def test_of_values_of_c_that_are_as_good_the_largest_is_taken(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest decay, on classes far apart; the draw of a validation set is the original's."""
+    assert finegrained.DECAYS[[0, -1]] == pytest.approx([1e-6, 1e5])
+    assert len(finegrained.DECAYS) == 45
+    monkeypatch.setattr(finegrained, "DECAYS", np.array([1e-3, 1e-1, 1e1]))
+    labels = np.arange(50) % 2
+    rows = (rng.normal(size=(50, 3)) * 0.1 + np.array([[-5.0], [5.0]])[labels]).astype(np.float32)
+    found = evaluate(Features(rows, labels), None, Features(rows, labels), "accuracy")
+    assert found == (100.0, pytest.approx(1e3), 100.0)
+    # A class that only those drawn for validation show is not learnt before C is chosen.
+    order = np.arange(50)
+    np.random.RandomState(0).shuffle(order)
+    assert len(order[:10]) == int(50 * finegrained.VALIDATION)
+    alone = np.where(np.isin(np.arange(50), order[:10]), 1, 0)
+    found = evaluate(Features(rows, alone), None, Features(rows, alone), "accuracy")
+    assert found.validation == 0.0
+
+
 def test_eleven_points(rng: np.random.Generator) -> None:
     scores, positive = rng.normal(size=400), rng.random(400) < 0.3
     scores = scores + positive

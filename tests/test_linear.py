@@ -1,5 +1,6 @@
 """The probe of many heads against the same arithmetic written out in numpy."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 
 from proteus_jax import sharding
-from proteus_jax.data.labelled import open_pair
+from proteus_jax.data import images
+from proteus_jax.data.labelled import Labelled, open_pair
+from proteus_jax.data.sources import MemorySource
 from proteus_jax.data.views import CentreCrop
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import linear
 from proteus_jax.evaluation.context import Context
 from proteus_jax.evaluation.features import Frozen, Reading
 from proteus_jax.evaluation.linear import Kind, Probe, Tokens
+from proteus_jax.models.normalisation import IMAGENET
 from proteus_jax.pretrained import Model, load_model
 
 RATES = (1e-3, 0.1, 3.0)
@@ -133,18 +137,90 @@ def test_a_probe_learns_and_names_both_choices(
     chosen = found["best"]["held_out"]["head"]
     assert found["held_out_top1"][chosen] == max(found["held_out_top1"].values())
     assert "the paper's way" in said[0]
-    # The head that is kept says what was measured.
-    head = np.load(tmp_path / linear.HEAD)
-    table = context.frozen.table(
-        lambda *of: linear.last_tokens(*of, blocks=2),
-        pair.test.source,
-        context.view,
-        context.reading,
+
+
+class Shades(MemorySource):
+    """Greys, one of which cannot be read: the fourth of fourteen images of three classes."""
+
+    def __init__(self):
+        pixels = [np.full((32, 32, 3), 15 * number, np.uint8) for number in range(14)]
+        super().__init__(pixels, [str(number) for number in range(14)])
+
+    def read(self, index: int) -> np.ndarray:
+        if index == 3:
+            raise images.Unreadable("broken")
+        return super().read(index)
+
+
+LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 1, 0, 1, 2, 0, 1])
+
+
+def greys(backbone: Any, params: Any, pixels: jax.Array) -> Tokens:
+    """In the place of a model's tokens: how bright an image is, from 0 to 13 with steps of 15."""
+    scaled = pixels.mean(axis=(1, 2, 3)) * np.mean(IMAGENET.std) + np.mean(IMAGENET.mean)
+    bright = scaled[:, None] * 255 / 15
+    return Tokens(jnp.stack([bright, bright], axis=1), bright)
+
+
+def test_labels_follow_their_images_where_one_is_broken(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learning from crops, from features just made and from those kept before, and testing."""
+    model = Model(*load_model(tiny_teacher))
+    learnt = Labelled(Shades(), LABELS, ("a", "b", "c"))
+    context, _ = context_for(tmp_path, model, tmp_path)
+    probe = Probe(KINDS[:1], (0.1,), 3, steps=3, batch=16)
+    seen: list[np.ndarray] = []
+    place = sharding.place_batch
+    monkeypatch.setattr(
+        linear.sharding, "place_batch", lambda array, mesh: seen.append(array) or place(array, mesh)
     )
+    state = probe.init(32, 0)
+    linear.CropTrainer(context, probe, functools.partial(linear.last_tokens, blocks=2))(
+        learnt, state
+    )
+    assert len(seen) == 6
+    for pixels, labels in zip(seen[::2], seen[1::2], strict=True):
+        numbers = pixels[:, 0, 0, 0] // 15
+        assert 3 not in numbers
+        np.testing.assert_array_equal(labels, LABELS[numbers])
+    for _ in range(2):
+        tokens, labels = linear._kept_features(context, greys, learnt)
+        numbers = np.asarray(tokens.mean)[:, 0].round().astype(int)
+        assert numbers.tolist() == [0, 1, 2, *range(4, 14)]
+        np.testing.assert_array_equal(labels, LABELS[numbers])
+    # A head that answers with the middle class.
+    heads = [{"weight": jnp.zeros((1, 1, 3)), "bias": jnp.array([[0.0, 1.0, 0.0]])}]
+    found = linear._answers(context, probe, greys, learnt, heads, "test")
+    assert found.unreadable == 1
+    np.testing.assert_array_equal(found.labels, np.delete(LABELS, 3))
+    np.testing.assert_array_equal(found.right[:, 0], np.delete(LABELS, 3) == 1)
+
+
+def test_the_head_that_is_kept_is_chosen_by_images_held_out(
+    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    """Of a test set whose classes have changed places, the best head is another."""
+    model = Model(*load_model(tiny_teacher))
+    context, _ = context_for(labelled_folder, model, tmp_path)
+    pair = open_pair(str(labelled_folder))
+    moved = Labelled(pair.test.source, (pair.test.labels + 1) % 3, pair.test.classes)
+    found = linear.measure(context, pair._replace(test=moved))
+    best = found["best"]
+    assert best["test"]["head"] != best["held_out"]["head"]
+    assert best["test"]["top1"] == max(found["top1"].values()) > best["held_out"]["top1"]
+    chosen = best["held_out"]["head"]
+    assert found["held_out_top1"][chosen] == max(found["held_out_top1"].values()) > 80
+    assert found["top1"][chosen] == best["held_out"]["top1"]
+    head = np.load(tmp_path / linear.HEAD)
     kind = Kind(int(head["blocks"]), bool(head["pooled"]))
+    assert chosen.startswith(kind.name(0.0).removesuffix("0"))
+    table = context.frozen.table(
+        lambda *of: linear.last_tokens(*of, blocks=2), moved.source, context.view, context.reading
+    )
     right = (seen(table.values, kind) @ head["weight"] + head["bias"]).argmax(axis=1)
-    share = 100 * np.mean(right == pair.test.labels[table.numbers])
-    assert share == pytest.approx(found["best"]["held_out"]["top1"])
+    share = 100 * np.mean(right == moved.labels[table.numbers])
+    assert share == pytest.approx(best["held_out"]["top1"])
 
 
 def test_no_class_is_held_out_whole(labelled_folder: Path) -> None:

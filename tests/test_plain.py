@@ -10,13 +10,18 @@ import numpy as np
 import optax
 import plain
 import pytest
+from flax import nnx
 
-from proteus_jax.losses import LossWeights
+from proteus_jax.losses import LossWeights, token_loss
+from proteus_jax.models.attention import attention
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
+from proteus_jax.models.layers import LayerNorm
 from proteus_jax.models.normalisation import CLIP, IMAGENET, Normalisation
 from proteus_jax.models.specs import CLIP as CLIPS
 from proteus_jax.models.specs import SPECS, SYNCLR, ViTSpec
+from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.optim import adamw, decay_mask
+from proteus_jax.standardise import Moments, moments_of, updated
 from proteus_jax.step import Teacher, init_state, make_train_step, random_masks
 
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
@@ -145,8 +150,6 @@ def test_what_blocks_give_before_and_after_the_last_norm() -> None:
 
 def test_gradients_of_attention_with_large_scores() -> None:
     """Scores around a thousand overflow where the largest is not subtracted first."""
-    from proteus_jax.models.attention import attention
-
     qkv = jax.random.normal(jax.random.key(0), (2, 5, 3, 2, 4)).at[:, :, :2].multiply(40.0)
     weight = jax.random.normal(jax.random.key(1), (2, 5, 2, 4))
     for implementation in ("xla", "pallas"):
@@ -159,6 +162,80 @@ def test_gradients_of_attention_with_large_scores() -> None:
         )
         assert np.isfinite(found[0])
         assert_equal(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (5, 1)])
+def test_rotary_positions_of_images_that_are_not_square(grid: tuple[int, int]) -> None:
+    spec = dataclasses.replace(SMALL, **CHOICES["dinov3"])
+    backbone = BackboneFunction(spec)
+    params = shuffled(backbone.init(jax.random.key(1)))
+    images = jax.random.normal(jax.random.key(3), (1, 4 * grid[0], 4 * grid[1], 3))
+    assert_equal(tuple(backbone(params, images)), plain.vit(spec, params, images))
+
+
+def test_a_resized_table_keeps_rows_and_columns_apart() -> None:
+    """What changes along one axis alone does so afterwards; the class entry stays."""
+    table = np.zeros((1, 1 + 9, 2), np.float32)
+    table[0, 0] = 7.0
+    table[0, 1:, 0] = np.repeat([0.0, 1.0, 3.0], 3)
+    table[0, 1:, 1] = np.tile([5.0, 2.0, 1.0], 3)
+    spec = dataclasses.replace(SMALL, width=2, heads=1)
+    found = np.asarray(resize_position_table(jnp.asarray(table), spec, (4, 6)))
+    assert found.shape == (1, 1 + 24, 2)
+    assert (found[0, 0] == 7.0).all()
+    rows, columns = np.moveaxis(found[0, 1:].reshape(4, 6, 2), 2, 0)
+    assert np.ptp(rows, axis=1).max() < 1e-5
+    assert np.ptp(columns, axis=0).max() < 1e-5
+    assert (np.diff(rows[:, 0]) > 0).all()
+    assert (np.diff(columns[0]) < 0).all()
+    # In 16 bits it is rounded once, at the end.
+    half = resize_position_table(jnp.asarray(table / 3, jnp.bfloat16), spec, (4, 6))
+    whole = resize_position_table(
+        jnp.asarray(table / 3, jnp.bfloat16).astype(jnp.float32), spec, (4, 6)
+    )
+    np.testing.assert_array_equal(half, whole.astype(jnp.bfloat16))
+
+
+def test_sums_and_means_are_float32_whatever_comes_in() -> None:
+    """LayerNorm of large means, losses, and moments of teachers' tokens in 16 bits."""
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(64, 256)) + 300, jnp.float32)
+    norm = LayerNorm(256, 1e-6, rngs=nnx.Rngs(0))
+    wide = np.asarray(rows, np.float64)
+    expected = (wide - wide.mean(1, keepdims=True)) / wide.std(1, keepdims=True)
+    np.testing.assert_allclose(norm(rows), expected, atol=3e-4)
+    half = jnp.asarray(rng.normal(size=(64, 256)), jnp.bfloat16)
+    assert norm(half).dtype == jnp.float32
+    wide = np.asarray(half, np.float64)
+    expected = (wide - wide.mean(1, keepdims=True)) / wide.std(1, keepdims=True)
+    np.testing.assert_allclose(norm(half), expected, atol=1e-5)
+
+    other = jnp.asarray(rng.normal(size=(64, 256)), jnp.bfloat16)
+    difference = np.asarray(half, np.float64) - np.asarray(other, np.float64)
+    found = token_loss(half, other)
+    assert found.dtype == jnp.float32
+    assert float(found) == pytest.approx(np.mean(difference**2), rel=1e-6)
+
+    patches = jnp.asarray(rng.normal(size=(64, 5, 256)) + 3, jnp.bfloat16)
+    moments = moments_of(Features(half, patches, jnp.zeros((64, 0, 256))))
+    wide, deep = np.asarray(half, np.float64), np.asarray(patches, np.float64)
+    for one, other in zip(
+        moments,
+        (wide.mean(0), (wide**2).mean(0), deep.mean((0, 1)), (deep**2).mean((0, 1))),
+        strict=True,
+    ):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_speak_float32_of_a_student_in_16_bits() -> None:
+    """Its class token leaves in float32, though matmuls were bfloat16."""
+    student = StudentFunction(SMALL, {"t": 8}, jnp.bfloat16)
+    features = student(student.init(jax.random.key(0)), images_of(SMALL)).features
+    for part in features:
+        assert part.dtype == jnp.float32
+    values = np.asarray(features.cls)
+    assert (values != np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32)).any()
 
 
 TEACHERS = {
@@ -178,7 +255,7 @@ RATE, DECAY, SEED, RATIO = 0.05, 0.9, 5, 0.45
 
 
 @functools.cache
-def _training() -> tuple[Any, Any, Any, Any]:
+def training() -> tuple[Any, Any, Any, Any]:
     """Students, teachers' params, step and state of two students who follow two teachers."""
     widths = {name: spec.width for name, (spec, *_) in TEACHERS.items()}
     students = {name: StudentFunction(spec, widths) for name, spec in STUDENTS.items()}
@@ -216,7 +293,7 @@ def test_three_updates_written_out() -> None:
     """Two students, two teachers with statistics of their own, one of them standardised; weights,
     masks, averages and moments, over three batches.
     """
-    _, teachers, step, state = _training()
+    _, teachers, step, state = training()
     rng = np.random.default_rng(0)
     expected = {name: state.params[name] for name in STUDENTS}
     averages = {name: expected[name]["backbone"] for name in STUDENTS}
@@ -280,7 +357,7 @@ def _objective(spec: ViTSpec, params: Any, pixels: Any, targets: Any, mask: Any)
 
 @pytest.mark.parametrize("student", ["one", "two"])
 def test_a_nan_of_any_student_stops_the_update_of_all(student: str) -> None:
-    _, teachers, step, state = _training()
+    _, teachers, step, state = training()
     images = np.random.default_rng(1).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
     spoilt = jax.tree.map(jnp.asarray, jax.device_get(state.params))
     spoilt[student]["heads"]["odd"]["feature"]["linear"]["bias"] *= jnp.nan
@@ -293,7 +370,7 @@ def test_a_nan_of_any_student_stops_the_update_of_all(student: str) -> None:
 
 def test_after_skipped_first_steps_the_next_is_the_first() -> None:
     """Targets are standardised by the batch's own moments, and an average is as young."""
-    _, teachers, step, state = _training()
+    _, teachers, step, state = training()
     images = np.random.default_rng(2).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
     first, _ = step(state, teachers, images)
     late = state._replace(
@@ -312,8 +389,6 @@ def test_after_skipped_first_steps_the_next_is_the_first() -> None:
 
 def test_moments_over_many_batches() -> None:
     """A plain mean of the first thousand, and never a smaller share than a thousandth."""
-    from proteus_jax.standardise import Moments, updated
-
     rows = np.random.default_rng(0).normal(size=(4, 4, 2)).astype(np.float32)
     batches = [Moments(*jnp.asarray(each)) for each in rows]
     running = Moments(*(jnp.full(2, 3.0) for _ in range(4)))

@@ -1,5 +1,6 @@
 """What a run will need, before it: counted work, machines by name, memory, lines of --plan."""
 
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
@@ -15,8 +17,9 @@ from proteus_jax import config, floors, flops, plan
 from proteus_jax.assembly import Known, assemble, length
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
+from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.models.specs import SPECS
+from proteus_jax.models.specs import SPECS, ViTSpec
 from proteus_jax.topology import named_topology
 
 
@@ -79,6 +82,89 @@ def test_known_devices(kind: str) -> None:
     expected = {"NVIDIA H100 80GB HBM3": 989, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6 lite": 918}
     assert found.peak == expected[kind] * 1e12
     assert flops.known_device("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak", "memory"),
+    [
+        ("NVIDIA H100 PCIe", 756e12, 80e9),
+        ("NVIDIA H100 80GB HBM3", 989e12, 80e9),
+        ("NVIDIA H200", 989e12, 141e9),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 40e9),
+        ("NVIDIA A100-PCIE-40GB", 312e12, 40e9),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 80e9),
+        ("NVIDIA L4", 121e12, 24e9),
+        ("TPU v4", 275e12, 32 * 2**30),
+        ("TPU v5 lite", 197e12, 16 * 2**30),
+        ("TPU v5p", 459e12, 95 * 2**30),
+        ("TPU v6 lite", 918e12, 32 * 2**30),
+    ],
+)
+def test_what_devices_can_do(kind: str, peak: float, memory: float) -> None:
+    """By the names that JAX gives them; published figures. A longer name goes first."""
+    assert flops.known_device(kind) == (flops.known_device(kind)[0], peak, memory)
+
+
+def test_devices_that_only_sound_alike() -> None:
+    for kind in ("NVIDIA L40", "NVIDIA L40S", "cpu", "TPU v51", ""):
+        assert flops.known_device(kind) is None, kind
+
+
+def test_work_of_a_tiny_model_by_hand() -> None:
+    """Every matmul of a forward pass counted out: 5 tokens of width 8, patches of 2 px."""
+    spec = ViTSpec(width=8, depth=3, heads=2, patch_size=2, grid=2)
+    embedding = 4 * (2 * 2 * 3) * 8
+    qkv, attention, proj = 5 * 8 * 24, 2 * 5 * 5 * 8, 5 * 8 * 8
+    mlp = 5 * (8 * 32 + 32 * 8)
+    assert flops.forward(spec, 4) == 2 * (embedding + 3 * (qkv + attention + proj + mlp))
+    gated = dataclasses.replace(spec, feed_forward="swiglu", inner=24, registers=2)
+    block = 7 * 4 * 8 * 8 + 2 * 7 * 7 * 8 + 7 * 3 * 8 * 24
+    assert flops.forward(gated, 4) == 2 * (embedding + 3 * block)
+    # Heads for teachers 6 and 10 wide: the class token, four patches, and half of them masked.
+    teachers = [(dataclasses.replace(spec, width=width, heads=2), 4) for width in (6, 10)]
+    work = flops.training(teachers, [spec, gated], 4, masked=True)
+    assert work.heads == 2 * 3 * 2 * (1 + 4 + 2) * 8 * (6 + 10)
+    assert work.student == 3 * (flops.forward(spec, 4) + flops.forward(gated, 4))
+    assert work.masked_half == work.student / 2
+    assert work.teacher == sum(flops.forward(teacher, 4) for teacher, _ in teachers)
+    assert work.total == sum(work)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unit"),
+    [
+        (("accumulate=2",), 64),
+        ((), 32),
+        (("loss.patch=0", "accumulate=4"), 64),
+        (("loss.patch=0",), 16),
+    ],
+)
+def test_a_batch_divides_by_devices_parts_and_pairs(overrides: tuple[str, ...], unit: int) -> None:
+    topology = named_topology("v5e:4x4")
+    for batch, fits in ((unit * 3, True), (unit * 3 + unit // 2, False)):
+        changes = [config.Override(*text.split("=")) for text in (*overrides, f"batch={batch}")]
+        configuration, problems = config.load(str(ROOT / "configs" / "vitb14.py"), changes)
+        assert not problems
+        if fits:
+            plan._check(configuration, topology)
+            continue
+        with pytest.raises(InputError, match=f"expected a multiple of {unit} for 16 devices"):
+            plan._check(configuration, topology)
+
+
+def test_teachers_look_one_after_the_other() -> None:
+    """Their weights are there together; what works is the larger one's."""
+    configuration, assembly = assembled()
+    (teacher,) = assembly.teachers.values()
+    small = dataclasses.replace(teacher.backbone.spec, depth=1, width=384, heads=6)
+    other = teacher._replace(backbone=BackboneFunction(small, jnp.bfloat16, "pallas"))
+    one, both, small_alone = (
+        plan.memory(configuration, assembly._replace(teachers=teachers), 16, 1024)
+        for teachers in ({"a": teacher}, {"a": teacher, "b": other}, {"b": other})
+    )
+    assert both.teacher == one.teacher + small_alone.teacher
+    assert small_alone.teacher_activations < one.teacher_activations
+    assert both.teacher_activations == one.teacher_activations
 
 
 def assembled(*overrides: str) -> tuple:

@@ -37,6 +37,10 @@ def test_neighbours_are_scikit_learns(
     monkeypatch.setattr(knn, "QUERIES", 16)
     train, labels = clusters(rng, 205)
     test, _ = clusters(rng, 41)
+    # Directions alone count, of what is searched and of what is asked for.
+    train, test = (
+        rows * rng.uniform(0.2, 9, (len(rows), 1)).astype(np.float32) for rows in (train, test)
+    )
     found = knn.predictions(
         train,
         labels,
@@ -86,6 +90,24 @@ def test_ridge_is_scikit_learns_and_leaves_each_image_out_once(rng: np.random.Ge
     test, _ = clusters(rng, 50)
     expected = whole.predict((test - probe.mean) / probe.deviation).argmax(axis=1)
     np.testing.assert_array_equal(probe(test), expected)
+
+
+def test_of_regularisers_that_are_as_good_the_largest_is_taken(rng: np.random.Generator) -> None:
+    """Two classes far apart: each is right with all of them."""
+    labels = np.arange(40) % 2
+    features = rng.normal(size=(40, 3)) * 0.1 + np.array([[-5.0], [5.0]])[labels]
+    probe = ridge.fit(features, labels)
+    assert probe.regulariser == ridge.REGULARISERS.max() == pytest.approx(100)
+    np.testing.assert_array_equal(probe(features), labels)
+
+
+def test_a_spectrum_is_of_variances() -> None:
+    centered = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    features = centered + np.array([7.0, -2.0])
+    np.testing.assert_allclose(spectrum(features), [0.9, 0.1])
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    assert effective_rank(features) == pytest.approx(np.exp(entropy))
+    assert not spectrum(np.ones((4, 2))).any()
 
 
 def test_alignment_and_rank(rng: np.random.Generator) -> None:

@@ -22,6 +22,7 @@ import pytest
 from conftest import ROOT
 from etils import epath
 from test_metrics import scalars
+from test_plain import training
 
 from proteus_jax import heartbeat, integrity
 from proteus_jax.changes import changes
@@ -32,6 +33,7 @@ from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
 from proteus_jax.process import REQUESTS
 from proteus_jax.shelf import Keep, Shelf
+from proteus_jax.standardise import Moments
 from proteus_jax.step import Skipped, TrainState
 from proteus_jax.watch import SkippedUpdates, StopRequest
 
@@ -73,6 +75,65 @@ def test_a_checkpoint_is_told_of_when_it_is_sealed(folder: Path) -> None:
         restored = each.restore(4, jax.eval_shape(lambda: state(0)), shardings)
     assert told == [1, 2, 3, 4, 5]
     np.testing.assert_array_equal(restored.params["a"]["weights"], np.full(300, 4.0))
+
+
+def test_a_checkpoint_brings_back_all_of_a_state(folder: Path) -> None:
+    """Averages, moments of two teachers, counters, the optimizer's own: what comes next is the same
+    to the last bit. Parts of it can be had alone.
+    """
+    _, teachers, step, begun = training()
+    rng = np.random.default_rng(3)
+    batches = rng.integers(0, 256, (3, 6, 12, 12, 3), dtype=np.uint8)
+    state = begun
+    for images in batches[:2]:
+        state, _ = step(state, teachers, images)
+    counted = Skipped(jnp.int32(5), jnp.int32(2))
+    state = state._replace(step=state.step + 5, skipped=counted)
+    state.statistics["another"] = Moments(*(jnp.arange(3.0) + at for at in range(4)))
+    with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
+        checkpoints.save(7, state, {"seed": 1, "names": ["ä"]})
+        checkpoints.wait()
+        places = jax.tree.map(lambda array: array.sharding, state)
+        restored = checkpoints.restore(7, jax.eval_shape(lambda: state), places)
+        alone = checkpoints.params(7, jax.eval_shape(lambda: state.params))
+        moments = checkpoints.statistics(7, {"odd": 12, "another": 3})
+        assert checkpoints.facts(7) == {"seed": 1, "names": ["ä"]}
+        assert checkpoints.statistics(7, {}) == {}
+    for found, expected in (
+        (restored, state),
+        (alone, state.params),
+        (moments, state.statistics),
+    ):
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    del state.statistics["another"], restored.statistics["another"]
+    for one, other in zip(
+        *(step(each, teachers, batches[2]) for each in (state, restored)), strict=True
+    ):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_newer_checkpoint_that_is_gone_is_told_of(folder: Path) -> None:
+    saved(folder, 1, 2, 3)
+    shutil.rmtree(folder / "3")
+    assert Shelf(str(folder)).newest() == (2, {3: "it is gone"}, [])
+
+
+def test_an_older_step_under_a_newer_name_is_not_believed(folder: Path) -> None:
+    saved(folder, 1, 2)
+    shutil.copytree(folder / "1", folder / "7")
+    found = Shelf(str(folder)).newest()
+    assert found.step == 2
+    assert found.faults == {7: "seal.json is that of step 1"}
+
+
+def test_which_checkpoints_stay() -> None:
+    """The newest ones, those of every so many steps, and always the very newest."""
+    steps = [100, 20, 30, 40, 60, 90]
+    assert Keep(2).superfluous(steps) == [20, 30, 40, 60]
+    assert Keep(1, every=30).superfluous(steps) == [20, 40]
+    assert Keep(9, every=30).superfluous(steps) == []
+    assert Keep(1).superfluous([5]) == []
 
 
 def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> None:

@@ -51,7 +51,9 @@ def head(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     return folder
 
 
-def predictions(model: Path, head: Path, folder: Path, shown: list[int]) -> list[tuple[int, str]]:
+def predictions(
+    model: Path, head: Path, folder: Path, shown: list[int], resize: int = 32
+) -> list[tuple[int, str]]:
     """The head's answer and the folder's name of each image, an image at a time."""
     from proteus_jax.data.catalog import open_source
     from proteus_jax.data.images import opened
@@ -64,7 +66,7 @@ def predictions(model: Path, head: Path, folder: Path, shown: list[int]) -> list
     source, _ = open_source(str(folder))
     answers = []
     for number in range(len(source)):
-        view = CentreCrop(32, 28)(opened(source.read(number)))
+        view = CentreCrop(resize, 28)(opened(source.read(number)))
         first, last = of(params, card.normalisation(jax.numpy.asarray(view[None])))
         seen = np.concatenate([first.cls[0], last.cls[0], last.patches[0].mean(axis=0)])
         scores = (seen @ found["weight"] + found["bias"])[shown]
@@ -87,6 +89,14 @@ def test_heads_on_other_sets(
     right = np.mean([str(answer) == name for answer, name in all_of_them])
     assert found["top1"]["imagenet-v2"] == pytest.approx(100 * right)
     assert set(found["absent"]) == {"imagenet-r", "imagenet-sketch"}
+    # Corruptions are cut to size already: to resize them first would change some of the answers.
+    names = [*robustness.ALEXNET][:3]
+    folders = [variants / "imagenet-c" / name / "4" for name in names]
+    answers = [predictions(tiny_teacher, head, folder, [0, 1, 2], 28) for folder in folders]
+    assert answers != [predictions(tiny_teacher, head, folder, [0, 1, 2]) for folder in folders]
+    for name, each in zip(names, answers, strict=True):
+        wrong = np.mean([WNIDS[answer] != kind for answer, kind in each])
+        assert found["corruptions"][name]["4"] == pytest.approx(wrong)
     relative = [
         np.mean(list(levels.values())) / robustness.ALEXNET[name]
         for name, levels in found["corruptions"].items()
