@@ -148,12 +148,14 @@ def test_a_run_says_what_student_and_teacher_are_worth(
 ) -> None:
     arguments = command(tmp_path / "run", photographs, tiny_teacher)
     more = (f"--config.eval.root={labelled_folder}", "--config.steps=3", "--config.eval_every=2")
-    result = finish([*arguments, *more, "--config.student=vit_tiny,vit_small"], tmp_path)
+    result = finish(
+        [*arguments, *more, "--config.student=vit_tiny_1blocks,vit_small_1blocks"], tmp_path
+    )
     assert result.returncode == 0, result.stderr
     rows = list(read_metrics(tmp_path / "run"))
     measured = [row for row in rows if "teacher_knn_top1" in row]
     assert [row["step"] for row in measured] == [0, 2, 3]
-    for name in ("vit_tiny", "vit_small"):
+    for name in ("vit_tiny_1blocks", "vit_small_1blocks"):
         assert 0 <= measured[-1][f"{name}/ridge_top1"] <= 100
         assert 0 <= measured[-1][f"{name}/cka"] <= 1
         assert len(list((tmp_path / "run" / "report" / name).glob("errors-*.png"))) == 3

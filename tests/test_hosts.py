@@ -1,5 +1,6 @@
 """Several hosts: who is where, who is missing, and that two processes train as one does."""
 
+import contextlib
 import json
 import os
 import re
@@ -239,7 +240,9 @@ def meet_all(count: int, abouts: list[dict], timeout: float = 5.0, total: int = 
     with socket.socket() as stranger:
         stranger.settimeout(1)
         if stranger.connect_ex(("127.0.0.1", port + 1)) == 0:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            # It may have been shown the door already.
+            with contextlib.suppress(ConnectionError):
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     for thread in threads:
         thread.join()
     return results

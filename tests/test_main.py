@@ -21,7 +21,7 @@ from proteus_jax.convert import canonical
 from proteus_jax.metrics import read_metrics
 from proteus_jax.workdir import LOCK
 
-STEPS = 12
+STEPS, STUDENT = 12, "vit_tiny_2blocks"
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -44,6 +44,8 @@ def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list
         f"--workdir={workdir}",
         f"--config.data.root={photographs}",
         f"--config.teacher={teacher}",
+        # What a run is does not depend on its depth, what it takes does.
+        f"--config.student={STUDENT}",
         f"--config.steps={STEPS}",
         "--config.warmup_steps=2",
         "--config.batch=4",
@@ -97,7 +99,7 @@ def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess
     assert measured == [0, 6, 12]
     assert all("agreement_patch" in rows[step] for step in measured)
     config = json.loads((workdir / "config.json").read_text())
-    assert (config["batch"], config["student"], config["seed"]) == (4, ["vit_tiny"], 0)
+    assert (config["batch"], config["student"], config["seed"]) == (4, [STUDENT], 0)
     with Image.open(workdir / "agreement.png") as picture:
         assert picture.size == (4 * 144 - 4, 24 + 4 * 144 - 4)
     assert result.stderr == ""
@@ -127,7 +129,7 @@ def test_a_finished_run_is_not_run_again(
     again = finish(command(workdir, photographs, tiny_teacher), workdir.parent)
     assert again.returncode == 0
     assert f"resuming at step {STEPS}" in again.stdout
-    assert "what vit_tiny learnt" in again.stdout
+    assert f"what {STUDENT} learnt" in again.stdout
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
@@ -357,7 +359,7 @@ def test_a_terminal_shows_a_live_line_and_no_chatter(
     """On a terminal of 80 columns: one line renews itself, and every word is this project's."""
     master, slave = pty.openpty()
     arguments = command(
-        tmp_path / "run", photographs, tiny_teacher, "--config.student=vit_tiny,vit_small"
+        tmp_path / "run", photographs, tiny_teacher, f"--config.student={STUDENT},vit_small_1blocks"
     )
     process = subprocess.Popen(
         [*arguments, "--config.steps=4", "--config.ema_decay=0.9"],
@@ -387,12 +389,14 @@ def test_a_terminal_shows_a_live_line_and_no_chatter(
     own += ("it lies in ", "  ")
     assert [line for line in lines if not line.startswith(own)] == []
     # Several students, and their averages, each in a directory of its own.
-    for name, width in (("vit_tiny", 192), ("vit_small", 384)):
+    for name, width in ((STUDENT, 192), ("vit_small_1blocks", 384)):
         for folder in ("student", "student_ema"):
             model = proteus_jax.load(tmp_path / "run" / folder / name)
             assert model.spec.width == width
     rows = list(read_metrics(tmp_path / "run"))
-    assert {"vit_tiny/loss", "vit_small/agreement_patch", "learning_rate"} <= rows[-1].keys()
+    assert {f"{STUDENT}/loss", "vit_small_1blocks/agreement_patch", "learning_rate"} <= rows[
+        -1
+    ].keys()
 
 
 def test_unreadable_images_are_named_once_and_cost_nothing(

@@ -382,5 +382,8 @@ def test_what_does_not_fit_together(tmp_path: Path, photographs: Path, tiny_teac
         ),
         tmp_path,
     )
-    assert "vit_tiny is 192 wide with 3 heads, the model to start from 32 with 2" in result.stderr
+    assert (
+        "vit_tiny_2blocks is 192 wide with 3 heads, the model to start from 32 with 2"
+        in result.stderr
+    )
     assert "patches of 14 px, which do not divide images of 30 px" in result.stderr
