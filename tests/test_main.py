@@ -101,7 +101,9 @@ def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess
     config = json.loads((workdir / "config.json").read_text())
     assert (config["batch"], config["student"], config["seed"]) == (4, [STUDENT], 0)
     with Image.open(workdir / "agreement.png") as picture:
-        assert picture.size == (4 * 144 - 4, 24 + 4 * 144 - 4)
+        # A column is as wide as its heading where that is longer.
+        assert picture.width >= 4 * 144 - 4
+        assert picture.height == 24 + 4 * 144 - 4
     assert result.stderr == ""
     printed = result.stdout
     assert "24 to train on" in printed
@@ -469,9 +471,9 @@ def test_exported_names_are_the_official_ones(
     import safetensors.numpy
 
     arrays = safetensors.numpy.load_file(finished[0] / "student" / "model.safetensors")
-    assert arrays["blocks.11.attn.qkv.weight"].shape == (576, 192)
+    assert arrays["blocks.1.attn.qkv.weight"].shape == (576, 192)
     assert arrays["patch_embed.proj.weight"].shape == (192, 3, 14, 14)
-    assert canonical.infer_spec(arrays).depth == 12
+    assert canonical.infer_spec(arrays).depth == 2
 
 
 def test_a_second_start_finds_its_programs_compiled(

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
+from flax import nnx
 
 from proteus_jax.models.functional import BackboneFunction, StudentFunction, in_precision
 from proteus_jax.models.position import resize_matrix
-from proteus_jax.models.specs import SPECS, ViTSpec
-from proteus_jax.models.vit import resize_position_table
+from proteus_jax.models.specs import CLIP, SPECS, SYNCLR, ViTSpec
+from proteus_jax.models.student import Head
+from proteus_jax.models.vit import VisionTransformer, resize_position_table
 
 BACKBONE = BackboneFunction(TINY)
 
@@ -121,6 +123,64 @@ def test_drop_path_drops_a_branch_of_a_sample(images: jax.Array) -> None:
         assert len(np.unique(drawn[:, sample].round(4), axis=0)) == 4
     none = StudentFunction(TINY, {"teacher": 16}, drop_path=0.0)
     np.testing.assert_array_equal(none(params, images, key=jax.random.key(0)).features.cls, still)
+
+
+def test_drop_path_keeps_the_mean() -> None:
+    """None of the first block's branches goes, of the last's the rate; the others weigh more."""
+    spec = dataclasses.replace(TINY, depth=3)
+    model = VisionTransformer(spec, rngs=nnx.Rngs(0))
+    kept = model._keep(0.4, jax.random.key(0), 4000)
+    assert kept is not None
+    assert kept.shape == (3, 2, 4000, 1, 1)
+    assert (kept[0] == 1).all()
+    for block, rate in ((1, 0.2), (2, 0.4)):
+        for branch in np.asarray(kept[block, :, :, 0, 0]):
+            assert set(np.unique(branch.round(4))) == {0, np.float32(1 / (1 - rate)).round(4)}
+            assert np.mean(branch == 0) == pytest.approx(rate, abs=0.04)
+            assert branch.mean() == pytest.approx(1, abs=0.06)
+    # The two branches of a sample fall apart from each other.
+    assert (kept[2, 0] != kept[2, 1]).any()
+    assert model._keep(0.0, None, 3) is None
+    with pytest.raises(ValueError, match="drop_path needs a key"):
+        model._keep(0.1, None, 3)
+
+
+def test_each_family_starts_as_its_authors_do() -> None:
+    """A mask token of deviation 0.02 in SynCLR, Xavier's uniform for CLIP's qkv, else 0.02."""
+    sizes: dict[str, Any] = {"width": 192, "depth": 2, "heads": 3, "grid": 4}
+    starts = {
+        name: BackboneFunction(ViTSpec(**sizes, **choices)).init(jax.random.key(0))
+        for name, choices in (("dinov2", {}), ("synclr", SYNCLR), ("clip", CLIP))
+    }
+    for name, expected in (("dinov2", 0.0), ("synclr", 0.02), ("clip", 0.0)):
+        assert np.std(starts[name]["mask_token"]) == pytest.approx(expected, rel=0.15)
+    for name, params in starts.items():
+        kernel = np.asarray(params["blocks"]["attn"]["qkv"]["kernel"])
+        if name == "clip":
+            limit = (6 / (192 + 3 * 192)) ** 0.5
+            assert limit * 0.99 < np.abs(kernel).max() <= limit
+            assert kernel.std() == pytest.approx(limit / 3**0.5, rel=0.02)
+        else:
+            assert kernel.std() == pytest.approx(0.02, rel=0.02)
+            assert np.abs(kernel).max() > 0.06
+        assert np.std(params["blocks"]["attn"]["proj"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+        assert np.std(params["pos_embed"]) == pytest.approx(0.02, rel=0.05)
+        assert 0 < np.std(params["cls_token"]) < 2e-6
+    assert starts["clip"]["cls_token"].shape == (192,)
+    assert starts["dinov2"]["cls_token"].shape == (1, 1, 192)
+    assert "bias" not in starts["clip"]["patch_embed"]["proj"]
+
+
+def test_heads_have_an_epsilon_of_their_own() -> None:
+    """PyTorch's 1e-5, which tokens of a small variance show."""
+    head = Head(6, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    tokens = 1e-3 * np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    centered = tokens - tokens.mean(axis=1, keepdims=True)
+    normal = centered / np.sqrt(np.mean(centered**2, axis=1, keepdims=True) + 1e-5)
+    linear = head.linear
+    assert linear.bias is not None
+    expected = normal @ np.asarray(linear.kernel[...]) + np.asarray(linear.bias[...])
+    np.testing.assert_allclose(head(jnp.asarray(tokens)), expected, rtol=1e-4, atol=1e-6)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import photograph
 
+from proteus_jax import messages
 from proteus_jax.evaluation import snapshots
-from proteus_jax.evaluation.agreement import StudentTokens, TeacherTokens
+from proteus_jax.evaluation.agreement import NEIGHBOURS, StudentTokens, TeacherTokens
 from proteus_jax.evaluation.chart import Series, chart
 from proteus_jax.evaluation.report import report, write_report
 
@@ -148,3 +149,36 @@ def test_a_browser_shows_it_on_a_phone_and_in_the_dark(workdir: Path) -> None:
         assert found[scheme]["needed"] <= found[scheme]["width"] <= 520
     assert found["light"]["back"] == "rgb(255, 255, 255)"
     assert found["dark"]["back"] != found["light"]["back"]
+
+
+def test_what_is_said_at_the_end() -> None:
+    """The first step beside the mean of the last ten; before beside after; student and teacher."""
+    rows: list[dict] = [{"step": 0, "agreement_class": 0.1, "cka": 0.5, "knn_top1": 20.0}]
+    rows[0] |= {"neighbour_overlap": 0.25, "teacher_knn_top1": 80.0, "ridge_top1": 10.0}
+    rows[0] |= {"teacher_ridge_top1": 50.0}
+    for step in range(1, 41):
+        row = {"step": step, "loss": 1.0, "token_loss": 100.0 - step, "feature_loss": 2.0 * step}
+        rows.append(row | {"patch_loss": 7.0})
+    rows[-1] |= {"agreement_class": 0.7, "cka": 0.75, "neighbour_overlap": 0.5, "knn_top1": 60.0}
+    rows[-1] |= {"teacher_knn_top1": 80.0, "knn_balanced_top1": 40.0, "ridge_top1": 45.0}
+    rows[-1] |= {"teacher_ridge_top1": 50.0, "ema_knn_top1": 61.5}
+    lines = [re.split(r"  +", line.strip()) for line in messages._learnt(rows, "")]
+    assert lines == [
+        ["first step", "last 10"],
+        ["token loss", "99.000", "64.500"],
+        ["feature loss", "2.000", "71.000"],
+        ["patch loss", "7.000", "7.000"],
+        ["on held-out views", "before", "after"],
+        ["centred cosine, class token", "0.100", "0.700"],
+        [f"share of {NEIGHBOURS} nearest neighbours", "0.250", "0.500"],
+        ["linear CKA, class token", "0.500", "0.750"],
+        [
+            "nearest neighbours: student 60.0 (balanced 40.0), average 61.5, teacher 80.0: 75% "
+            "(before 20.0)"
+        ],
+        ["ridge probe: student 45.0, teacher 50.0: 90% (before 10.0)"],
+    ]
+    # Of two students each has its own rows.
+    named = [{f"a/{key}": value for key, value in row.items()} for row in rows[1:3]]
+    assert len(list(messages._learnt(named, "a/"))) == 4
+    assert list(messages._learnt(named, "b/")) == []

@@ -18,6 +18,8 @@ from proteus_jax.optim import adamw, decay_mask, scaled_learning_rate, warmup_co
 from proteus_jax.step import (
     Teacher,
     TrainState,
+    _mean_over_parts,
+    _Part,
     init_state,
     make_train_step,
     ramp,
@@ -182,6 +184,34 @@ def test_cheaper_in_memory_and_the_same(
     _, rows = run(step, init(), teacher_params, batches)
     assert_close(rows[0], single[1][0], 1e-5)
     assert_close(rows, single[1], 1e-4)
+
+
+def test_parts_of_a_batch_drop_other_branches() -> None:
+    """Each part has a key of its own, its share of the masks, and pairs of images that belong
+    together.
+    """
+    pixels = jnp.arange(12.0)[:, None, None, None] * jnp.ones((1, 2, 2, 3))
+    mask = jnp.arange(6)[:, None] == jnp.arange(6)
+    whole = _Part(pixels, mask, jax.random.key(0))
+
+    def seen(part: _Part) -> dict[str, jax.Array]:
+        assert part.mask is not None
+        drawn = jax.random.uniform(part.key)
+        numbers = part.pixels[:, 0, 0, 0]
+        return {
+            "drawn": drawn,
+            "squared": drawn**2,
+            # The mask of a pair is that of its first image.
+            "apart": jnp.sum(jnp.abs(numbers[::2] / 2 - part.mask.argmax(axis=1))),
+            "pairs": jnp.sum(numbers[1::2] - numbers[::2]),
+            "sum": jnp.sum(numbers),
+        }
+
+    found = _mean_over_parts(seen, whole, 3)
+    assert float(found["squared"] - found["drawn"] ** 2) > 1e-4
+    assert (float(found["apart"]), float(found["pairs"])) == (0.0, 2.0)
+    assert float(found["sum"]) == pytest.approx(66 / 3)
+    assert float(_mean_over_parts(seen, whole, 1)["sum"]) == 66
 
 
 def test_precisions(batches: np.ndarray) -> None:

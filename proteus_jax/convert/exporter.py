@@ -149,7 +149,7 @@ def _pixels(subject: Subject, images: np.ndarray) -> np.ndarray:
 
 
 def _save(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) -> None:
-    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in arrays.items()}
     if path.suffix == ".safetensors":
         safetensors.numpy.save_file(arrays, path, metadata)
         return

@@ -53,7 +53,8 @@ def read_weights(path: Path) -> Weights:
     if wrong:
         raise InputError(wrong)
     narrowest = min((array.dtype for array in found.values()), key=_bits, default=np.float32)
-    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in found.items()}
+    # ascontiguousarray would give a number without axes one.
+    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in found.items()}
     spoilt = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if spoilt:
         raise InputError(f"{path}: not finite: {', '.join(spoilt)}")

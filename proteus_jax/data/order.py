@@ -104,7 +104,9 @@ def _epoch(seed: int, epoch: int, sizes: tuple[int, ...], weights: tuple[float, 
             for turn in range(start // size, -(-stop // size))
         ]
         within = start - start // size * size
-        found.append(first + np.concatenate(turns)[within : within + count])
+        # A small part of a small share may have none of an epoch.
+        drawn = np.concatenate(turns or [np.empty(0, np.uint32)])
+        found.append(first + drawn[within : within + count])
         first += size
     return np.concatenate(found)[places]
 
