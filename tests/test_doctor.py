@@ -3,12 +3,14 @@
 import functools
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, photograph
 from PIL import Image
 
@@ -98,7 +100,7 @@ def test_many_images_that_look_alike() -> None:
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "main.py"), "--doctor", *arguments]
     command.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return warm.run(command, tmp_path, os.environ)
 
 
 def test_training_takes_what_the_doctor_wrote(hospital: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, photograph
 from PIL import Image
 
@@ -57,9 +58,7 @@ def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list
 
 
 def finish(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        arguments, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
-    )
+    return warm.run(arguments, tmp_path, environment(tmp_path))
 
 
 @pytest.fixture(scope="module")

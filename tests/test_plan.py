@@ -2,19 +2,25 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import warm
 from conftest import ROOT
 
+import main
 from proteus_jax import config, floors, flops, plan
 from proteus_jax.assembly import Known, assemble, length
+from proteus_jax.console import Console
+from proteus_jax.data.rate import Rate
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
 from proteus_jax.models.functional import BackboneFunction
@@ -214,16 +220,15 @@ def test_the_estimate_is_near_what_a_compiler_says() -> None:
 
 
 def printed(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    return warm.run(
         [
             sys.executable,
-            ROOT / "main.py",
+            str(ROOT / "main.py"),
             f"--config={ROOT / 'configs' / 'vitti14.py'}",
             *arguments,
         ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        tmp_path,
+        os.environ,
     )
 
 
@@ -246,14 +251,27 @@ def test_plan_prints_lines_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def lines_of(tmp_path: Path, *arguments: str) -> dict[str, str]:
-    result = printed(tmp_path, "--plan", *arguments)
-    assert result.returncode == 0, result.stderr
-    return dict(line.split(": ", 1) for line in result.stdout.splitlines())
+Lines = Callable[..., dict[str, str]]
 
 
-def test_the_assumed_mfu_comes_from_what_was_compiled(tmp_path: Path) -> None:
-    lines = lines_of(tmp_path, "--topology=v5e:4x4")
+@pytest.fixture
+def lines_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lines:
+    """What --plan prints with these arguments, in this process; nothing is measured."""
+    monkeypatch.setattr(plan, "views_per_second", lambda *_: Rate(100.0, 2))
+    monkeypatch.setattr(plan, "_measured_peak", lambda: 1e11)
+
+    def printed_lines(*arguments: str) -> dict[str, str]:
+        read = main.parse([f"--config={ROOT / 'configs' / 'vitti14.py'}", "--plan", *arguments])
+        overrides = [config.Override(*override) for override in read.overrides]
+        configuration, problems = config.load(read.paths["--config"], overrides)
+        main._plan(configuration, read.planning, [*read.problems, *problems], Console())
+        return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+
+    return printed_lines
+
+
+def test_the_assumed_mfu_comes_from_what_was_compiled(lines_of: Lines) -> None:
+    lines = lines_of("--topology=v5e:4x4")
     most = re.fullmatch(
         r"(\d+)% \(by what vitti14 moves, compiled for 64 images a device of v5e:4x4\)",
         lines["MFU at most"],
@@ -267,8 +285,8 @@ def test_the_assumed_mfu_comes_from_what_was_compiled(tmp_path: Path) -> None:
     # The share is printed in whole percent.
     assert float(lines["images a second"].split()[0]) == pytest.approx(rate, rel=0.03)
     # Another share of a topology that nothing was compiled for.
-    assert lines_of(tmp_path, "--topology=h100:8")["assumed MFU"] == "40% (an assumption)"
-    found = lines_of(tmp_path, "--topology=v6e:2x4", "--mfu=0.25", "--config.batch=512")
+    assert lines_of("--topology=h100:8")["assumed MFU"] == "40% (an assumption)"
+    found = lines_of("--topology=v6e:2x4", "--mfu=0.25", "--config.batch=512")
     assert found["assumed MFU"] == "25% (--mfu)"
     assert "v6e" in found["MFU at most"]
 
@@ -289,24 +307,24 @@ def test_the_table_of_compiled_steps() -> None:
 
 
 def test_the_epoch_is_that_of_the_images(
-    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, lines_of: Lines
 ) -> None:
     arguments = (f"--config.data.root={photographs}", "--topology=v5e:4x4", "--config.epochs=1024")
-    lines = lines_of(tmp_path, *arguments, "--config.data.held_out.share=0")
+    lines = lines_of(*arguments, "--config.data.held_out.share=0")
     assert lines["images an epoch"] == "40 images (those of --config.data.root to train on)"
     assert lines["steps"] == "40 of 1024 images"
-    assert lines_of(tmp_path)["images an epoch"].startswith("1281167 images (ImageNet-1K's")
+    assert lines_of()["images an epoch"].startswith("1281167 images (ImageNet-1K's")
     # A plan fetches nothing.
     monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
-    fetched = lines_of(tmp_path, "--config.data.root=scikit-image")
+    fetched = lines_of("--config.data.root=scikit-image")
     assert fetched["images an epoch"].endswith("scikit-image's are not fetched for a plan)")
     result = printed(tmp_path, "--plan", f"--config.data.root={tmp_path / 'absent'}")
     assert result.returncode == 2
     assert "absent" in result.stderr
 
 
-def test_a_plan_of_another_teacher(tmp_path: Path, tiny_teacher: Path) -> None:
-    lines = lines_of(tmp_path, f"--config.teacher={tiny_teacher}", "--topology=v5e:4x4")
+def test_a_plan_of_another_teacher(tiny_teacher: Path, lines_of: Lines) -> None:
+    lines = lines_of(f"--config.teacher={tiny_teacher}", "--topology=v5e:4x4")
     assert float(lines["teacher parameters"].split()[0]) < 0.1
 
 
