@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # One compilation cache for all tests and the processes that they start, removed with the session.
 if "PROTEUS_JAX_TEST_PROGRAMS" not in os.environ:
@@ -28,6 +29,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,6 +48,18 @@ def photograph(rng: np.random.Generator, height: int = 60, width: int = 80) -> n
     coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     resized = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized)
+
+
+def shuffled(params: Any, seed: int = 0) -> Any:
+    """Every array moved away from where it starts: no gamma of 1, no bias of 0, no tiny token."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda array: (
+            jnp.asarray(array)
+            + 0.3 * rng.normal(size=array.shape).astype(np.float32) * (array.ndim < 3 or 0.3)
+        ),
+        params,
+    )
 
 
 @pytest.fixture

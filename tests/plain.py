@@ -75,15 +75,19 @@ def rotated(spec: Any, qkv: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return jnp.stack(columns, axis=2)
 
 
-def block(spec: Any, tokens: jax.Array, params: Tree, grid: tuple[int, int]) -> jax.Array:
+def projected(spec: Any, tokens: jax.Array, params: Tree, grid: tuple[int, int]) -> jax.Array:
+    """Queries, keys and values [b, t, 3, h, d] of a block."""
     batch, length, width = tokens.shape
-    qkv_params = dict(params["attn"]["qkv"])
+    layer = dict(params["attn"]["qkv"])
     if not spec.key_bias:
-        qkv_params["bias"] = qkv_params["bias"].at[width : 2 * width].set(0.0)
-    qkv = linear(layer_norm(tokens, params["norm1"], spec.norm_epsilon), qkv_params)
+        layer["bias"] = layer["bias"].at[width : 2 * width].set(0.0)
+    qkv = linear(layer_norm(tokens, params["norm1"], spec.norm_epsilon), layer)
     qkv = qkv.reshape(batch, length, 3, spec.heads, width // spec.heads)
-    if spec.positions == "rotary":
-        qkv = rotated(spec, qkv, grid)
+    return rotated(spec, qkv, grid) if spec.positions == "rotary" else qkv
+
+
+def block(spec: Any, tokens: jax.Array, params: Tree, grid: tuple[int, int]) -> jax.Array:
+    qkv = projected(spec, tokens, params, grid)
     attended = linear(softmax_attention(qkv).reshape(tokens.shape), params["attn"]["proj"])
     tokens = tokens + attended * (params["ls1"]["gamma"] if spec.layer_scale else 1.0)
     fed = feed_forward(spec, layer_norm(tokens, params["norm2"], spec.norm_epsilon), params["mlp"])

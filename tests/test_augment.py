@@ -187,6 +187,9 @@ def test_randaugment_draws_as_stated() -> None:
     assert Counter(names) == {name: pytest.approx(share, rel=0.25) for name in OPERATIONS}
     # With replacement: two of a kind come together about as often as any two.
     assert sum(len(e) == 2 and e[0][0] == e[1][0] for e in drawn) == pytest.approx(67, abs=35)
+    # Each operation of an image has a magnitude of its own.
+    both = np.array([[entry[1] for entry in entries] for entries in drawn if len(entries) == 2])
+    assert abs(np.corrcoef(both.T)[0, 1]) < 0.15
     assert np.mean(magnitudes) == pytest.approx(8.98, abs=0.05)
     assert np.std(magnitudes) == pytest.approx(0.48, abs=0.05)
     assert max(magnitudes) == 10.0  # clipped
@@ -371,6 +374,13 @@ def test_erased_boxes_reach_their_bounds() -> None:
         starts = np.bincount(long.argmax(axis=1), minlength=6)
         assert len(starts) == 6
         assert starts.min() > 0.6 * starts.max()
+    # Rows and columns know nothing of each other, nor does a channel of the next.
+    rows, columns = (boxes.any(axis=axis).argmax(axis=1) for axis in (2, 1))
+    small = (boxes.any(axis=2).sum(axis=1) < 5) & (boxes.any(axis=1).sum(axis=1) < 5)
+    assert abs(np.corrcoef(rows[small], columns[small])[0, 1]) < 0.06
+    some = np.asarray(erase(jax.random.key(3), blank[:200], 1.0))
+    noise = some[some.any(axis=-1)]
+    assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.06
     blank = jnp.zeros((3000, 80, 80, 3))
     boxes = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(1), blank, 1.0)).any(-1)
     tall, wide = (boxes.any(axis=axis).sum(axis=1) for axis in (2, 1))
@@ -470,6 +480,22 @@ def test_broken_images_are_unreadable(rng: np.random.Generator) -> None:
     for broken in (b"", whole[:100], whole[:-40], whole[:20] + b"\0" * 200):
         with pytest.raises(images.Unreadable):
             images.decode(broken)
+
+
+def test_a_flawed_jpeg_is_reduced_as_a_sound_one(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the fast decoder refuses Pillow decodes whole; a fraction of it is the whole picture."""
+    data = jpeg(photograph(rng, 160, 120))
+    sound = images.opened(data).pixels(4)
+
+    def refuses(*_: object, **__: object) -> None:
+        raise ValueError("a flaw")
+
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", refuses)
+    found = images.opened(data).pixels(4)
+    assert found.shape == sound.shape == (40, 30, 3)
+    assert mean_difference(found, sound) < 2
 
 
 def test_bombs_are_refused_before_they_are_decoded() -> None:

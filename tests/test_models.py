@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, shuffled
 from flax import nnx
 
-from proteus_jax.models.functional import BackboneFunction, StudentFunction, in_precision
+from proteus_jax.models.functional import (
+    BackboneFunction,
+    StudentFunction,
+    in_precision,
+    without_layer_scale,
+)
+from proteus_jax.models.normalisation import CLIP as CLIP_STATISTICS
+from proteus_jax.models.normalisation import HALF, IMAGENET, Normalisation
 from proteus_jax.models.position import resize_matrix
 from proteus_jax.models.specs import CLIP, SPECS, SYNCLR, ViTSpec
 from proteus_jax.models.student import Head
@@ -52,6 +59,9 @@ def test_order_and_repetition_of_intermediates_are_the_callers(
     last, first = BACKBONE.intermediates(params, images, (1, 0))
     np.testing.assert_array_equal(last.cls, BACKBONE.intermediates(params, images, (1,))[0].cls)
     np.testing.assert_array_equal(first.cls, BACKBONE.intermediates(params, images, (0,))[0].cls)
+    twice = BACKBONE.intermediates(params, images, (1, 0, 1))
+    for found, expected in zip(twice, (last, first, last), strict=True):
+        np.testing.assert_array_equal(found.cls, expected.cls)
     with pytest.raises(ValueError, match=r"blocks 0 to 1, asked for \[2\]"):
         BACKBONE.intermediates(params, images, (2,))
 
@@ -171,6 +181,65 @@ def test_each_family_starts_as_its_authors_do() -> None:
     assert "bias" not in starts["clip"]["patch_embed"]["proj"]
 
 
+def test_layer_scale_is_multiplied_into_the_weights(images: jax.Array) -> None:
+    """Of both kinds of feed-forward layer, into kernels and biases: the same tokens come out."""
+    for choices in ({}, {"feed_forward": "swiglu", "inner": 24}):
+        spec = dataclasses.replace(TINY, **choices)
+        params = BackboneFunction(spec).init(jax.random.key(0))
+        params = shuffled(params)
+        plain = without_layer_scale(params)
+        assert {"ls1", "ls2"}.isdisjoint(plain["blocks"])
+        without = BackboneFunction(dataclasses.replace(spec, layer_scale=False))
+        expected = BackboneFunction(spec)(params, images)
+        for found, wanted in zip(without(plain, images)[:2], expected[:2], strict=True):
+            np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_published_statistics_of_images() -> None:
+    """Of torchvision and OpenAI, typed in once more."""
+    assert (CLIP_STATISTICS.mean[0], CLIP_STATISTICS.std[0]) == (0.48145466, 0.26862954)
+    assert (CLIP_STATISTICS.mean[1], CLIP_STATISTICS.std[1]) == (0.4578275, 0.26130258)
+    assert (CLIP_STATISTICS.mean[2], CLIP_STATISTICS.std[2]) == (0.40821073, 0.27577711)
+    assert (IMAGENET.mean[0], IMAGENET.std[0]) == (0.485, 0.229)
+    assert (IMAGENET.mean[1], IMAGENET.std[1]) == (0.456, 0.224)
+    assert (IMAGENET.mean[2], IMAGENET.std[2]) == (0.406, 0.225)
+    assert (HALF.mean, HALF.std) == ((0.5,) * 3, (0.5,) * 3)
+    pixels = np.array([[[[0, 128, 255]]]], np.uint8)
+    expected = [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    np.testing.assert_allclose(IMAGENET(jnp.asarray(pixels))[0, 0, 0], expected, rtol=1e-6)
+    for std in ([0.2, 0.0, 0.2], [0.2, 0.2], [0.2, 0.2, True], [0.2, 0.2, float("nan")]):
+        with pytest.raises(ValueError, match="three means and three deviations above 0"):
+            Normalisation.checked([0.5, 0.5, 0.5], std)
+
+
+def test_a_smaller_grid_is_antialiased() -> None:
+    """Keys' kernel of a = -0.5 stretched by the scale, its weights made to sum to one; and where
+    nothing is shrunk a = -0.75.
+    """
+
+    def keys(distance: float, a: float) -> float:
+        x = abs(distance)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    found = resize_matrix(8, 3, 0.0, True)
+    for row in range(3):
+        center = (row + 0.5) * 8 / 3 - 0.5
+        weights = np.array([keys((column - center) * 3 / 8, -0.5) for column in range(8)])
+        np.testing.assert_allclose(found[row], weights / weights.sum(), atol=1e-6)
+    found = resize_matrix(8, 3, 0.0, False)
+    for row in range(3):
+        center = (row + 0.5) * 8 / 3 - 0.5
+        weights = np.zeros(8)
+        for tap in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            weights[min(max(tap, 0), 7)] += keys(tap - center, -0.75)
+        np.testing.assert_allclose(found[row], weights, atol=1e-6)
+    # DINOv2's offset moves an axis whose length stays, unless it is antialiased.
+    assert np.abs(resize_matrix(8, 8, 0.1, False) - np.eye(8)).max() > 1e-3
+    np.testing.assert_array_equal(resize_matrix(8, 8, 0.1, True), np.eye(8))
+
+
 def test_heads_have_an_epsilon_of_their_own() -> None:
     """PyTorch's 1e-5, which tokens of a small variance show."""
     head = Head(6, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -247,6 +316,10 @@ def test_specs_refuse_nonsense() -> None:
         ViTSpec(width=12, depth=0, heads=3)
     fields = TINY.to_json()
     assert ViTSpec.from_json(fields) == TINY
+    # As some programs write numbers that happen to be whole.
+    assert ViTSpec.from_json(fields | {"interpolate_offset": 0, "norm_epsilon": 0}) == (
+        dataclasses.replace(TINY, interpolate_offset=0.0, norm_epsilon=0.0)
+    )
     with pytest.raises(
         ValueError, match=r"unknown field 'colour'.*missing field 'width'.*depth should be int"
     ):

@@ -10,18 +10,19 @@ import numpy as np
 import optax
 import plain
 import pytest
+from conftest import shuffled
 from flax import nnx
 
 from proteus_jax.losses import LossWeights, token_loss
 from proteus_jax.models.attention import attention
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.layers import LayerNorm
+from proteus_jax.models.layers import LayerNorm, Mlp, SwiGLU, Unscaled
 from proteus_jax.models.normalisation import CLIP, IMAGENET, Normalisation
 from proteus_jax.models.specs import CLIP as CLIPS
 from proteus_jax.models.specs import SPECS, SYNCLR, ViTSpec
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.optim import adamw, decay_mask
-from proteus_jax.standardise import Moments, moments_of, updated
+from proteus_jax.standardise import Moments, moments_of, standardised, updated
 from proteus_jax.step import Teacher, init_state, make_train_step, random_masks
 
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
@@ -36,18 +37,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "siglip": {"class_token": False, "pooling": "attention", "activation": "gelu_tanh"},
     "mean": {"pooling": "mean", "final_norm": "class", "class_position": False},
 }
-
-
-def shuffled(params: Any, seed: int = 0) -> Any:
-    """Every array moved away from where it starts: no gamma of 1, no bias of 0, no tiny token."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda array: (
-            jnp.asarray(array)
-            + 0.3 * rng.normal(size=array.shape).astype(np.float32) * (array.ndim < 3 or 0.3)
-        ),
-        params,
-    )
 
 
 def images_of(spec: ViTSpec, count: int = 2, seed: int = 3) -> jax.Array:
@@ -90,7 +79,7 @@ def test_a_model_and_its_gradient(name: str) -> None:
     jax.tree.map(lambda one, other: assert_equal(one, other, 1e-4), gradient, wanted)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "registers", "siglip", "mean"])
+@pytest.mark.parametrize("name", ["dinov2", "registers", "dinov3", "siglip", "mean"])
 def test_where_the_class_token_looks(name: str) -> None:
     """Of the last of two blocks, from queries and keys by hand; registers are left out."""
     spec = dataclasses.replace(SMALL, **CHOICES[name])
@@ -108,9 +97,7 @@ def test_where_the_class_token_looks(name: str) -> None:
             jax.tree.map(lambda stacked, n=n: stacked[n], params["blocks"]) for n in range(2)
         )
         tokens = plain.block(spec, plain.embed(spec, params, images), one, (3, 3))
-        qkv = plain.linear(
-            plain.layer_norm(tokens, two["norm1"], spec.norm_epsilon), two["attn"]["qkv"]
-        )
+        qkv = plain.projected(spec, tokens, two, (3, 3)).reshape(2, -1, 48)
         query, keys = qkv[:, 0, :16], qkv[..., 16:32]
         heads = [_weights(query[:, at], keys[..., at]) for at in _halves()]
         expected = jnp.stack(heads, axis=1)[..., spec.prefix :]
@@ -228,6 +215,49 @@ def test_sums_and_means_are_float32_whatever_comes_in() -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_constant_channel_of_a_teacher_is_no_nan() -> None:
+    """E[x^2] - E[x]^2 may come out a little below 0."""
+    for value in (1.1, 100.3, 3e3):
+        mean = jnp.full(4, value, jnp.float32)
+        square = jnp.square(mean) * (1 - 3e-7)
+        features = Features(jnp.ones((2, 4)) * value, jnp.ones((2, 3, 4)), jnp.zeros((2, 0, 4)))
+        found = standardised(features, Moments(mean, square, mean, square))
+        assert np.isfinite(found.cls).all()
+        assert np.abs(found.cls).max() < 1
+
+
+@pytest.mark.parametrize("name", ["giant", "clip", "siglip"])
+def test_activations_are_float32_between_matmuls_of_16_bits(name: str) -> None:
+    """A feed-forward layer from bfloat16 matmuls alone, each rounded to 16 bits and no more."""
+    spec = dataclasses.replace(SMALL, depth=1, **CHOICES[name])
+    params = shuffled(BackboneFunction(spec).init(jax.random.key(1)))["blocks"]["mlp"]
+    params = jax.tree.map(lambda stacked: jnp.asarray(stacked[0], jnp.float32), params)
+    kind = SwiGLU if spec.feed_forward == "swiglu" else Mlp
+    module = kind(spec, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    for layer, arrays in params.items():
+        for array, value in arrays.items():
+            getattr(getattr(module, layer), array)[...] = value
+    tokens = jax.random.normal(jax.random.key(2), (1, 64, 16), jnp.float32)
+
+    def rounded(values: jax.Array) -> jax.Array:
+        return values.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def product(values: jax.Array, layer: Any) -> jax.Array:
+        return rounded(rounded(rounded(values) @ rounded(layer["kernel"])) + rounded(layer["bias"]))
+
+    first, last = ("w12", "w3") if kind is SwiGLU else ("fc1", "fc2")
+    inside = product(tokens, params[first])
+    if kind is SwiGLU:
+        gate, value = jnp.split(inside, 2, axis=-1)
+        inside = gate / (1 + jnp.exp(-gate)) * value
+    else:
+        inside = plain.activation(spec.activation, inside)
+    expected = product(inside, params[last])
+    found = module(tokens, Unscaled()).astype(jnp.float32)
+    # One rounding of what is between them would change far more of the outputs.
+    assert np.mean(np.asarray(found) == np.asarray(expected)) > 0.97
+
+
 def test_heads_speak_float32_of_a_student_in_16_bits() -> None:
     """Its class token leaves in float32, though matmuls were bfloat16."""
     student = StudentFunction(SMALL, {"t": 8}, jnp.bfloat16)
@@ -239,7 +269,7 @@ def test_heads_speak_float32_of_a_student_in_16_bits() -> None:
 
 
 TEACHERS = {
-    "big": (dataclasses.replace(SMALL, width=24, depth=1), IMAGENET, (1.0, 0.5, 2.0), False),
+    "wide": (dataclasses.replace(SMALL, width=24, depth=1), IMAGENET, (1.0, 0.5, 2.0), False),
     "odd": (
         dataclasses.replace(SMALL, width=12, depth=1, registers=2),
         CLIP,
@@ -339,7 +369,7 @@ def test_three_updates_written_out() -> None:
                 for loss in ("token", "feature", "patch")
             ]
             assert_equal(metrics[f"{name}/loss"], total)
-            np.testing.assert_allclose(found, [*parts["big"], *parts["odd"]], rtol=1e-4)
+            np.testing.assert_allclose(found, [*parts["wide"], *parts["odd"]], rtol=1e-4)
         assert_equal(state.params, expected, 3e-5)
         assert_equal(state.ema, averages, 3e-5)
     assert (int(state.step), int(state.skipped.total)) == (3, 0)
@@ -378,6 +408,16 @@ def test_after_skipped_first_steps_the_next_is_the_first() -> None:
     )
     after, metrics = step(late, teachers, images)
     assert_equal(after.statistics, first.statistics, 1e-6)
+    for name in STUDENTS:
+        # A tenth of the old, as after a first step.
+        assert after.ema is not None
+        assert state.ema is not None
+        young = jax.tree.map(
+            lambda old, new: 0.1 * old + 0.9 * new,
+            state.ema[name],
+            after.params[name]["backbone"],
+        )
+        assert_equal(after.ema[name], young, 1e-5)
     assert int(metrics["skipped"]) == 3
     assert int(metrics["skipped_in_a_row"]) == 0
     # Token losses know no mask, which does follow the step.

@@ -178,7 +178,10 @@ class VisionTransformer(nnx.Module):
     ) -> Float[Array, "l b t d"]:
         """All tokens after each of the given blocks, as the block leaves them."""
         tokens, rotation = self._embed(images, mask), self._rotation(images)
-        return self._run_blocks(tokens, tuple(blocks), None, "off", rotation)[1]
+        once = tuple(dict.fromkeys(blocks))
+        outputs = self._run_blocks(tokens, once, None, "off", rotation)[1]
+        repeated = len(once) < len(blocks)
+        return outputs[jnp.array([once.index(block) for block in blocks])] if repeated else outputs
 
     def class_attention(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b heads n"]:
         """How much each head of the class token attends to each patch in the last block, float32.

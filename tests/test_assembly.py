@@ -1,0 +1,141 @@
+"""What a configuration says of teachers, students and training reaches the step."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+from test_step import STUDENTS, TEACHER, make
+
+from proteus_jax import assembly, config
+from proteus_jax.assembly import Known, assemble, dtype_of, length, unsuited
+from proteus_jax.lessons import lessons, masks, side_of_images
+from proteus_jax.losses import LossWeights
+from proteus_jax.models.functional import StudentFunction
+from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET
+from proteus_jax.models.specs import ViTSpec
+from proteus_jax.step import TrainState
+
+SECOND = ViTSpec(width=24, depth=1, heads=2, patch_size=7, grid=4)
+
+
+@pytest.fixture
+def configuration(tmp_path: Path) -> Any:
+    """Two teachers that want different things, and no field at its default."""
+    file = tmp_path / "two.py"
+    file.write_text(
+        "from configs import base\n\n\n"
+        "def get_config():\n"
+        "    config = base.get_config()\n"
+        "    config.student = ('vit_tiny_2blocks', 'vit_small_1blocks')\n"
+        "    config.teacher, config.batch, config.accumulate = 'dinov2_vits14', 128, 2\n"
+        "    config.loss.token, config.loss.feature, config.loss.patch = 0.5, 2.0, 0.0\n"
+        "    config.drop_path, config.ema_decay, config.mask_ratio = 0.3, 0.75, 0.25\n"
+        "    config.seed, config.data.crop, config.data.erasing = 5, 56, 0.4\n"
+        "    config.steps, config.warmup_steps = 100, 10\n"
+        "    second = base.add_teacher(config, 'another', 'clip_vitb16')\n"
+        "    second.crop, second.standardise, second.normalisation = 84, True, 'half'\n"
+        "    second.loss.token, second.loss.patch = 3.0, 0.25\n"
+        "    return config\n"
+    )
+    found, problems = config.load(str(file), [])
+    assert not problems
+    return found
+
+
+KNOWN = {"teacher": Known(TINY, CLIP), "another": Known(SECOND, IMAGENET)}
+
+
+def test_each_teacher_has_its_own(configuration: Any) -> None:
+    first, second = lessons(configuration).values()
+    assert first.weights == LossWeights(0.5, 2.0, 0.0)
+    assert (first.standardise, second.standardise) == (False, True)
+    assert second.weights == LossWeights(3.0, 1.0, 0.25)
+    # The second alone has a patch loss and wants larger images.
+    assert masks(configuration)
+    assert side_of_images(configuration) == 84
+    made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
+    one, other = made.teachers["teacher"], made.teachers["another"]
+    assert (one.backbone.spec.grid, one.side, one.normalisation) == (4, None, CLIP)
+    assert (other.backbone.spec.grid, other.side, other.normalisation) == (12, 84, HALF)
+    assert not one.backbone.spec.layer_scale
+    assert other.standardise
+    # Students see images as the first teacher does.
+    assert made.normalisation == CLIP
+    assert {name: each.drop_path for name, each in made.students.items()} == {
+        "vit_tiny_2blocks": 0.3,
+        "vit_small_1blocks": 0.3,
+    }
+
+
+def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    begun: dict[str, Any] = {}
+    monkeypatch.setattr(assembly, "make_train_step", lambda **each: asked.update(each))
+    made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
+    monkeypatch.setattr(assembly, "init_state", lambda *_, **each: begun.update(each) or _nothing())
+    made.init()
+    names = ("mask_ratio", "ema_decay", "seed", "erasing", "accumulate", "normalisation")
+    assert tuple(asked[name] for name in names) == (0.25, 0.75, 5, 0.4, 2, CLIP)
+    assert list(asked["teachers"]) == ["teacher", "another"]
+    assert list(asked["students"]) == ["vit_tiny_2blocks", "vit_small_1blocks"]
+    # 5e-4 for each 512 images of the whole batch, whatever parts it is taken in.
+    assert float(asked["schedule"](10)) == pytest.approx(
+        1e-5 + 0.5 * (5e-4 * 128 / 512 - 1e-5) * (1 + np.cos(np.pi / 10))
+    )
+    assert begun == {"ema": True, "seed": 5, "standardise": {"another": 24}}
+
+
+def _nothing() -> TrainState:
+    return TrainState(*[jnp.zeros(())] * 6)
+
+
+def test_precisions_by_platform() -> None:
+    for platform, expected in (("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")):
+        assert dtype_of("auto", platform) == jnp.dtype(expected)
+        assert dtype_of("float16", platform) == jnp.float16
+
+
+@pytest.mark.parametrize("field", ["precision", "teacher_precision"])
+def test_a_kernel_that_a_precision_does_not_have_is_refused(field: str) -> None:
+    """For the student and for the teacher."""
+    overrides = [config.Override("attention", "cudnn"), config.Override(field, "float32")]
+    found, problems = config.load(str(ROOT / "configs" / "vitb14.py"), overrides)
+    assert not problems
+    (problem,) = unsuited(found, "gpu")
+    assert problem == "--config.attention: expected auto or xla on a gpu in float32, found cudnn"
+
+
+def test_a_warm_up_as_long_as_its_run_is_shortened() -> None:
+    overrides = [config.Override("steps", "100"), config.Override("warmup_steps", "100")]
+    found, _ = config.load(str(ROOT / "configs" / "vitb14.py"), overrides)
+    assert length(found, 1000).warmup == 10
+
+
+@pytest.mark.parametrize("what", ["erasing", "drop path"])
+def test_noise_follows_the_step(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes and dropped branches: others at the next step, none where there should be none."""
+    if what == "erasing":
+        changed, plain = make(erasing=1.0), make()
+    else:
+        spec = STUDENTS["small"].spec
+        dropped = StudentFunction(spec, {"teacher": TINY.width}, drop_path=0.9)
+        plain = make()
+        monkeypatch.setitem(STUDENTS, "small", dropped)
+        changed = make()
+    images = np.random.default_rng(0).integers(0, 256, (4, 56, 56, 3), dtype=np.uint8)
+    params = {"teacher": TEACHER.init(jax.random.key(1))}
+    seen = []
+    for step, init in (changed, plain):
+        compiled, state = jax.jit(step), init()
+        for number in (0, 1, 1):
+            _, metrics = compiled(state._replace(step=jnp.int32(number)), params, images)
+            seen.append(float(metrics["small/token_loss"]))
+    # The token loss knows no mask.
+    assert len(set(seen[:3])) == 2
+    assert seen[1] == seen[2]
+    assert len(set(seen[3:])) == 1
+    assert seen[3] not in seen[:3]
