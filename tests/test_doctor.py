@@ -15,7 +15,7 @@ from conftest import ROOT, photograph
 from PIL import Image
 
 from proteus_jax.data.catalog import open_images, open_source
-from proteus_jax.data.doctor import Findings, examine
+from proteus_jax.data.doctor import _RECORD, Findings, _alike, examine
 from proteus_jax.data.sources import MemorySource
 from proteus_jax.data.splits import HeldOut
 from proteus_jax.data.workers import in_parallel
@@ -95,6 +95,24 @@ def test_many_images_that_look_alike() -> None:
     parallel = functools.partial(in_parallel, workers=0, threads=1)
     pairs = [[number, number + 1] for number in range(0, 100, 2)]
     assert examine(source, parallel).alike() == pairs
+
+
+def test_hashes_that_agree_in_one_quarter_alone_are_found() -> None:
+    """Three bits apart, one in each of three quarters, whichever of the four agrees."""
+    rng = np.random.default_rng(0)
+    for quarter in range(4):
+        looks = rng.integers(0, 2**63, 400, dtype=np.uint64)
+        flipped = sum(1 << (16 * other + 15) for other in range(4) if other != quarter)
+        looks[7] = looks[300] ^ np.uint64(flipped)
+        assert _alike(looks, np.arange(400)) == [[7, 300]]
+
+
+def test_images_that_cannot_be_read_are_no_copies() -> None:
+    records = np.zeros(4, _RECORD)
+    records["content"] = [0, 5, 0, 5]
+    found = Findings(records, ["broken", "", "broken", ""])
+    assert found.equal() == [[1, 3]]
+    assert found.left_out() == {0: "broken", 2: "broken", 3: "the same as image 1"}
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -51,6 +51,22 @@ def test_batches_hold_every_readable_image_once(
     assert found == [[0, 1], [4, NOTHING], [2, NOTHING], [NOTHING, NOTHING]]
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_large_batches_hold_every_image_once(hosts: int) -> None:
+    """More than a piece of 64 images a host, the last batch incomplete; each with its number."""
+    pictures = [np.full((32, 32, 3), number % 256, np.uint8) for number in range(450)]
+    source = MemorySource(pictures, [str(number) for number in range(450)])
+    parts = [
+        list(evaluation_batches(source, VIEW, batch=200, host=host, hosts=hosts))
+        for host in range(hosts)
+    ]
+    numbers = np.concatenate([batch.numbers for part in parts for batch in part])
+    pixels = np.concatenate([batch.images[:, 0, 0, 0] for part in parts for batch in part])
+    assert sorted(numbers[numbers != NOTHING].tolist()) == list(range(450))
+    np.testing.assert_array_equal(pixels, np.where(numbers == NOTHING, 0, numbers % 256))
+    assert len(numbers) == 600
+
+
 def test_an_image_too_thin_to_resize_is_left_out() -> None:
     thin = np.zeros((1, 2**20, 3), np.uint8)
     (made,) = evaluation_batches(MemorySource([thin], ["x"]), VIEW, batch=1, threads=0)
@@ -160,4 +176,7 @@ def test_tiles_are_apart_and_whole(rng: np.random.Generator) -> None:
     assert labels == [0] * 5 + [1] * 5 + [2]
     assert [tile.shape for tile in found] == [(20, 20, 3)] * 5 + [(12, 12, 3)] * 5 + [(9, 9, 3)]
     np.testing.assert_array_equal(found[0], pictures[0][:20, :20])
+    # Where they fit exactly the last row and the last column are there.
+    whole, labels = tiles(MemorySource([photograph(rng, 40, 60)], ["x"]), 20, 99)
+    assert len(whole) == len(labels) == 6
     np.testing.assert_array_equal(found[4], pictures[0][20:40, 60:80])

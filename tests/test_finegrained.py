@@ -16,7 +16,7 @@ from test_main import finish
 from test_probes import clusters
 
 from proteus_jax.data import images
-from proteus_jax.data.finegrained import DATASETS, VOC_CLASSES, find_datasets
+from proteus_jax.data.finegrained import DATASETS, VOC_CLASSES, _shown, find_datasets
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import finegrained
 from proteus_jax.evaluation.finegrained import Features, average_precision, evaluate
@@ -212,6 +212,22 @@ def all_twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_names() -> None:
     assert tuple(DATASETS) == FINEGRAINED == tuple(MAKERS)
+    by_class = ("aircraft", "caltech101", "flowers", "pets")
+    expected = dict.fromkeys(FINEGRAINED, "accuracy") | dict.fromkeys(by_class, "mean_per_class")
+    assert {name: each.metric for name, each in DATASETS.items()} == expected | {"voc2007": "map"}
+
+
+def test_of_several_objects_of_a_class_a_plain_one_counts(tmp_path: Path) -> None:
+    """Wherever the difficult ones stand in the annotation."""
+    objects = {"cat": (1, 0, 1), "dog": (0, 1), "cow": (1, 1)}
+    text = "".join(
+        f"<object><name>{kind}</name><difficult>{each}</difficult></object>"
+        for kind, difficult in objects.items()
+        for each in difficult
+    )
+    (tmp_path / "a.xml").write_text(f"<annotation>{text}</annotation>")
+    shown = dict(zip(VOC_CLASSES, _shown(tmp_path / "a.xml"), strict=True))
+    assert (shown["cat"], shown["dog"], shown["cow"], shown["sheep"]) == (1, 1, 0, -1)
 
 
 @pytest.mark.parametrize("name", FINEGRAINED)
@@ -270,7 +286,7 @@ def prepare_miniature(builder_name: str, data_dir: Path, patch: pytest.MonkeyPat
     """A data set of tensorflow-datasets with three examples a split, under its own features."""
     import tensorflow_datasets as tfds
 
-    def example(feature: Any, number: int) -> Any:
+    def example(name: str, feature: Any, number: int) -> Any:
         if isinstance(feature, tfds.features.Image):
             shape: Any = feature.shape
             gray = np.full([side or 8 for side in shape], number, np.uint8)
@@ -283,7 +299,10 @@ def prepare_miniature(builder_name: str, data_dir: Path, patch: pytest.MonkeyPat
             return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
         if isinstance(feature, tfds.features.Sequence):
             single = isinstance(feature.feature, tfds.features.ClassLabel)
-            return [number, number + 1] if single else []
+            if not single:
+                return []
+            # Of VOC: what is shown, and what of it is not difficult to see.
+            return [number, number + 1] if "no_difficult" in name else [number, number + 1, 9]
         return str(number)
 
     builder = tfds.builder(builder_name, data_dir=str(data_dir), file_format="array_record")
@@ -291,7 +310,10 @@ def prepare_miniature(builder_name: str, data_dir: Path, patch: pytest.MonkeyPat
 
     def examples(_: Any = None) -> Any:
         for number in range(3):
-            yield number, {name: example(feature, number) for name, feature in features.items()}
+            yield (
+                number,
+                {name: example(name, feature, number) for name, feature in features.items()},
+            )
 
     splits = ("train", "validation", "test")
     patch.setattr(type(builder), "_split_generators", lambda *_: {s: examples() for s in splits})

@@ -1,12 +1,10 @@
 """The order of the data, its batches, and the processes that make them."""
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +47,6 @@ def test_order_depends_on_neither_threads_nor_hosts_nor_resumes(source: MemorySo
             )
     other = batches(source, range(1), seed=6)
     assert np.any(other[0].images != whole[0].images)
-
-
-@pytest.fixture
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No other test with worker processes at the same time: shared memory is the machine's."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with open(base / "alone", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def shared_memory() -> set[str]:
@@ -292,6 +280,24 @@ def test_numbers_are_those_of_the_images() -> None:
     np.testing.assert_array_equal(unreadable, np.where(expected == 3, 3, -1))
     np.testing.assert_array_equal(numbers[expected != 3], expected[expected != 3])
     assert len(set(numbers[expected == 3].tolist())) > 5
+
+
+def test_large_shares_are_put_together_from_all_draws() -> None:
+    """More than a piece of 64 images a host, in several batches: each slot has its own draw."""
+    source, order_of = shades(30), Order(5, (30,))
+    for hosts in (1, 2):
+        parts = [
+            training_batches(
+                source, order=order_of, recipe=Recipe(4), batch=300, steps=range(1, 3),
+                host=host, hosts=hosts, threads=2,
+            )
+            for host in range(hosts)
+        ]  # fmt: skip
+        numbers = np.concatenate(
+            [np.concatenate([part.numbers for part in step]) for step in zip(*parts, strict=True)]
+        )
+        expected = [order_of(draw).image for draw in range(300, 900)]
+        np.testing.assert_array_equal(numbers, expected)
 
 
 def test_views_of_one_image_differ_and_are_of_it(rng: np.random.Generator) -> None:

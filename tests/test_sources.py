@@ -6,7 +6,9 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from PIL import Image
 
 from proteus_jax.data import folder as folders
 from proteus_jax.data import images
-from proteus_jax.data.catalog import open_images, open_source
+from proteus_jax.data.catalog import open_configured, open_images, open_source
 from proteus_jax.data.sources import Source
 from proteus_jax.data.splits import HeldOut, Split, Subset
+from proteus_jax.data.table import read_table, write_table
 from proteus_jax.errors import InputError
 
 NONE = HeldOut(0.0, 1, 1)
@@ -188,6 +191,56 @@ def test_fingerprint_of_shards_tells_names_and_sizes(
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_held_out_is_no_class_alone(
+    tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, or by numbers where contents are not known: some of each of four classes."""
+    monkeypatch.setattr(folders, "SMALL", 1000 if known else 1)
+    for number in range(80):
+        save(
+            tmp_path / f"class {number // 20}" / f"{number:02}.png",
+            np.full((4, 4, 3), number, np.uint8),
+        )
+    split = open_folder(tmp_path, HeldOut(0.25, 1, 99))
+    assert split.held_out is not None
+    assert len(split.held_out) == 20
+    held_out = [Path(name).parent.name for name in names_of(split.held_out)]
+    assert {held_out.count(f"class {number}") > 0 for number in range(4)} == {True}
+    assert held_out != sorted(names_of(split.held_out))[:20]
+
+
+def test_nothing_is_left_where_as_many_are_held_out(tmp_path: Path) -> None:
+    for number in range(16):
+        save(tmp_path / f"{number}.png", np.full((4, 4, 3), number, np.uint8))
+    with pytest.raises(InputError, match="found 16 images of which 16 would be held out"):
+        open_folder(tmp_path, HeldOut(0.02, 16, 1024))
+    split = open_folder(tmp_path, HeldOut(0.02, 15, 1024))
+    assert len(split.training) == 1
+
+
+def test_a_configurations_shares_are_taken_in_their_order(tmp_path: Path) -> None:
+    for number in range(80):
+        save(
+            tmp_path / f"class {number // 20}" / f"{number:02}.png",
+            np.full((4, 4, 3), number, np.uint8),
+        )
+    data = SimpleNamespace(
+        root=(str(tmp_path),),
+        weights=(),
+        held_out=SimpleNamespace(share=0.5, minimum=2, maximum=30),
+        subset=SimpleNamespace(classes=0.5, images=0.25),
+    )
+    split = open_configured(data, 3)
+    assert split.held_out is not None
+    assert len(split.held_out) == 30
+    kept = [Path(name).parent.name for name in names_of(split.training)]
+    assert len(set(kept)) == 2
+    # A quarter of what is left of each of two classes.
+    left = [20 - sum(c in name for name in names_of(split.held_out)) for c in sorted(set(kept))]
+    assert [kept.count(c) for c in sorted(set(kept))] == [max(1, round(n / 4)) for n in left]
+
+
 def test_paths_that_are_no_unicode(tmp_path: Path, rng: np.random.Generator) -> None:
     save(tmp_path / "a.png", photograph(rng))
     (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
@@ -254,6 +307,20 @@ def test_tar_shards(tmp_path: Path, contents: list[bytes]) -> None:
     assert changed.labels() is None
 
 
+def test_images_of_one_name_in_two_folders_of_a_shard(
+    tmp_path: Path, contents: list[bytes]
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for folder, number in (("x", 4), ("y", 7)):
+            for suffix, data in (("jpg", contents[0]), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"{folder}/same.{suffix}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    labels = open_source(str(tmp_path / "a.tar"))[0].labels()
+    assert labels is not None
+    assert labels.tolist() == [4, 7]
+
+
 def test_what_is_no_tar_shard(tmp_path: Path, contents: list[bytes]) -> None:
     shard = tmp_path / "a.tar"
     shard.write_bytes(contents[0])
@@ -290,6 +357,31 @@ def test_parquet(tmp_path: Path, contents: list[bytes], nested: bool) -> None:
     assert [remote.read(index) for index in range(6)] == contents
 
 
+def test_images_come_from_the_column_that_is_called_so(
+    tmp_path: Path, contents: list[bytes]
+) -> None:
+    """Not from masks before it; a column of other bytes serves where none is called so."""
+    table = {"mask": [b"m", b"n"], "image": contents[:2], "cls": [3, 1]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    source, _ = open_source(str(tmp_path / "a.parquet"))
+    assert_holds(source, contents[:2])
+    labels = source.labels()
+    assert labels is not None
+    assert labels.tolist() == [3, 1]
+    pq.write_table(pa.table({"n": [1, 2], "scan": contents[2:4]}), tmp_path / "b.parquet")
+    assert_holds(open_source(str(tmp_path / "b.parquet"))[0], contents[2:4])
+
+
+def test_shards_of_a_store_lie_in_the_folder_named(tmp_path: Path, contents: list[bytes]) -> None:
+    """Not in folders below; an address may write a space as %20."""
+    folder = tmp_path / "my shards"
+    (folder / "val").mkdir(parents=True)
+    for place, part in ((folder, contents[:2]), (folder / "val", contents[2:])):
+        pq.write_table(pa.table({"image": part}), place / "train-0.parquet")
+    for address in (f"file://{folder}/train-*.parquet", f"file://{tmp_path}/my%20shards/*.parquet"):
+        assert_holds(open_source(address)[0], contents[:2])
+
+
 def test_what_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no")
     with pytest.raises(InputError, match=r"a\.parquet: expected a parquet file"):
@@ -316,6 +408,10 @@ def test_array_records(tmp_path: Path, contents: list[bytes]) -> None:
     write_records(tmp_path / "a.array_record-00001-of-00002", contents[4:])
     source, _ = open_source(str(tmp_path))
     assert_holds(source, contents)
+    # A longer image in the last of the files is another data set.
+    longer = contents[0] + np.random.default_rng(0).bytes(2**18)
+    write_records(tmp_path / "a.array_record-00001-of-00002", [contents[4], longer])
+    assert open_source(str(tmp_path))[0].fingerprint != source.fingerprint
     write_records(tmp_path / "b.array_record", [b"text"])
     with pytest.raises(InputError, match=r"expected records that are image files, found .*text"):
         open_source(str(tmp_path / "b.array_record"))
@@ -358,6 +454,9 @@ def test_a_builder_of_tensorflow_datasets(tmp_path: Path, contents: list[bytes])
         labels = source.labels()
         assert labels is not None
         assert [contents.index(content) % 3 for content in read] == labels.tolist()
+    # Examples of one number in two splits are not the same image.
+    assert source.key(0).split()[-2:] == ["train", "0"]
+    assert source.key(0) != source.key(0).replace(" train ", " test ")
     with pytest.raises(InputError, match="expected a split out of train, found test"):
         open_source(f"tfds:{builder.data_dir}:test")
     with pytest.raises(InputError, match="is named as tfds:NAME or tfds:DIRECTORY"):
@@ -406,6 +505,46 @@ def test_a_folder_on_a_store(photographs: Path) -> None:
     assert there.read(7) == here.read(7)
     with pytest.raises(InputError, match=r"nowhere://bucket/: expected an address on gs://"):
         open_source("nowhere://bucket")
+
+
+def test_names_in_capitals_on_a_store(tmp_path: Path, contents: list[bytes]) -> None:
+    (tmp_path / "A.JPEG").write_bytes(contents[1])
+    (tmp_path / "b.JPG").write_bytes(contents[4])
+    assert_holds(open_source(f"file://{tmp_path}")[0], [contents[1], contents[4]])
+
+
+def test_a_large_folder_by_another_name_is_the_same(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to it has the same keys, when it is listed and when the listing is found again."""
+    monkeypatch.setattr(folders, "SMALL", 10)
+    link = tmp_path / "link"
+    link.symlink_to(photographs)
+    keys = [open_source(str(place))[0].key(3) for place in (photographs, link, link)]
+    assert len(set(keys)) == 1
+
+
+def test_folders_of_one_name_are_two_classes(tmp_path: Path, rng: np.random.Generator) -> None:
+    for place in ("a/left", "b/left"):
+        save(tmp_path / place / "x.png", photograph(rng, 8, 8))
+    labels = open_source(str(tmp_path))[0].labels()
+    assert labels is not None
+    assert labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_a_listing_of_any_length_is_found_again(tmp_path: Path, count: int) -> None:
+    """Whatever its last column fills of the file."""
+    columns = {
+        "text": np.frombuffer(b"a" * count, np.uint8),
+        "ends": np.arange(count, dtype=np.int64),
+        "last": np.full(count, 7, np.uint8),
+    }
+    write_table(tmp_path / "table", {"count": count}, columns)
+    found = read_table(tmp_path / "table")
+    assert found.facts == {"count": count}
+    for name, values in columns.items():
+        np.testing.assert_array_equal(found.columns[name], values)
 
 
 def test_the_listing_of_a_large_folder_is_kept(
@@ -622,6 +761,16 @@ def test_subsets(tmp_path: Path, rng: np.random.Generator) -> None:
     assert subset(0, classes=0.5) == half
     assert {frozenset(subset(seed, classes=0.5)) for seed in range(5)} != {frozenset(half)}
     assert set(subset(0, classes=0.34)) < set(half), "a smaller subset lies in a larger one"
+    assert len({frozenset(subset(seed, images=0.2)) for seed in range(4)}) == 4
+    # What is held out first does not shift the classes of what is left.
+    split = open_images(
+        [str(tmp_path)], held_out=HeldOut(0.3, 1, 99), subset=Subset(classes=0.5), seed=0
+    )
+    assert split.held_out is not None
+    left = Counter(Path(name).parent.name for name in names_of(split.training))
+    out = Counter(Path(name).parent.name for name in names_of(split.held_out))
+    assert len(left) == 3
+    assert all(left[name] == 10 - out[name] for name in left)
     few = subset(3, images=0.2)
     assert len(few) == 12
     assert len({Path(name).parent for name in few}) == 6

@@ -49,6 +49,24 @@ def test_shared_memory_limits_workers(
     assert "takes up to 38.5 MB; docker run --shm-size" in found.remark
 
 
+def test_the_tighter_of_two_limits_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files for many workers, shared memory for two, and the other way round; both are said."""
+    free(monkeypatch, 80)
+    monkeypatch.setattr(workers, "_in_descriptors", lambda: (5, "files"))
+    found = makers(6, 0, side=224)
+    assert found.workers == 2
+    assert found.remark.endswith("; files")
+    monkeypatch.setattr(workers, "_in_descriptors", lambda: (1, "files"))
+    assert makers(6, 0, side=224).workers == 1
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 160)
+    assert makers(6, 0, side=224).workers == 4
+    monkeypatch.setattr(workers, "processes_here", lambda: 2)
+    assert makers(6, 0, side=224).workers == 2
+
+
 def test_no_shared_memory_and_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path / "absent")
     monkeypatch.setattr(workers.resource, "getrlimit", lambda _: (150, 150))
@@ -109,7 +127,7 @@ def test_batches_are_put_together_from_pieces() -> None:
     np.testing.assert_array_equal(np.unique(second.values), [3, 4, 5])
 
 
-def test_a_killed_worker_is_named() -> None:
+def test_a_killed_worker_is_named(alone: None) -> None:
     with contextlib.closing(in_parallel(make, 10_000, 1, 0)) as pieces:
         assert next(pieces).values[0] == 0
         (worker,) = multiprocessing.active_children()
