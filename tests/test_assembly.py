@@ -17,7 +17,7 @@ from proteus_jax.losses import LossWeights
 from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET
 from proteus_jax.models.specs import ViTSpec
-from proteus_jax.step import TrainState
+from proteus_jax.step import Skipped, TrainState
 
 SECOND = ViTSpec(width=24, depth=1, heads=2, patch_size=7, grid=4)
 
@@ -46,6 +46,7 @@ def configuration(tmp_path: Path) -> Any:
     return found
 
 
+NOTHING = TrainState(jnp.zeros(()), {}, {}, None, {}, Skipped(jnp.zeros(()), jnp.zeros(())))
 KNOWN = {"teacher": Known(TINY, CLIP), "another": Known(SECOND, IMAGENET)}
 
 
@@ -76,7 +77,7 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     begun: dict[str, Any] = {}
     monkeypatch.setattr(assembly, "make_train_step", lambda **each: asked.update(each))
     made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
-    monkeypatch.setattr(assembly, "init_state", lambda *_, **each: begun.update(each) or _nothing())
+    monkeypatch.setattr(assembly, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
     names = ("mask_ratio", "ema_decay", "seed", "erasing", "accumulate", "normalisation")
     assert tuple(asked[name] for name in names) == (0.25, 0.75, 5, 0.4, 2, CLIP)
@@ -87,10 +88,6 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
         1e-5 + 0.5 * (5e-4 * 128 / 512 - 1e-5) * (1 + np.cos(np.pi / 10))
     )
     assert begun == {"ema": True, "seed": 5, "standardise": {"another": 24}}
-
-
-def _nothing() -> TrainState:
-    return TrainState(*[jnp.zeros(())] * 6)
 
 
 def test_precisions_by_platform() -> None:

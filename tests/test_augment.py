@@ -285,6 +285,10 @@ def test_augmentations_follow_each_other_in_the_order_drawn(rng: np.random.Gener
     assert seen > 60
 
 
+def test_what_comes_in_from_outside_is_imagenets_mean() -> None:
+    assert tuple(round(255 * mean) for mean in (0.485, 0.456, 0.406)) == randaugment.FILL
+
+
 def test_geometry_as_by_pillow(rng: np.random.Generator) -> None:
     picture = texture(rng, 64, 64)
     pillow = Image.fromarray(picture)
@@ -362,12 +366,18 @@ def test_erasing_is_distributed_as_stated() -> None:
     assert everything.any(axis=(1, 2, 3)).all()
 
 
+def erased_boxes(seed: int, blank: jax.Array) -> np.ndarray:
+    """Where images of zeros are erased, bool [b, h, w]."""
+    erased = jax.jit(erase, static_argnums=2)(jax.random.key(seed), blank, 1.0)
+    return np.asarray(np.asarray(erased).any(axis=-1))
+
+
 def test_erased_boxes_reach_their_bounds() -> None:
     """Up to the last row and column, never a whole side, as long and as thin as allowed."""
     blank = jnp.zeros((6000, 10, 10, 3))
-    boxes = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(0), blank, 1.0)).any(-1)
+    boxes = erased_boxes(0, blank)
     for axis in (1, 2):
-        lines = boxes.any(axis=axis)
+        lines = np.asarray(boxes.any(axis=axis))
         assert lines.sum(axis=1).max() == 9
         # Places are as likely from the first on to the last.
         long = lines[lines.sum(axis=1) == 5]
@@ -375,14 +385,14 @@ def test_erased_boxes_reach_their_bounds() -> None:
         assert len(starts) == 6
         assert starts.min() > 0.6 * starts.max()
     # Rows and columns know nothing of each other, nor does a channel of the next.
-    rows, columns = (boxes.any(axis=axis).argmax(axis=1) for axis in (2, 1))
+    rows, columns = (np.asarray(boxes.any(axis=axis)).argmax(axis=1) for axis in (2, 1))
     small = (boxes.any(axis=2).sum(axis=1) < 5) & (boxes.any(axis=1).sum(axis=1) < 5)
     assert abs(np.corrcoef(rows[small], columns[small])[0, 1]) < 0.06
     some = np.asarray(erase(jax.random.key(3), blank[:200], 1.0))
     noise = some[some.any(axis=-1)]
     assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.06
     blank = jnp.zeros((3000, 80, 80, 3))
-    boxes = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(1), blank, 1.0)).any(-1)
+    boxes = erased_boxes(1, blank)
     tall, wide = (boxes.any(axis=axis).sum(axis=1) for axis in (2, 1))
     large = (tall > 20) & (wide > 20)
     for ratio in (tall[large] / wide[large], wide[large] / tall[large]):

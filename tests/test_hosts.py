@@ -21,7 +21,7 @@ from conftest import ROOT, photograph
 from PIL import Image
 from test_main import command, environment, losses
 
-from proteus_jax import hosts
+from proteus_jax import hosts, sharding
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.hosts import ALONE, Place, find_place, first_node, processes_here
 from proteus_jax.metrics import read_metrics
@@ -255,6 +255,34 @@ def test_all_meet_and_part() -> None:
     for company in companies:
         company.leave()
         assert not company.lost_one(0)
+
+
+def test_hosts_compare_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text on all, or not: a few equal bytes of two digests are chance."""
+    gather = sharding.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda mine: np.stack([mine, mine]))
+    assert sharding.same_everywhere("a")
+    changed = np.arange(32) > 3
+    monkeypatch.setattr(
+        gather, "process_allgather", lambda mine: np.stack([mine, mine ^ np.uint8(changed)])
+    )
+    assert not sharding.same_everywhere("a")
+
+
+def test_hosts_may_say_what_is_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of bytes that are no UTF-8, and texts of different lengths."""
+    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
+
+    def gathered(mine: np.ndarray) -> np.ndarray:
+        if mine.ndim == 0:
+            return np.array([mine, 3])
+        other = np.zeros_like(mine)
+        other[:3] = np.frombuffer(b"abc", np.uint8)
+        return np.stack([mine, other])
+
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
+    assert sharding.of_all_hosts("x/\udcff.png") == ["x/\\udcff.png", "abc"]
+    assert sharding.of_all_hosts("") == ["", "abc"]
 
 
 def test_who_is_missing_has_a_number() -> None:

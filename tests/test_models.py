@@ -240,6 +240,25 @@ def test_a_smaller_grid_is_antialiased() -> None:
     np.testing.assert_array_equal(resize_matrix(8, 8, 0.1, True), np.eye(8))
 
 
+def test_families_have_their_authors_choices() -> None:
+    """Students of SynCLR's and CLIP's kind, and DINOv2's, as the authors' code makes them."""
+    clip, synclr, own = (SPECS[f"vit_small{kind}"] for kind in ("_clip", "_synclr", ""))
+    assert (clip.norm_epsilon, synclr.norm_epsilon, own.norm_epsilon) == (1e-5, 1e-6, 1e-6)
+    assert (clip.activation, synclr.activation) == ("quick_gelu", "gelu")
+    assert (clip.layer_scale, synclr.layer_scale, own.layer_scale) == (False, False, True)
+    assert (clip.pre_norm, clip.patch_bias, clip.final_norm) == (True, False, "class")
+    assert (clip.interpolate_offset, own.interpolate_offset) == (0.0, 0.1)
+    for name, (width, depth, heads) in {
+        "vit_tiny": (192, 12, 3),
+        "vit_small": (384, 12, 6),
+        "vit_base": (768, 12, 12),
+        "vit_large": (1024, 24, 16),
+        "vit_giant2": (1536, 40, 24),
+    }.items():
+        spec = SPECS[name]
+        assert (spec.width, spec.depth, spec.heads, spec.patch_size) == (width, depth, heads, 14)
+
+
 def test_heads_have_an_epsilon_of_their_own() -> None:
     """PyTorch's 1e-5, which tokens of a small variance show."""
     head = Head(6, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))

@@ -108,7 +108,9 @@ def test_known_devices(kind: str) -> None:
 )
 def test_what_devices_can_do(kind: str, peak: float, memory: float) -> None:
     """By the names that JAX gives them; published figures. A longer name goes first."""
-    assert flops.known_device(kind) == (flops.known_device(kind)[0], peak, memory)
+    found = flops.known_device(kind)
+    assert found is not None
+    assert (found.peak, found.memory) == (peak, memory)
 
 
 def test_devices_that_only_sound_alike() -> None:

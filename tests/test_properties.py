@@ -88,7 +88,7 @@ class Contents(MemorySource):
         super().__init__([np.zeros((1, 1, 3), np.uint8)] * len(contents), list(map(str, contents)))
         self._contents = contents
 
-    def digests(self) -> list[bytes]:
+    def digests(self) -> list[bytes]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return [bytes([content]) for content in self._contents]
 
 

@@ -115,6 +115,19 @@ def test_grids_are_resampled_as_pytorch_resizes(old: int, new: int) -> None:
     assert found.registers is features.registers
 
 
+def test_grids_are_resampled_antialiased() -> None:
+    """Columns that take turns fade where three become one; a step between two halves stays."""
+    taken = np.tile([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0], (9, 1))
+    halves = np.repeat([[0.0] * 9, [1.0] * 9], [4, 5], axis=0)
+    tokens = np.stack([taken, halves], axis=-1).reshape(1, 81, 2).astype(np.float32)
+    features = Features(jnp.zeros((1, 2)), jnp.asarray(tokens), jnp.zeros((1, 0, 2)))
+    found = np.asarray(regridded(features, 3).patches).reshape(3, 3, 2)
+    assert np.abs(found[..., 0]).max() < 0.2
+    np.testing.assert_allclose(found[..., 1], found[:, :1, 1].repeat(3, axis=1), atol=1e-5)
+    assert found[0, 0, 1] < 0.1
+    assert found[2, 0, 1] > 0.9
+
+
 def test_a_finer_grid_with_registers_teaches_a_coarser_one(images: np.ndarray) -> None:
     """The losses of the first step against the same written out by hand."""
     teacher = Teacher(BackboneFunction(OTHER), CLIP, LossWeights(1.0, 1.0, 0.0))
