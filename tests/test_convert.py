@@ -17,6 +17,7 @@ from proteus_jax.convert.formats import read_weights
 from proteus_jax.convert.importer import import_weights
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.normalisation import CLIP, HALF
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.pretrained import Model, ModelCard, load_card, load_model, save_model
 
@@ -169,6 +170,10 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", a=np.array([1, np.nan]), b=np.array([np.inf]))
     with pytest.raises(InputError, match="not finite: a, b"):
         read_weights(tmp_path / "w.npz")
+    # Finite as it is stored, and not as it is read.
+    np.savez(tmp_path / "w.npz", a=np.array([1e300]))
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="not finite: a"):
+        read_weights(tmp_path / "w.npz")
     np.savez(tmp_path / "w.npz", a=np.array([1, 2]))
     with pytest.raises(InputError, match="a should hold floats, found int64"):
         read_weights(tmp_path / "w.npz")
@@ -216,6 +221,28 @@ def test_onnx_names_are_found_again(tmp_path: Path) -> None:
     found = canonical.from_params(params, card.spec)
     for name in arrays.keys() - {"mask_token"}:
         np.testing.assert_array_equal(found[name], arrays[name])
+
+
+def test_onnx_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
+    items = [
+        onnx.numpy_helper.from_array(np.full(3, value, np.float32), "backbone.norm.bias")
+        for value in (1.0, 2.0)
+    ]
+    graph = onnx.helper.make_graph([], "g", [], [], items)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "w.onnx")
+    with pytest.raises(InputError, match=r"two arrays for backbone\.norm\.bias"):
+        read_weights(tmp_path / "w.onnx")
+
+
+def test_statistics_that_are_asked_for_count(tmp_path: Path) -> None:
+    """More than those of the family, and on the command line; a licence too."""
+    np.savez(tmp_path / "w.npz", **official(TINY))
+    card = import_weights(tmp_path / "w.npz", tmp_path / "own", heads=2, normalisation=HALF)
+    assert card.normalisation == load_card(tmp_path / "own").normalisation == HALF
+    command = ["import", str(tmp_path / "w.npz"), "--output", str(tmp_path / "m"), "--heads", "2"]
+    assert convert_weights.main([*command, "--normalisation", "clip", "--licence", "mine"]) == 0
+    card = load_card(tmp_path / "m")
+    assert (card.normalisation, card.licence) == (CLIP, "mine")
 
 
 def test_a_directory_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +293,7 @@ def test_a_loaded_model_takes_uint8_images(tiny_teacher: Path) -> None:
         (np.zeros((2, 56, 28, 3), np.float32), "uint8"),
         (np.zeros((56, 28, 3), np.uint8), "batch, height, width, 3"),
         (np.zeros((2, 56, 30, 3), np.uint8), "multiples of 14, found 56 x 30"),
+        (np.zeros((2, 30, 56, 3), np.uint8), "multiples of 14, found 30 x 56"),
     ):
         with pytest.raises(InputError, match=complaint):
             model(wrong)
@@ -293,6 +321,18 @@ def test_a_loaded_model_is_copied_and_differentiated(tiny_teacher: Path) -> None
         model.of_unit_range(images.astype(np.float32))
     with pytest.raises(InputError, match=r"should be float32 from 0 to 1, found uint8"):
         model.of_unit_range(images)
+    spoilt = np.array(floats)
+    spoilt[0, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="from 0 to 1, found from nan to nan"):
+        model.of_unit_range(spoilt)
+
+
+def test_a_copy_computes_in_the_same_precision(tiny_teacher: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1, 28, 28, 3), np.uint8)
+    whole, half = (Model(*load_model(tiny_teacher), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    copy = pickle.loads(pickle.dumps(half))
+    np.testing.assert_array_equal(copy(images).cls, half(images).cls)
+    assert (np.asarray(half(images).cls) != np.asarray(whole(images).cls)).any()
 
 
 def test_a_loaded_model_promotes_whatever_else_is_refused(tiny_teacher: Path) -> None:

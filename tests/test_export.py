@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
@@ -20,8 +21,10 @@ import convert_weights
 from proteus_jax.convert import canonical, exporter
 from proteus_jax.convert.exporter import FORMATS, export
 from proteus_jax.convert.importer import import_weights
+from proteus_jax.convert.verify import compare
 from proteus_jax.data import images
 from proteus_jax.errors import InputError
+from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.specs import CLIP, SYNCLR, ViTSpec
 from proteus_jax.pretrained import ModelCard, load_card, load_model, save_model
 
@@ -208,6 +211,62 @@ def test_an_export_whose_outputs_are_no_numbers_is_not_written(
         with pytest.raises(InputError, match=f"not written: loaded back, its {name} is nan"):
             export(models / "dinov2", "safetensors", tmp_path / "m.safetensors", photographs)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_a_little_off_is_not_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a thousandth of a deviation, in one direction or the other."""
+    own = FORMATS["safetensors"]
+    for shift in (1e-3, -1e-3):
+
+        def moved(*arguments: Any, shift: float = shift) -> dict[str, np.ndarray]:
+            found = own.outputs(*arguments)
+            return {key: np.asarray(each) + shift * np.std(each) for key, each in found.items()}
+
+        monkeypatch.setitem(FORMATS, "safetensors", own._replace(outputs=moved))
+        with pytest.raises(
+            InputError, match=r"1\.0e-03 standard deviations off, more than 0\.0001"
+        ):
+            export(models / "dinov2", "safetensors", tmp_path / "m.safetensors", photographs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_no_numbers_verify_nothing() -> None:
+    """Nor such as are too small everywhere."""
+    right = {"class token": np.linspace(-1.0, 1.0, 8).reshape(2, 4)}
+    assert all(one.passed for one in compare(right, right))
+    for wrong in (np.full((2, 4), np.nan), right["class token"] - 0.1, right["class token"] + 0.1):
+        for one, other in (({"class token": wrong}, right), (right, {"class token": wrong})):
+            assert not any(each.passed for each in compare(one, other))
+
+
+def test_what_transformers_is_told_of_images(models: Path, tmp_path: Path) -> None:
+    export(models / "dinov2", "huggingface", tmp_path / "hf", photographs, check=False)
+    found = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert found["image_mean"] == [0.485, 0.456, 0.406]
+    assert found["image_std"] == [0.229, 0.224, 0.225]
+    assert (found["crop_size"], found["size"]) == (
+        {"height": 32, "width": 32},
+        {"shortest_edge": 37},
+    )
+    assert found["rescale_factor"] == pytest.approx(1 / 255)
+
+
+def test_registers_come_out_of_an_exported_graph(models: Path, tmp_path: Path) -> None:
+    """Equal to the model's own, by the graph's reference implementation."""
+    from onnx.reference import ReferenceEvaluator
+
+    export(models / "registers", "onnx", tmp_path / "m.onnx", photographs, check=False)
+    params, card = load_model(models / "registers")
+    params = jax.tree.map(jnp.asarray, params)
+    pixels = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    expected = BackboneFunction(card.spec)(params, jnp.asarray(pixels))
+    graph = ReferenceEvaluator(str(tmp_path / "m.onnx"))
+    names = ["class_token", "patch_tokens", "registers"]
+    found = graph.run(names, {"pixel_values": pixels.transpose(0, 3, 1, 2)})
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(one), other, atol=2e-4)
 
 
 def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from proteus_jax.convert.reference import run_transformers, transformers_outputs
 from proteus_jax.convert.verify import compare, our_outputs
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET
+from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET, Normalisation
 from proteus_jax.models.specs import CLIP as CLIP_CHOICES
 from proteus_jax.models.specs import SYNCLR, ViTSpec
 from proteus_jax.pretrained import load_model
@@ -281,6 +281,94 @@ def test_links_stay_in_their_folder(tmp_path: Path) -> None:
     (elsewhere / "model.safetensors").symlink_to(blob)
     with pytest.raises(InputError, match="refused: a link that points outside the folder"):
         read_model(elsewhere)
+
+
+def test_models_of_more_than_ten_blocks(tmp_path: Path) -> None:
+    """Block by block in its place, in every library's names, whichever order a file has."""
+    spec = ViTSpec(width=8, depth=13, heads=2, patch_size=2, grid=2)
+    arrays = of_spec(spec)
+    assert canonical.infer_spec(arrays, 2).depth == 13
+    params = canonical.to_params(arrays, spec)
+    for number in range(13):
+        expected = arrays[f"blocks.{number}.mlp.fc1.bias"]
+        np.testing.assert_array_equal(params["blocks"]["mlp"]["fc1"]["bias"][number], expected)
+    for layout in (layouts.HF_DINOV2, layouts.DINOV2, layouts.TIMM):
+        theirs = layout.from_canonical(arrays)
+        turned = {name: theirs[name] for name in sorted(theirs, reverse=True)}
+        again = layout.to_canonical(turned)
+        assert again.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def test_what_a_timm_directory_says(tmp_path: Path) -> None:
+    """Its statistics, and a pooling by the mean of normalized tokens."""
+    arrays = of_spec(TIMM)
+    del arrays["mask_token"]
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    safetensors.numpy.save_file(layouts.SYNCLR.from_canonical(arrays), folder / "model.safetensors")
+    settings: dict[str, Any] = {"architecture": "vit_small_patch16_224", "global_pool": "avg"}
+    settings["pretrained_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    found, _ = read_model(folder, heads=2)
+    assert (found.family, found.spec.pooling, found.spec.final_norm) == ("timm", "mean", "tokens")
+    assert found.normalisation == Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    # What a person says of the family counts for more than what the directory does.
+    assert read_model(folder, family="synclr", heads=2)[0].family == "synclr"
+    settings["global_pool"] = "token"
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert read_model(folder, heads=2)[0].spec.pooling == "token"
+
+
+@pytest.mark.parametrize(
+    ("model", "family", "activation"),
+    [
+        ({}, "openclip", "gelu"),
+        ({"quick_gelu": False}, "openclip", "gelu"),
+        ({"quick_gelu": True}, "clip", "quick_gelu"),
+    ],
+)
+def test_what_an_openclip_directory_says(
+    model: dict[str, Any], family: str, activation: str, tmp_path: Path
+) -> None:
+    spec = ViTSpec(width=32, depth=1, heads=2, patch_size=8, grid=4, **CLIP_CHOICES)
+    arrays = of_spec(spec)
+    del arrays["mask_token"]
+    theirs = {f"visual.{name}": a for name, a in layouts.CLIP.from_canonical(arrays).items()}
+    # As older files have them: integers below a prefix, and a number without axes.
+    theirs |= {"visual.embeddings.position_ids": np.arange(5), "logit_scale": np.float32(1.5)}
+    folder = tmp_path / "openclip"
+    folder.mkdir()
+    safetensors.numpy.save_file(
+        {name: np.asarray(array) for name, array in theirs.items()},
+        folder / "open_clip_model.safetensors",
+    )
+    settings = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    found, _ = read_model(folder, heads=2)
+    assert (found.family, found.spec.activation) == (family, activation)
+    assert found.normalisation == Normalisation((0.5,) * 3, (0.25,) * 3)
+
+
+def test_a_dinov3_of_another_base_is_refused(tmp_path: Path) -> None:
+    spec = ViTSpec(
+        width=32, depth=1, heads=2, patch_size=16, grid=14, positions="rotary", registers=4,
+        norm_epsilon=1e-5, key_bias=False, interpolate_offset=0.0, interpolate_antialias=True,
+    )  # fmt: skip
+    theirs = layouts.HF_DINOV3.from_canonical(of_spec(spec), key_bias=False)
+    settings = {"model_type": "dinov3_vit", "image_size": 224, "patch_size": 16}
+    settings |= {"num_attention_heads": 2}
+    folder = tmp_path / "dinov3"
+    folder.mkdir()
+    safetensors.numpy.save_file(theirs, folder / "model.safetensors")
+    for base, fits in ((100.0, True), (10000.0, False)):
+        (folder / "config.json").write_text(json.dumps(settings | {"rope_theta": base}))
+        if fits:
+            assert read_model(folder)[0].spec == spec
+            continue
+        with pytest.raises(InputError, match=r"expected rope_theta to be 100, found 10000\.0"):
+            read_model(folder)
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

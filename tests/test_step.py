@@ -168,6 +168,9 @@ def test_several_students_equal_each_alone(
     for together, alone in zip(rows, single[1], strict=True):
         assert_close({key: together[key] for key in alone}, alone, 1e-5)
     assert_close(state.params["small"], single[0].params["small"], 1e-4)
+    # Each starts as if it were alone, whatever its place among them.
+    _, alone = make(("large",))
+    jax.tree.map(np.testing.assert_array_equal, init().params["large"], alone().params["large"])
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 4}, {"remat": "blocks"}])
