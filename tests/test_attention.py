@@ -74,6 +74,17 @@ def test_16_bits_cost_their_rounding_alone(
     assert difference(both_ways(implementation, *arrays), expected) < 2**-7
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_what_cancels_in_a_gradient_cancels_in_16_bits(implementation: str) -> None:
+    """Where all tokens have one value no score matters: two sums over channels are equal."""
+    qkv, gradient = drawn((1, 17, 2, 64), jnp.bfloat16)
+    qkv = qkv.at[:, :, 2].set(qkv[:, :1, 2])
+    (_, of_qkv) = both_ways(implementation, qkv, gradient)
+    of_query, of_key, of_value = np.moveaxis(np.asarray(of_qkv, np.float64), 2, 0)
+    assert np.abs(of_value).max() > 1
+    assert max(np.abs(of_query).max(), np.abs(of_key).max()) < 2e-4 * 64**0.5
+
+
 def test_the_kernel_equals_einsums_in_16_bits() -> None:
     arrays = drawn(SHAPES[0], jnp.bfloat16)
     assert difference(both_ways("pallas", *arrays), both_ways("xla", *arrays)) < 2e-3

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from PIL import Image
 from test_main import command, finish
 
 import proteus_jax
+from proteus_jax.evaluation import by_class
+from proteus_jax.evaluation.results import write_results
+from proteus_jax.evaluation.run import _check_place
 from proteus_jax.metrics import read_metrics
 
 
@@ -62,6 +66,29 @@ def test_what_is_wrong_is_said_at_once(labelled_folder: Path, tmp_path: Path) ->
     ):
         assert words in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_results_are_json_and_their_place_is_known(tmp_path: Path) -> None:
+    """No NaN is written; what was learned from kept features may be repeated where it lies."""
+    write_results(tmp_path, {"protocol": "linear, frozen crops", "top1": 1.0})
+    kept = (tmp_path / "results.json").read_text()
+    with pytest.raises(ValueError, match="Out of range float values"):
+        write_results(tmp_path, {"protocol": "linear", "top1": float("nan")})
+    assert (tmp_path / "results.json").read_text() == kept
+    for protocol, fits in (("linear", True), ("knn", False)):
+        assert _check_place(SimpleNamespace(protocol=protocol), str(tmp_path)) == (
+            []
+            if fits
+            else [
+                f"--workdir: {tmp_path} holds the results of linear, frozen crops; give another "
+                "folder"
+            ]
+        )
+
+
+def test_balanced_accuracy_is_of_the_classes_that_are_there() -> None:
+    right, labels = np.array([True, False, True, True]), np.array([0, 0, 2, 2])
+    assert by_class.balanced(right, labels) == pytest.approx(75.0)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

@@ -348,7 +348,7 @@ def test_what_an_openclip_directory_says(
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     found, _ = read_model(folder, heads=2)
     assert (found.family, found.spec.activation) == (family, activation)
-    assert found.normalisation == Normalisation((0.5,) * 3, (0.25,) * 3)
+    assert found.normalisation == Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def test_a_dinov3_of_another_base_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from proteus_jax.data.sources import MemorySource
 from proteus_jax.data.views import NOTHING, CentreCrop, evaluation_batches
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.features import Frozen, Reading, class_token
+from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.normalisation import CLIP
 from proteus_jax.pretrained import Model, load_model
 
 VIEW = CentreCrop(32, 28)
@@ -88,6 +91,15 @@ def test_a_pass_equals_the_model_image_by_image(
         np.testing.assert_allclose(table.values, model(views).cls, atol=2e-5)
     some = frozen.table(class_token, source, VIEW, Reading(8), chosen=[7, 2])
     np.testing.assert_array_equal(some.values, table.values[[7, 2]])
+    assert some.numbers.tolist() == [7, 2]
+    assert some.unreadable == 0
+    # By other statistics than the model's own, where a protocol says so.
+    clip = Frozen(model, sharding.make_mesh(), normalisation=CLIP)
+    assert model.card.normalisation != CLIP
+    params = jax.tree.map(jnp.asarray, model.params)
+    expected = BackboneFunction(model.spec)(params, CLIP(jnp.asarray(views))).cls
+    found = clip.table(class_token, source, VIEW, Reading(64)).values
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_weights_are_kept_in_the_dtype_of_the_matmuls(tiny_teacher: Path) -> None:

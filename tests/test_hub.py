@@ -177,6 +177,16 @@ def test_the_first_revision_is_taken_from_then_on(hub: Hub, cache: Path) -> None
     assert (load_model(other)[0]["cls_token"] != before["cls_token"]).all()
 
 
+def test_each_repository_keeps_its_own_revision(hub: Hub, cache: Path) -> None:
+    """One that is fetched after it does not make it forget."""
+    teachers.obtain_teacher("hf:org/name")
+    hub.files[SECOND], hub.main = model_files(1), SECOND
+    assert load_card(teachers.obtain_teacher("hf:org/other")).source["revision"] == SECOND
+    forget(cache)
+    assert load_card(teachers.obtain_teacher("hf:org/name")).source["revision"] == FIRST
+    assert load_card(teachers.obtain_teacher("hf:org/other")).source["revision"] == SECOND
+
+
 def test_other_bytes_under_the_same_revision_are_refused(hub: Hub, cache: Path) -> None:
     teachers.obtain_teacher("hf:org/name")
     hub.files[FIRST] = model_files(1)

@@ -189,6 +189,13 @@ def test_labels_follow_their_images_where_one_is_broken(
         numbers = np.asarray(tokens.mean)[:, 0].round().astype(int)
         assert numbers.tolist() == [0, 1, 2, *range(4, 14)]
         np.testing.assert_array_equal(labels, LABELS[numbers])
+    # As many other images are other images.
+    others = Shades()
+    others._pictures[5] = others._pictures[0]
+    others.fingerprint = "another"
+    darker = Labelled(others, LABELS, ("a", "b", "c"))
+    tokens, _ = linear._kept_features(context, greys, darker)
+    assert np.asarray(tokens.mean)[4, 0].round() == 0
     # A head that answers with the middle class.
     heads = [{"weight": jnp.zeros((1, 1, 3)), "bias": jnp.array([[0.0, 1.0, 0.0]])}]
     found = linear._answers(context, probe, greys, learnt, heads, "test")

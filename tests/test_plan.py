@@ -177,9 +177,13 @@ def test_teachers_look_one_after_the_other() -> None:
 
 def assembled(*overrides: str) -> tuple:
     """A configuration of the paper's and what it trains with, for 16 TPUs."""
+    return assembled_as("vitb14", *overrides)
+
+
+def assembled_as(name: str, *overrides: str) -> tuple:
     changes = [config.Override(*text.split("=")) for text in overrides]
     configuration: Any
-    configuration, problems = config.load(str(ROOT / "configs" / "vitb14.py"), changes)
+    configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes)
     assert not problems
     known = Known(KNOWN[configuration.teacher].spec, IMAGENET)
     steps = length(configuration, plan.IMAGENET_IMAGES)
@@ -256,8 +260,19 @@ def test_plan_prints_lines_and_leaves_nothing(tmp_path: Path) -> None:
 Lines = Callable[..., dict[str, str]]
 
 
+class Heard(Console):
+    """Keeps what it is to print."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
+
+
 @pytest.fixture
-def lines_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lines:
+def lines_of(monkeypatch: pytest.MonkeyPatch) -> Lines:
     """What --plan prints with these arguments, in this process; nothing is measured."""
     monkeypatch.setattr(plan, "views_per_second", lambda *_: Rate(100.0, 2))
     monkeypatch.setattr(plan, "_measured_peak", lambda: 1e11)
@@ -266,8 +281,9 @@ def lines_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         read = main.parse([f"--config={ROOT / 'configs' / 'vitti14.py'}", "--plan", *arguments])
         overrides = [config.Override(*override) for override in read.overrides]
         configuration, problems = config.load(read.paths["--config"], overrides)
-        main._plan(configuration, read.planning, [*read.problems, *problems], Console())
-        return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+        console = Heard()
+        main._plan(configuration, read.planning, [*read.problems, *problems], console)
+        return dict(line.split(": ", 1) for line in console.lines)
 
     return printed_lines
 
@@ -291,6 +307,28 @@ def test_the_assumed_mfu_comes_from_what_was_compiled(lines_of: Lines) -> None:
     found = lines_of("--topology=v6e:2x4", "--mfu=0.25", "--config.batch=512")
     assert found["assumed MFU"] == "25% (--mfu)"
     assert "v6e" in found["MFU at most"]
+
+
+def test_a_floor_and_what_is_expected_by_hand() -> None:
+    """100 GFLOP an image, 64 images: 6.4 TFLOP, of which a chip of 200 TFLOP/s needs 32 ms."""
+    row = floors.Floor("c", "v5e:4x4", 1, "off", 64, 1e11, 5e10, 0.064, 0.192, 1e9)
+    assert row.most(200e12) == pytest.approx(0.5)
+    assert row.expected(200e12) == pytest.approx(0.25)
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(lines_of: Lines) -> None:
+    lines = lines_of("--topology=v5e:4x4")
+    largest = int(lines["largest batch that fits"].split()[0])
+    configuration, assembly = assembled_as("vitti14")
+    limit = 16 * 2**30 * plan.USABLE
+    assert largest % 32 == 0
+    assert plan.memory(configuration, assembly, 16, largest).total <= limit
+    assert plan.memory(configuration, assembly, 16, largest + 32).total > limit
+    # Four hosts of four chips each decode a quarter of the images.
+    rate = float(lines["images a second"].split()[0])
+    assert float(lines["host images a second needed"].split()[0]) == pytest.approx(
+        rate / 4, rel=1e-3
+    )
 
 
 def test_the_table_of_compiled_steps() -> None:

@@ -6,7 +6,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
 from proteus_jax import sharding
-from proteus_jax.evaluation import knn, ridge
+from proteus_jax.evaluation import finegrained, knn, ridge
 from proteus_jax.evaluation.similarity import effective_rank, linear_cka, spectrum
 
 
@@ -99,6 +99,25 @@ def test_of_regularisers_that_are_as_good_the_largest_is_taken(rng: np.random.Ge
     probe = ridge.fit(features, labels)
     assert probe.regulariser == ridge.REGULARISERS.max() == pytest.approx(100)
     np.testing.assert_array_equal(probe(features), labels)
+
+
+def test_a_dimension_that_never_changes_says_nothing(rng: np.random.Generator) -> None:
+    """In the ridge probe and in the protocol of fine-grained data sets."""
+    train, labels = clusters(rng, 60)
+    test, wanted = clusters(rng, 30)
+    still = [np.concatenate([rows, np.full((len(rows), 1), 3.0)], 1) for rows in (train, test)]
+    probe = ridge.fit(still[0], labels)
+    assert np.isfinite(probe.weights).all()
+    assert np.mean(probe(still[1]) == wanted) > 0.5
+    scores = [
+        finegrained._scores(
+            finegrained.Features(one.astype(np.float32), labels),
+            finegrained.Features(other.astype(np.float32), wanted),
+            np.array([1.0]),
+        )
+        for one, other in ((train, test), still)
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
 
 
 def test_a_spectrum_is_of_variances() -> None:

@@ -6,16 +6,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from conftest import photograph
 
 from proteus_jax import messages
-from proteus_jax.evaluation import snapshots
+from proteus_jax.evaluation import picture, snapshots
 from proteus_jax.evaluation.agreement import NEIGHBOURS, StudentTokens, TeacherTokens
-from proteus_jax.evaluation.chart import Series, chart
+from proteus_jax.evaluation.chart import COLOURS, Series, chart
 from proteus_jax.evaluation.report import report, write_report
 
 STRANGE = '<script>alert("x")</script> & "photos"'
@@ -82,6 +82,98 @@ def test_it_needs_nothing_else_and_escapes_what_it_is_told(workdir: Path) -> Non
     assert "66.0: 93%" in text
     assert "step 3 of 3" in text
     assert "MFU" in text
+
+
+def small_scene(rng: np.random.Generator) -> snapshots.Scene:
+    views = np.stack([np.full((28, 28, 3), 60 * number, np.uint8) for number in range(4)])
+    sizes = ((4, 6), (4, 4, 6))
+    target = TeacherTokens(*(rng.normal(size=size).astype(np.float32) for size in sizes))
+    return snapshots.scene(views, target, 0.5, most=2)
+
+
+def test_moments_stand_in_the_order_of_steps(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Also where one number has more digits than another; and of two students each has curves."""
+    scene = small_scene(rng)
+    snapshots.draw_teacher(scene, tmp_path)
+    (tmp_path / "config.json").write_text('{"teacher": "t", "data": {"root": []}}')
+    rows = [{"step": step, "a/loss": 1.0, "b/loss": 2.0} for step in (0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = StudentTokens(scene.target.cls, scene.target.patches, rng.normal(size=(4, 6)))
+    for step in (1000, 200, 30):
+        snapshots.draw_student(scene, "a", step, tokens, None, tmp_path)
+    text = report(tmp_path, ["a", "b"], 3)
+    assert re.findall(r"<span>step (\d+)</span>", text) == ["30", "200", "1000"]
+    assert text.count("<figcaption>losses</figcaption>") == 2
+    assert "<td>1.000</td><td>1.000</td>" in text
+    assert "<td>2.000</td><td>2.000</td>" in text
+
+
+def test_neighbours_are_drawn_by_the_students_own_tokens(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene, drawn = small_scene(rng), []
+    sheet = picture.neighbour_sheet
+    monkeypatch.setattr(
+        picture, "neighbour_sheet", lambda *each: drawn.append(each[2]) or sheet(*each)
+    )
+    tokens = StudentTokens(scene.target.cls, scene.target.patches, rng.normal(size=(4, 3)))
+    snapshots.draw_student(scene, "a", 1, tokens, None, tmp_path)
+    snapshots.draw_teacher(scene, tmp_path)
+    for found, own in zip(drawn, (tokens.own, scene.target.cls), strict=True):
+        unit = own / np.linalg.norm(own, axis=1, keepdims=True)
+        order = np.argsort(-(unit @ unit.T - 9 * np.eye(4)), axis=1)
+        np.testing.assert_array_equal(found, order[:, :3])
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_beside_a_view_stand_its_own_neighbours() -> None:
+    views = np.stack([np.full((28, 28, 3), 60 * number, np.uint8) for number in range(4)])
+    found = np.array([[1, 2], [0, 3], [3, 1], [2, 0]])
+    side, gap = picture.CELL // 2, picture.GAP
+    sheet = np.asarray(picture.neighbour_sheet(views, [3, 1], found))
+    for row, shown in enumerate(((3, 2, 0), (1, 0, 3))):
+        for column, number in enumerate(shown):
+            top, left = row * (side + gap), column * (side + gap)
+            assert (sheet[top : top + side, left : left + side] == 60 * number).all()
+
+
+def test_errors_are_drawn_where_patches_are_hidden() -> None:
+    """The larger the warmer; what was seen is the view, darkened."""
+    views = np.full((1, 28, 28, 3), 200, np.uint8)
+    errors, hidden = np.array([[1.0, 0.0, 0.5, 1.0]]), np.array([[True, True, False, False]])
+    sheet = np.asarray(picture.error_strip(views, errors, hidden)).astype(int)
+    half = picture.CELL // 2
+    large, small, seen = sheet[10, 10], sheet[10, half + 10], sheet[half + 10, 10]
+    assert seen.tolist() == [100, 100, 100]
+    assert large[0] > 200 > 100 > small[0]
+    assert np.ptp(large) > 50
+
+
+def test_the_background_is_black_whichever_way_a_component_points(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = np.zeros((6, 6), bool)
+    inside[2:4, 1:5] = True
+    edge = np.ones((6, 6), bool)
+    edge[1:-1, 1:-1] = False
+    tokens = [rng.normal(size=(36, 8)) + 20 * inside.reshape(-1, 1)]
+    decompose = np.linalg.svd
+    for sign in (1, -1):
+
+        def turned(*arguments: Any, sign: int = sign, **named: Any) -> Any:
+            u, s, v = decompose(*arguments, **named)
+            return u, s, sign * v
+
+        monkeypatch.setattr(np.linalg, "svd", turned)
+        (colours,) = picture.foreground_colours(tokens, [edge.ravel()])
+        assert (colours[~inside.ravel()] == 0).all()
+        assert (colours[inside.ravel()].max(axis=1) > 0).all()
+
+
+def test_a_chart_of_many_lines_has_a_colour_for_each() -> None:
+    shown = chart([Series(f"s{number}", [(0, 1.0), (1, number)]) for number in range(12)])
+    used = {int(number) for number in re.findall(r"var\(--c(\d+)\)", shown)}
+    assert used == set(range(COLOURS))
 
 
 def test_a_run_that_measures_nothing_has_one_too(tmp_path: Path) -> None:

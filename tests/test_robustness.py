@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 from conftest import TINY, write_classes
 from test_evaluation import evaluate as command_line
+from test_linear import context_for
 from test_main import command, finish
 
 import proteus_jax
+from proteus_jax.data.labelled import Labelled, open_labelled
+from proteus_jax.data.sources import MemorySource
+from proteus_jax.data.views import CentreCrop
 from proteus_jax.evaluation import robustness
+from proteus_jax.evaluation.linear import Kind
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.similarity import linear_cka
 from proteus_jax.evaluation.table import main as table
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.pretrained import ModelCard, load_model, save_model
+from proteus_jax.pretrained import Model, ModelCard, load_model, save_model
 
 WNIDS = ("n01", "n02", "n03")
 
@@ -57,7 +62,6 @@ def predictions(
     """The head's answer and the folder's name of each image, an image at a time."""
     from proteus_jax.data.catalog import open_source
     from proteus_jax.data.images import opened
-    from proteus_jax.data.views import CentreCrop
 
     params, card = load_model(model)
     backbone = BackboneFunction(card.spec)
@@ -103,6 +107,43 @@ def test_heads_on_other_sets(
     ]
     assert len(relative) == 15
     assert found["mce"] == pytest.approx(100 * np.mean(relative))
+
+
+def test_numbered_folders_are_places_among_sorted_names(tmp_path: Path) -> None:
+    """ImageNet-V2's, in the order of numbers, whatever the order of the folders' names."""
+    names = tuple(f"n{number:02}" for number in range(12))
+    head = robustness.Head(Kind(1, False), np.zeros((2, 12)), np.zeros(12), names, "", "")
+    write_classes(tmp_path, np.random.default_rng(0), 1, tuple(str(n) for n in range(12)))
+    found = robustness._matched(open_labelled(str(tmp_path)), head, "imagenet-v2")
+    folders = [int(found.source.name(at).split("/")[0]) for at in range(12)]
+    assert found.labels.tolist() == folders
+    assert folders != sorted(folders)
+
+
+def test_an_error_over_some_corruptions_is_no_mce(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(robustness, "_accuracy", lambda *_: (0.25, 2))
+    context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
+    head = robustness.Head(Kind(1, False), np.zeros((2, 3)), np.zeros(3), WNIDS, "", "")
+    part = Labelled(MemorySource([], []), np.zeros(4, int), WNIDS)
+    names = [*robustness.ALEXNET]
+    for count in (14, 15):
+        corrupted = {name: dict.fromkeys(range(1, 6), part) for name in names[:count]}
+        data = robustness.Data(head, {"imagenet-a": part}, corrupted, {})
+        found = robustness.measure(context, data)
+        assert (found["mce"] is None) == (count < 15)
+        assert found["top1"] == {"imagenet-a": 25.0}
+        assert found["corruptions"]["fog"] == dict.fromkeys("12345", 0.75)
+        assert found["data"]["unreadable"] == 2 + 2 * 5 * count
+
+
+def test_alexnets_errors_are_the_published_ones() -> None:
+    """Of the table in Hendrycks and Dietterich's code; their mean in percent."""
+    errors = robustness.ALEXNET
+    assert len(errors) == 15
+    assert 100 * np.mean(list(errors.values())) == pytest.approx(78.8993, abs=1e-4)
+    assert (errors["snow"], errors["fog"], errors["glass_blur"]) == (0.866816, 0.819324, 0.826268)
 
 
 def test_alexnet_itself_has_an_error_of_one_hundred() -> None:
@@ -163,7 +204,6 @@ def test_a_run_beside_its_teacher(
     # The same features by another way.
     from proteus_jax.data.catalog import open_source
     from proteus_jax.data.images import opened
-    from proteus_jax.data.views import CentreCrop
 
     source, _ = open_source(str(photographs))
     chosen = np.unique(np.linspace(0, len(source) - 1, 11).round().astype(int))
@@ -190,6 +230,25 @@ def test_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         results("2", "a", protocol="linear", best={"test": {"head": "h", "top1": 70.04}}),
         results("3", "b", protocol="finegrained", average=None, per_dataset={"dtd": 50.0}),
     ]
+    tops = {"imagenet-a": 1.0, "imagenet-r": 2.0, "imagenet-sketch": 3.0, "imagenet-v2": 4.0}
+    strong = results("6", "c", protocol="robustness", top1=tops, mce=55.0)
+    assert table([strong, "--alone"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = dict(
+        zip(*(line.strip("| ").split(" | ") for line in (lines[0], lines[2])), strict=True)
+    )
+    assert named == {
+        "model": "runs/c\\|x", "A": "1.0", "R": "2.0", "Sketch": "3.0", "V2": "4.0", "mCE": "55.0"
+    }  # fmt: skip
+    # Two models of one name are two lines.
+    twin = tmp_path / "7"
+    twin.mkdir()
+    text = json.loads((Path(strong) / "results.json").read_text())
+    text["model"]["weights_sha256"] = "another"
+    text["top1"]["imagenet-a"] = 9.0
+    (twin / "results.json").write_text(json.dumps(text))
+    assert table([strong, str(twin), "--alone"]) == 0
+    assert capsys.readouterr().out.count("| runs/c") == 2
     assert table(directories) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| model | linear | knn |"

@@ -19,6 +19,7 @@ from proteus_jax.convert.families import recognise
 from proteus_jax.downloads import Wheel, fetch_address, fetch_wheel_members
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
+from proteus_jax.models.normalisation import HALF
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Response(io.BytesIO):
+    status = 200
+
     def __init__(self, content: bytes, length: int | None = None):
         super().__init__(content)
         self.headers = {"Content-Length": str(len(content) if length is None else length)}
@@ -71,6 +74,53 @@ def test_a_download_is_whole_or_not_there(monkeypatch: pytest.MonkeyPatch, cache
     with pytest.raises(InputError, match="the connection ended after 4 of 8 bytes"):
         fetch_address("https://example.org/w.bin", "w.bin")
     assert list((cache / "downloads").iterdir()) == []
+
+
+@pytest.mark.parametrize("answers_ranges", [True, False])
+def test_a_broken_download_goes_on(
+    answers_ranges: bool, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Where it ended, or from its beginning with a server that does not know how."""
+    asked: list[str | None] = []
+
+    def answer(request: urllib.request.Request, **_: object) -> Response:
+        asked.append(request.get_header("Range"))
+        if len(asked) == 1:
+            return Response(b"first ", length=12)
+        response = Response(b"second" if answers_ranges else b"first second")
+        response.status = 206 if answers_ranges else 200
+        return response
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(downloads, "PAUSES", (0.0,))
+    file = fetch_address("https://example.org/w.bin", "w.bin")
+    assert file.read_bytes() == b"first second"
+    assert asked == [None, "bytes=6-"]
+
+
+def test_a_known_teacher_of_another_digest_is_refused(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """As published; no second source is tried for it, nor is anything converted."""
+    serve(monkeypatch, b"other weights")
+    known = KNOWN["deit_vits16"]
+    assert known.sha256 == "cd65a155"
+    assert known.repository
+    with pytest.raises(InputError, match="should begin with cd65a155, as published") as caught:
+        teachers.obtain_teacher("deit_vits16")
+    assert len(caught.value.problems) == 1
+    assert not list((cache / "teachers").glob("*vits16*"))
+
+
+def test_what_asks_for_nothing_from_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not downloads.is_offline()
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        for value, offline in (("1", True), ("true", True), ("0", False), ("", False)):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                assert downloads.is_offline() == offline
 
 
 def test_the_first_digest_is_the_one_expected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +171,24 @@ def test_what_is_known_is_what_a_file_of_it_would_show(name: str) -> None:
     found = recognise(theirs, family=known.family, heads=2)
     assert found.spec == spec
     assert known.statistics or found.normalisation == known.normalisation
+
+
+def test_what_is_published_of_known_models() -> None:
+    """Typed in once more: statistics of OpenCLIP's ViT-L/14, sizes of SigLIP 2's, antialias."""
+    openclip = {name: each for name, each in KNOWN.items() if each.family == "openclip"}
+    half = [name for name, each in openclip.items() if each.normalisation == HALF]
+    assert half == [name for name in openclip if "l14" in name] != []
+    for name, known in KNOWN.items():
+        if known.family == "dinov2":
+            assert known.spec.interpolate_antialias == ("reg" in name), name
+            assert known.spec.interpolate_offset == (0.0 if "reg" in name else 0.1), name
+            assert known.spec.registers == (4 if "reg" in name else 0), name
+    sides = {
+        name: known.spec.grid * known.spec.patch_size
+        for name, known in KNOWN.items()
+        if known.family == "siglip"
+    }
+    assert sides == {name: 256 if name.startswith("siglip2_vitl") else 224 for name in sides}
 
 
 def test_a_gated_teacher_says_how_to_come_by_it() -> None:

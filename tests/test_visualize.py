@@ -8,11 +8,12 @@ import pytest
 from conftest import TINY, photograph
 from PIL import Image
 
+from proteus_jax.evaluation import picture
 from proteus_jax.evaluation.picture import GAP, HEADING, foreground_colours
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.pretrained import Model, load_model
-from proteus_jax.visualize import HEIGHT, main
+from proteus_jax.visualize import HEIGHT, columns, main
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,22 @@ def test_what_is_in_front_has_colours(rng: np.random.Generator) -> None:
         for colours in foreground_colours(tokens, [edge.ravel()] * 2):
             assert (colours[~inside.ravel()] == 0).all()
             assert (colours[inside.ravel()].max(axis=1) > 0).all()
+
+
+def test_the_attention_shown_is_the_mean_of_all_heads(
+    tiny_teacher: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, drawn = Model(*load_model(tiny_teacher)), []
+    pixels = photograph(rng, 56, 56)
+    monkeypatch.setattr(
+        picture, "heat_tile", lambda view, weights, grid: drawn.append((weights, grid))
+    )
+    columns(model, "x", [pixels], 56)
+    ((weights, grid),) = drawn
+    expected = np.asarray(model.attention(pixels[None]))[0]
+    assert grid == [4, 4]
+    assert np.abs(expected[0] - expected[1]).max() > 0
+    np.testing.assert_allclose(weights, expected.mean(axis=0), rtol=1e-5)
 
 
 def test_the_command(
