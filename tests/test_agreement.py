@@ -86,6 +86,22 @@ def test_what_is_measured_of_which_tokens(rng: np.random.Generator) -> None:
     assert found.neighbours == pytest.approx(np.mean(shared))
 
 
+def test_each_batch_gives_what_it_is_asked_for(rng: np.random.Generator) -> None:
+    """Answers of both heads, and the student's own class token, which are three things."""
+    views = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+
+    def student(images: np.ndarray) -> Said:
+        bright = jnp.asarray(images[:, 0, 0, :1], jnp.float32)
+        features = Features(bright + 1, bright[:, None] + 2, jnp.zeros((len(bright), 0, 1)))
+        return Said(features, bright + 3, bright[:, None] + 4)
+
+    found = student_tokens(student, views, 2)
+    bright = views[:, 0, 0, :1].astype(np.float32)
+    np.testing.assert_array_equal(found.token, bright + 3)
+    np.testing.assert_array_equal(found.feature, bright[:, None] + 4)
+    np.testing.assert_array_equal(found.own, bright + 1)
+
+
 def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
     """Ten views in batches of four equal ten in one, and batches have one size."""
     views = rng.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)

@@ -13,7 +13,12 @@ from PIL import Image
 from test_main import command, finish
 
 import proteus_jax
+from proteus_jax import sharding
+from proteus_jax.data.labelled import Labelled, Pair
+from proteus_jax.data.sources import MemorySource
 from proteus_jax.evaluation import by_class
+from proteus_jax.evaluation.features import Table
+from proteus_jax.evaluation.labels import scores
 from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.run import _check_place
 from proteus_jax.metrics import read_metrics
@@ -84,6 +89,16 @@ def test_results_are_json_and_their_place_is_known(tmp_path: Path) -> None:
                 "folder"
             ]
         )
+
+
+def test_scores_while_training_where_an_image_is_broken() -> None:
+    """Labels follow the images that could be read, to learn from and to test on."""
+    labels = np.array([0, 0, 1, 1, 0, 1])
+    part = Labelled(MemorySource([], []), labels, ("a", "b"))
+    kept = np.array([0, 2, 3, 4, 5])
+    rows = np.where(labels[kept, None] == 0, [[1.0, 0.1]], [[-1.0, 0.1]]).astype(np.float32)
+    found = scores(Pair(part, part, "test"), lambda _: Table(rows, kept, 1), sharding.make_mesh())
+    assert found == (100.0, 100.0, 100.0, 100.0)
 
 
 def test_balanced_accuracy_is_of_the_classes_that_are_there() -> None:

@@ -166,6 +166,12 @@ def test_timms_names_and_shapes(models: Path, tmp_path: Path) -> None:
             inside = block(hidden, out).items()
             expected |= {f"blocks.{layer}.{key}": shape for key, shape in inside}
         assert {key: array.shape for key, array in found.items()} == expected
+    arrays = canonical.from_params(load_model(models / "registers")[0], MODELS["registers"][1])
+    found = safetensors.numpy.load_file(tmp_path / "registers.safetensors")
+    # The class token's position has nowhere else to be.
+    cls = arrays["cls_token"] + arrays["pos_embed"][:, :1]
+    np.testing.assert_allclose(found["cls_token"], cls, rtol=1e-6)
+    np.testing.assert_array_equal(found["pos_embed"], arrays["pos_embed"][:, 1:])
 
 
 @pytest.mark.parametrize("format", ["dinov2", "timm", "clip", "synclr", "huggingface"])

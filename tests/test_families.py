@@ -371,6 +371,19 @@ def test_a_dinov3_of_another_base_is_refused(tmp_path: Path) -> None:
             read_model(folder)
 
 
+def test_a_clip_that_leaves_its_activation_out() -> None:
+    """transformers' files do not say what is its default, QuickGELU."""
+    spec = ViTSpec(width=32, depth=1, heads=2, patch_size=8, grid=4, **CLIP_CHOICES)
+    arrays = of_spec(spec)
+    del arrays["mask_token"]
+    theirs = layouts.HF_CLIP.from_canonical(arrays)
+    settings: dict[str, Any] = {"model_type": "clip_vision_model", "num_attention_heads": 2}
+    for activation, family in ((None, "clip"), ("quick_gelu", "clip"), ("gelu", "openclip")):
+        said = settings | ({} if activation is None else {"hidden_act": activation})
+        found = recognise(theirs, said)
+        assert (found.family, found.spec.activation) == (family, activation or "quick_gelu")
+
+
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a model directory: it has no config\.json"):
         read_model(tmp_path)

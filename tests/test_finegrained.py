@@ -12,15 +12,20 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
 from test_evaluation import evaluate as command_line
+from test_linear import context_for
 from test_main import finish
 from test_probes import clusters
 
 from proteus_jax.data import images
 from proteus_jax.data.finegrained import DATASETS, VOC_CLASSES, _shown, find_datasets
+from proteus_jax.data.views import CentreCrop
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import finegrained
+from proteus_jax.evaluation.features import Frozen, Table
 from proteus_jax.evaluation.finegrained import Features, average_precision, evaluate
 from proteus_jax.fields import FINEGRAINED
+from proteus_jax.models.normalisation import CLIP, Normalisation
+from proteus_jax.pretrained import Model, load_model
 
 
 def image(path: Path, label: int, number: int) -> None:
@@ -451,6 +456,25 @@ def test_of_values_of_c_that_are_as_good_the_largest_is_taken(
     alone = np.where(np.isin(np.arange(50), order[:10]), 1, 0)
     found = evaluate(Features(rows, alone), None, Features(rows, alone), "accuracy")
     assert found.validation == 0.0
+
+
+def test_images_are_resized_to_the_crop(
+    all_twelve: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to a larger side and cut, and with CLIP's statistics whatever the model has."""
+    context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
+    assert context.view == CentreCrop(32, 28)
+    found, _ = find_datasets(str(all_twelve), ["dtd"])
+    seen: list[tuple[CentreCrop, Normalisation]] = []
+
+    def table(frozen: Frozen, _: Any, source: Any, view: CentreCrop, *rest: Any, **more: Any):
+        seen.append((view, frozen.normalisation))
+        return Table(np.random.default_rng(0).normal(size=(len(source), 3)), np.arange(6), 0)
+
+    monkeypatch.setattr(Frozen, "table", table)
+    monkeypatch.setattr(finegrained, "DECAYS", np.array([1.0]))
+    finegrained.measure(context, finegrained.Data(found, {}))
+    assert seen == [(CentreCrop(28, 28), CLIP)] * 3
 
 
 def test_eleven_points(rng: np.random.Generator) -> None:

@@ -264,7 +264,7 @@ class Heard(Console):
     """Keeps what it is to print."""
 
     def __init__(self):
-        super().__init__()
+        # Without the file that standard error goes to.
         self.lines: list[str] = []
 
     def line(self, text: str = "") -> None:

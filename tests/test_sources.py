@@ -532,7 +532,7 @@ def test_folders_of_one_name_are_two_classes(tmp_path: Path, rng: np.random.Gene
     assert labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("count", range(1, 20))
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 63, 64, 65, 128])
 def test_a_listing_of_any_length_is_found_again(tmp_path: Path, count: int) -> None:
     """Whatever its last column fills of the file."""
     columns = {
@@ -710,6 +710,27 @@ def test_what_cannot_be_listed_is_passed_over(photographs: Path, tmp_path: Path)
     source, skipped = open_source(str(tmp_path))
     assert len(source) == 40
     assert skipped == ("self.png",)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_folders_that_cannot_be_read_are_named(
+    tmp_path: Path, rng: np.random.Generator, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the others is taken."""
+    monkeypatch.setattr(folders, "SMALL", 10 if small else 1)
+    for name in ("open/a.png", "open/b.png", "shut/c.png"):
+        save(tmp_path / name, photograph(rng, 8, 8))
+    scan = os.scandir
+
+    def refused(place: str) -> Any:
+        if str(place).endswith("shut"):
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(folders.os, "scandir", refused)
+    source, skipped = open_source(str(tmp_path))
+    assert names_of(source) == ["open/a.png", "open/b.png"]
+    assert skipped == ("shut",)
 
 
 def test_a_listing_that_is_cut_short_is_made_again(

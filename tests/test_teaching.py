@@ -294,7 +294,15 @@ def test_two_teachers_and_a_start_from_the_command_line(
     assert set(card.source["teachers"]) == {"teacher", "other"}
     text = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "other's" in text
+    for source in (str(tiny_teacher), str(tmp_path / "other")):
+        assert source in text
     assert "cosine of class tokens" in text
+    # The average is another student than the last one, and is measured as itself.
+    ours, average = (load_model(tmp_path / "run" / each)[0] for each in ("student", "student_ema"))
+    apart = jax.tree.map(lambda one, other: float(np.abs(one - other).max()), ours, average)
+    assert max(jax.tree.leaves(apart)) > 1e-5
+    measured = [row for row in rows if "ema_cka" in row][-1]
+    assert measured["ema_cka"] != measured["cka"]
 
     heads = load_heads(tmp_path / "run")
     assert heads is not None
@@ -303,12 +311,28 @@ def test_two_teachers_and_a_start_from_the_command_line(
     answers = heads.answers(pixels)
     assert answers["teacher"].patches.shape == (2, 4, TINY.width)
     assert answers["other"].cls.shape == (2, OTHER.width)
+    # In the teacher's own scale, of which it learned the standardized tokens.
+    said = heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).answers["other"]
+    moments = heads.statistics["other"]
+    deviation = np.sqrt(np.maximum(moments.cls_square - moments.cls**2, 0) + 1e-6)
+    np.testing.assert_allclose(
+        answers["other"].cls, said.token * deviation + moments.cls, rtol=1e-4, atol=1e-4
+    )
     own = proteus_jax.load(tmp_path / "run")(pixels).cls
     np.testing.assert_allclose(
         heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).features.cls,
         own,
         atol=1e-5,
     )
+    # A run that was made longer and has not ended again has a newer student than its export.
+    exported = tmp_path / "run" / "student" / "config.json"
+    kept = exported.read_text()
+    facts = json.loads(kept)
+    assert "step" not in proteus_jax.load(tmp_path / "run").card.source
+    facts["source"]["steps"] = 2
+    exported.write_text(json.dumps(facts))
+    assert proteus_jax.load(tmp_path / "run").card.source["step"] == 4
+    exported.write_text(kept)
     # What has not ended is the same, but for its export.
     shutil.rmtree(tmp_path / "run" / "student")
     unfinished = proteus_jax.load(tmp_path / "run")
@@ -334,6 +358,7 @@ def test_a_start_is_where_training_begins(
         f"--config.start={tmp_path / 'start'}",
         "--config.learning_rate=1e-12",
         "--config.weight_decay=0",
+        "--config.ema_decay=0.9",
         "--config.steps=1",
         "--config.warmup_steps=0",
     )
@@ -342,7 +367,9 @@ def test_a_start_is_where_training_begins(
     found, card = load_model(tmp_path / "run" / "student")
     expected = adapted(params, start, card.spec)
     # One step of Adam moves a weight by its rate, which ends at 1e-5 whatever its peak.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+    average, _ = load_model(tmp_path / "run" / "student_ema")
+    for each in (found, average):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), each, expected)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["start"]
 
 

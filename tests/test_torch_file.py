@@ -324,3 +324,21 @@ def test_mutated_files_end_in_one_error(name: str, tmp_path: Path) -> None:
 def test_a_tensor_is_read_only_when_wanted() -> None:
     opened = TorchFile(FILES / FORMS[0])
     assert isinstance(opened.value["state_dict"]["w"], Tensor)
+
+
+class Keyworded:
+    """Made anew by a call with keywords."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Keyworded":
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self) -> tuple:
+        return (1,), {"b": 2}
+
+
+def test_objects_made_with_keywords_are_passed_over() -> None:
+    """What stands beside them is as it was."""
+    stream = io.BytesIO(pickle.dumps({"before": 1, "it": Keyworded(), "after": [2, 3]}, 4))
+    found = inert_pickle.load(stream, {}, lambda _: None)
+    assert isinstance(found.pop("it"), inert_pickle.Opaque)
+    assert found == {"before": 1, "after": [2, 3]}

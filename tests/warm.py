@@ -61,8 +61,13 @@ def _started() -> subprocess.Popen:
             stdout=subprocess.PIPE,
             text=True,
         )
-        atexit.register(_server.kill)
+        atexit.register(_end, _server)
     return _server
+
+
+def _end(server: subprocess.Popen) -> None:
+    server.kill()
+    server.communicate()
 
 
 def _serve() -> None:
