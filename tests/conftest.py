@@ -36,6 +36,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from proteus_jax.console import Console
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.specs import ViTSpec
 from proteus_jax.pretrained import ModelCard, save_model
@@ -62,6 +63,24 @@ def shuffled(params: Any, seed: int = 0) -> Any:
         ),
         params,
     )
+
+
+class Heard(Console):
+    """Keeps what it is to print and show."""
+
+    def __init__(self):
+        # Without the file that standard error goes to.
+        self.lines: list[str] = []
+        self.live: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
+
+    def log(self, text: str) -> None:
+        pass
+
+    def progress(self, text: str, *, last: bool = False) -> None:
+        self.live.append(text)
 
 
 @pytest.fixture

@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import warm
-from conftest import ROOT
+from conftest import ROOT, Heard
 
 import main
 from proteus_jax import config, floors, flops, plan
 from proteus_jax.assembly import Known, assemble, length
-from proteus_jax.console import Console
 from proteus_jax.data.rate import Rate
 from proteus_jax.errors import InputError
 from proteus_jax.known import KNOWN
@@ -258,17 +257,6 @@ def test_plan_prints_lines_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 Lines = Callable[..., dict[str, str]]
-
-
-class Heard(Console):
-    """Keeps what it is to print."""
-
-    def __init__(self):
-        # Without the file that standard error goes to.
-        self.lines: list[str] = []
-
-    def line(self, text: str = "") -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
