@@ -50,6 +50,13 @@ NOTHING = TrainState(jnp.zeros(()), {}, {}, None, {}, Skipped(jnp.zeros(()), jnp
 KNOWN = {"teacher": Known(TINY, CLIP), "another": Known(SECOND, IMAGENET)}
 
 
+def test_a_further_teachers_crop_may_be_unset(tmp_path: Path, configuration: Any) -> None:
+    overrides = [config.Override("more_teachers.another.crop", "None")]
+    found, problems = config.load(str(tmp_path / "two.py"), overrides)
+    assert not problems
+    assert side_of_images(found) == 56
+
+
 def test_each_teacher_has_its_own(configuration: Any) -> None:
     first, second = lessons(configuration).values()
     assert first.weights == LossWeights(0.5, 2.0, 0.0)

@@ -132,6 +132,10 @@ def test_all_problems_come_in_one_list() -> None:
         ({"student": ""}, "one or more different names"),
         ({"batch": "None"}, "a whole number, found 'None'"),
         ({"learning_rate": "inf"}, "above 0, found inf"),
+        ({"seed": str(2**32)}, f"found {2**32}"),
+        ({"seed": str(2**32 - 1)}, None),
+        ({"max_skipped": "0"}, "at least 1, found 0"),
+        ({"max_failed_saves": "0"}, None),
     ],
 )
 def test_what_cannot_be_right(overrides: dict[str, str], expected: str | None) -> None:

@@ -97,6 +97,23 @@ def test_many_images_that_look_alike() -> None:
     assert examine(source, parallel).alike() == pairs
 
 
+def test_two_roots_have_a_manifest_each(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a relative one means the same from elsewhere."""
+    (tmp_path / "pictures").mkdir()
+    for path in list(photographs.rglob("*.png"))[:3]:
+        (tmp_path / "pictures" / path.name).write_bytes(path.read_bytes())
+    result = run(tmp_path, f"--config.data.root=pictures,{photographs}", "--workdir=run")
+    assert result.returncode == 0, result.stderr
+    manifests = sorted((tmp_path / "run").glob("doctor*.json"))
+    assert len(manifests) == 2
+    roots = {json.loads(path.read_text())["root"] for path in manifests}
+    assert roots == {str(tmp_path / "pictures"), str(photographs)}
+    monkeypatch.chdir("/")
+    assert {len(open_source(str(path))[0]) for path in manifests} == {3, 40}
+
+
 def test_hashes_that_agree_in_one_quarter_alone_are_found() -> None:
     """Three bits apart, one in each of three quarters, whichever of the four agrees."""
     rng = np.random.default_rng(0)

@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from conftest import ROOT, photograph
 from PIL import Image
 from test_main import command, environment, losses
 
-from proteus_jax import hosts, sharding
+import main as command_line
+from proteus_jax import cluster, hosts, sharding
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.hosts import ALONE, Place, find_place, first_node, processes_here
 from proteus_jax.metrics import read_metrics
@@ -129,6 +131,74 @@ def test_what_slurm_started_starts_others() -> None:
     assert processes_here(inner) == 4
     assert processes_here(SLURM | {"SLURM_NNODES": "2"}) == 2
     assert processes_here({}) == 1
+    # Three on two nodes: one of them has two.
+    assert processes_here(SLURM | {"SLURM_NTASKS": "3", "SLURM_NNODES": "2"}) == 2
+
+
+def test_jobs_of_one_machine_listen_apart() -> None:
+    """Each at two ports, its coordinator's and the one beside it."""
+    ports = [
+        find_place({}, SLURM | {"SLURM_JOB_ID": str(job), "SLURM_PROCID": "0"}).port
+        for job in range(7000, 7100)
+    ]
+    assert len(set(ports)) > 90
+    # Two may meet at one port, of which each says so; none is at the other's second.
+    assert not set(ports) & {port + 1 for port in ports}
+    assert 1024 < min(ports) <= max(ports) < 32767
+
+
+def test_a_host_that_is_wrong_waits_for_nobody() -> None:
+    """Neither the first of two nor the second; alone all problems are collected."""
+    for host in ("0", "1"):
+        place = {"--hosts": "2", "--host": host, "--coordinator": "127.0.0.1:9000"}
+        with pytest.raises(InputError, match="a problem"):
+            command_line._company(place, ["a problem"])
+    known = ["a problem"]
+    assert command_line._company({"--wait": "0"}, known)[0] == ALONE
+    assert len(known) == 2
+
+
+class Device(NamedTuple):
+    process_index: int
+    device_kind: str
+
+
+def test_hosts_with_devices_of_other_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [Device(0, "A100"), Device(0, "A100"), Device(1, "A100"), Device(1, "H100")]
+    monkeypatch.setattr(cluster.jax, "devices", lambda: devices)
+    with pytest.raises(InputError, match="host 0: 2 A100, host 1: 2 A100"):
+        cluster._refuse_uneven_hosts()
+    monkeypatch.setattr(cluster.jax, "devices", lambda: devices[:3])
+    with pytest.raises(InputError, match="host 0: 2 A100, host 1: 1 A100"):
+        cluster._refuse_uneven_hosts()
+    monkeypatch.setattr(cluster.jax, "devices", lambda: [Device(n, "A100") for n in (1, 0, 1, 0)])
+    cluster._refuse_uneven_hosts()
+
+
+def test_a_process_takes_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that its place says, as of several on one machine."""
+    asked: dict[str, Any] = {}
+
+    class Left(Exception):
+        pass
+
+    def initialize(address: str, **more: Any) -> None:
+        asked.update(more, address=address)
+        raise Left
+
+    company = SimpleNamespace(leave=lambda *_: None, lost_one=lambda _: False)
+    monkeypatch.setattr(cluster, "meet", lambda *_, **__: company)
+    monkeypatch.setattr(cluster, "_exit_in_place_of_abort", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(cluster.jax.distributed, "initialize", initialize)
+    place = Place(3, 4, "10.0.0.1", 9000, "a test", (1,))
+    with (
+        pytest.raises(Left),
+        cluster.joined(place, {}, timeout=1.0, progress=print, say=print),
+    ):
+        pass
+    assert asked["local_device_ids"] == (1,)
+    assert (asked["process_id"], asked["num_processes"]) == (3, 4)
+    assert asked["address"] == "10.0.0.1:9000"
 
 
 def test_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +361,29 @@ def test_who_is_missing_has_a_number() -> None:
         assert isinstance(found, Interrupted)
         assert "after 1 s 2 of 4 hosts are here: host 0, host 1 (" in str(found)
         assert "missing: 2, 3" in str(found)
+
+
+def test_strangers_do_not_make_the_wait_longer() -> None:
+    """Who comes and goes is no reason to wait anew for those who are missing."""
+    port, results = free_port(), []
+    place = Place(0, 2, "127.0.0.1", port, "a test")
+
+    def wait() -> None:
+        try:
+            meet(place, {}, timeout=1.5, say=print)
+        except Interrupted as error:
+            results.append(error)
+
+    waiting = threading.Thread(target=wait)
+    begun = time.monotonic()
+    waiting.start()
+    while waiting.is_alive() and time.monotonic() < begun + 20:
+        with socket.socket() as stranger, contextlib.suppress(OSError):
+            stranger.settimeout(0.2)
+            stranger.connect(("127.0.0.1", port + 1))
+        waiting.join(0.3)
+    assert time.monotonic() - begun < 6
+    assert len(results) == 1
 
 
 def test_without_host_0_the_others_say_so() -> None:

@@ -131,6 +131,8 @@ def test_a_probe_learns_and_names_both_choices(
     assert found["protocol"] == "linear"
     assert len(found["top1"]) == len(found["held_out_top1"]) == 12
     assert found["data"]["held_out_images"] == 9
+    # Six epochs of the 33 images that are learned from, 16 at a time.
+    assert found["constants"]["steps"] == 12
     best = max(found["top1"].values())
     assert best > 80
     assert found["best"]["test"]["top1"] == best
@@ -219,6 +221,8 @@ def test_the_head_that_is_kept_is_chosen_by_images_held_out(
     chosen = best["held_out"]["head"]
     assert found["held_out_top1"][chosen] == max(found["held_out_top1"].values()) > 80
     assert found["top1"][chosen] == best["held_out"]["top1"]
+    by_class = [row["top1"] for row in found["per_class"].values()]
+    assert np.mean(by_class) == pytest.approx(best["held_out"]["top1"])
     head = np.load(tmp_path / linear.HEAD)
     kind = Kind(int(head["blocks"]), bool(head["pooled"]))
     assert chosen.startswith(kind.name(0.0).removesuffix("0"))

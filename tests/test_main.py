@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm
-from conftest import ROOT, photograph
+from conftest import ROOT, Heard, photograph
 from PIL import Image
 
+import main
 import proteus_jax
 from proteus_jax.convert import canonical
+from proteus_jax.errors import Interrupted
 from proteus_jax.metrics import read_metrics
 from proteus_jax.workdir import LOCK
 
@@ -126,12 +128,15 @@ def test_a_finished_run_is_not_run_again(
     finished: tuple[Path, subprocess.CompletedProcess], photographs: Path, tiny_teacher: Path
 ) -> None:
     workdir, _ = finished
-    before = (workdir / "metrics.jsonl").read_text()
+    before, log = ((workdir / name).read_text() for name in ("metrics.jsonl", "log.txt"))
     again = finish(command(workdir, photographs, tiny_teacher), workdir.parent)
     assert again.returncode == 0
     assert f"resuming at step {STEPS}" in again.stdout
     assert f"what {STUDENT} learnt" in again.stdout
     assert (workdir / "metrics.jsonl").read_text() == before
+    # What the starts before said is kept.
+    assert log
+    assert (workdir / "log.txt").read_text().startswith(log)
 
 
 def assert_same_run(workdir: Path, expected: Path) -> None:
@@ -197,6 +202,7 @@ def test_a_signal_saves_and_says_so(
     if process.returncode != 0:  # it may have come to its end before the signal did
         assert process.returncode == 75
         assert re.search(r"interrupted at step \d+ of 12; the same command goes on", printed)
+        assert json.loads((tmp_path / "run" / "heartbeat.json").read_text())["state"] == "stopped"
         assert finish(arguments, tmp_path).returncode == 0
     assert_same_run(tmp_path / "run", finished[0])
 
@@ -207,6 +213,7 @@ def test_a_signal_saves_and_says_so(
         ("--config.seed=1", "seed: the checkpoint has 0, this run has 1"),
         ("--config.batch=8", "batch: the checkpoint has 4, this run has 8"),
         ("--config.data.held_out.minimum=8", "data: other images"),
+        ("--config.data.erasing=0.5", "the checkpoint has 0.0, this run has 0.5"),
     ],
 )
 def test_another_run_is_not_continued(
@@ -259,7 +266,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path, tiny_teacher: Path) -
 
 
 def test_wrong_arguments(tmp_path: Path, photographs: Path, tiny_teacher: Path) -> None:
-    main = [sys.executable, str(ROOT / "main.py")]
+    script = [sys.executable, str(ROOT / "main.py")]
     for arguments, complaints in (
         ([], ["--config: expected a path", "--workdir: expected a path"]),
         (["--config=absent.py", "--workdir=run"], ["--config: no such file: absent.py"]),
@@ -269,11 +276,45 @@ def test_wrong_arguments(tmp_path: Path, photographs: Path, tiny_teacher: Path) 
             [f"--workdir: {os.devnull} is no directory"],
         ),
     ):
-        result = finish([*main, *arguments], tmp_path)
+        result = finish([*script, *arguments], tmp_path)
         assert result.returncode == 2
         assert result.stderr.splitlines()[1:] == [f"  {complaint}" for complaint in complaints]
-    assert finish([*main, "--help"], tmp_path).stdout.startswith("Distil a teacher")
+    assert finish([*script, "--help"], tmp_path).stdout.startswith("Distil a teacher")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_go_together() -> None:
+    """What a launch file prepares with is the run's own command line."""
+    for flags, problems in (
+        (["--prepare", "--profile"], 0),
+        (["--prepare", "--offline"], 0),
+        (["--plan", "--profile"], 1),
+        (["--plan", "--prepare"], 1),
+        (["--doctor", "--workdir=w", "--offline"], 0),
+    ):
+        assert len(main.parse(["--config=c", *flags]).problems) == problems, flags
+
+
+def test_what_all_hosts_must_have_in_common(
+    photographs: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions, and the configuration with what the command line changed."""
+    from proteus_jax import cluster
+
+    asked = []
+
+    def joined(place: object, about: dict[str, str], **_: object) -> None:
+        asked.append(about)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(cluster, "joined", joined)
+    for more in ([], ["--config.seed=9"]):
+        arguments = command(tmp_path / "run", photographs, tiny_teacher, *more)[2:]
+        with pytest.raises(Interrupted):
+            main.distil(arguments, Heard())
+    one, other = asked
+    assert {"version", "version of jax", "version of jaxlib", "configuration"} <= one.keys()
+    assert [key for key in one if one[key] != other[key]] == ["configuration"]
 
 
 def test_devices_that_cannot_be_started_are_said_in_words(
@@ -455,13 +496,23 @@ def test_a_workdir_is_one_runs_at_a_time(
 
 def test_a_diverging_run_stops(photographs: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.learning_rate=1e30")
-    few = ["--config.warmup_steps=0", "--config.max_skipped=3"]
+    few = ["--config.warmup_steps=0", "--config.max_skipped=3", "--config.data.epoch=4000"]
     result = finish([*arguments, *few], tmp_path)
     assert result.returncode == 3
     assert "a loss or gradient is not finite; its update is skipped (1 in a row)" in result.stdout
     assert re.match(
         r"at step \d+ a loss or gradient is not finite.* in a row: training", result.stderr
     )
+    # Where it lies is said; a replay has the same schedule, and the state before the step.
+    (dump,) = (tmp_path / "run" / "dump").iterdir()
+    assert f"{tmp_path / 'run' / 'dump'}" in result.stderr
+    about = json.loads((dump / "dump.json").read_text())
+    assert about["images_an_epoch"] == 4000
+    again = finish([*arguments[:2], f"--replay={dump}"], tmp_path)
+    assert again.returncode == 3, again.stdout + again.stderr
+    rows = re.findall(r"^(skipped\S*) +(\d+) +(\d+)$", again.stdout, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["skipped", "skipped_in_a_row"]
+    assert all(before == after for _, before, after in rows)
 
 
 def test_exported_names_are_the_official_ones(

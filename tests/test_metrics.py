@@ -1,26 +1,36 @@
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
+from conftest import Heard
 from tensorboardX.proto import event_pb2
 
 from proteus_jax.console import duration
-from proteus_jax.metrics import MetricsWriter, read_metrics
+from proteus_jax.experiment import Experiment
+from proteus_jax.metrics import MetricsWriter, NoMetrics, read_metrics
+from proteus_jax.rows import Rows
 
 messages: Any = event_pb2  # its classes are made at run time
+
+
+def events(path: Path) -> Iterator[Any]:
+    """Of one file, record by record."""
+    content, position = path.read_bytes(), 0
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 8], "little")
+        yield messages.Event.FromString(content[position + 12 : position + 12 + length])
+        position += length + 16
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
     """Every scalar of the event files, read record by record."""
     found = {}
     for path in sorted(folder.iterdir()):
-        content, position = path.read_bytes(), 0
-        while position < len(content):
-            length = int.from_bytes(content[position : position + 8], "little")
-            event = messages.Event.FromString(content[position + 12 : position + 12 + length])
+        for event in events(path):
             found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
-            position += length + 16
     return found
 
 
@@ -50,6 +60,65 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_stood(tmp_path: Path) -> Non
     ]  # fmt: skip
     MetricsWriter(tmp_path, None).close()
     assert list(read_metrics(tmp_path)) == []
+
+
+def test_what_tensorboard_hides_after_a_resume(tmp_path: Path) -> None:
+    """From the step after the checkpoint's own on, which was logged before and stays."""
+    MetricsWriter(tmp_path, 3).close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    starts = [event.step for event in events(path) if event.session_log.status]
+    assert starts == [4]
+
+
+class Written(NoMetrics):
+    """Keeps what it is to write."""
+
+    def __init__(self):
+        self.rows: list[tuple[int, Mapping[str, float]]] = []
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append((step, values))
+
+
+def test_rows_of_two_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not finite is left out; the live line shows the first student, and how long it is
+    from here on; a device's share is that of all devices.
+    """
+    experiment = Experiment.__new__(Experiment)
+    facts = {"students": {"a": None, "b": None}, "total_steps": 30, "peak": 4e12, "work": 1e10}
+    for name, value in facts.items():
+        object.__setattr__(experiment, name, value)
+    now = [50.0]
+    monkeypatch.setattr("proteus_jax.rows.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("proteus_jax.rows.jax.device_count", lambda: 16)
+    writer, console = Written(), Heard()
+    rows = Rows(experiment, writer, console)
+    rows.begin(10)
+    now[0] += 20.0
+    losses = {
+        f"{name}/{key}": jnp.float32(value)
+        for name, value in (("a", 1.5), ("b", 2.5))
+        for key in ("loss", "token_loss", "feature_loss", "patch_loss")
+    }
+    measured = rows.rates({"images_per_second": 80.0, "data_wait": 0.25})
+    spoilt = {"x": jnp.float32(jnp.nan), "y": jnp.float32(-jnp.inf)}
+    rows.hold(20, losses | spoilt, measured, evaluated=True)
+    assert writer.rows == []
+    found = rows.write()
+    assert found is not None
+    assert (found.step, found.evaluated) == (20, True)
+    assert rows.write() is None
+    ((step, values),) = writer.rows
+    assert step == 20
+    assert "x" not in values
+    assert "y" not in values
+    assert (values["a/loss"], values["b/loss"]) == (1.5, 2.5)
+    assert values["images_per_second_per_device"] == 5.0
+    assert values["mfu"] == pytest.approx(80 * 1e10 / 4e12)
+    (line,) = console.live
+    # Ten steps took twenty seconds, and ten are left.
+    assert line.startswith("step 20/30  loss 1.500  token 1.500  feature 1.500  patch 1.500")
+    assert line.endswith("MFU 20%  data wait 25%  0:20 left")
 
 
 def test_what_is_no_number_is_not_written(tmp_path: Path) -> None:

@@ -322,6 +322,14 @@ def test_a_workdir_among_the_images_is_refused(photographs: Path, tiny_teacher: 
         assert problem.startswith(f"--workdir: {place} lies in {photographs}, ")
 
 
+def test_a_link_to_a_workdir_among_the_images_is_one(
+    photographs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(photographs)
+    (problem,) = refused(tmp_path / "link" / "runs", photographs, tiny_teacher)
+    assert problem.startswith(f"--workdir: {tmp_path / 'link' / 'runs'} lies in {photographs}, ")
+
+
 def refused(workdir: Path, photographs: Path, teacher: Path) -> list[str]:
     overrides = [Override("data.root", str(photographs)), Override("teacher", str(teacher))]
     configuration, problems = load(str(ROOT / "configs" / "quickstart.py"), overrides)
