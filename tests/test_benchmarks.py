@@ -62,6 +62,7 @@ def test_accelerator(runner: Any) -> None:
     assert sum(line.startswith("| whole step, T, attention xla") for line in table) == 1
 
 
+@pytest.mark.slow
 def test_accelerator_with_torch(runner: Any) -> None:
     pytest.importorskip("torch", reason="needs requirements-parity.txt")
     (found,) = runner.run("pytorch", pair="T", batch=2, compiled=False)
@@ -130,6 +131,7 @@ def test_the_best_step_goes_on(runner: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert (asked[-1]["attention"], asked[-1]["remat"]) == best
 
 
+@pytest.mark.slow
 def test_step() -> None:
     pytest.importorskip("torch", reason="needs requirements-parity.txt")
     result = subprocess.run(

@@ -357,7 +357,10 @@ def test_verify_is_kept_in_the_card(
     assert convert_weights.main(command) == 1
     assert load_card(tmp_path / "m").verified["passed"] is True
     assert convert_weights.main([*command, "--force"]) == 0
-    assert load_card(tmp_path / "m").verified["passed"] is False
+    verified = load_card(tmp_path / "m").verified
+    assert verified["passed"] is False
+    # Of all outputs, the one that is furthest off.
+    assert verified["largest"] > 1e-3
     assert "FAIL out/cls" in capsys.readouterr().out
     assert convert_weights.main(command[:2]) == 2
     (tmp_path / "g.npz").write_bytes(b"x")

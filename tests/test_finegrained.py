@@ -489,20 +489,38 @@ def test_eleven_points(rng: np.random.Generator) -> None:
     assert average_precision(np.arange(3.0), np.zeros(3, bool)) == 0.0
 
 
-def test_all_twelve_from_the_command_line(
-    all_twelve: Path, tiny_teacher: Path, tmp_path: Path
-) -> None:
-    workdir = tmp_path / "fine"
+def test_from_the_command_line(all_twelve: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    """One with a class for each image, one with several, each with a validation part."""
+    workdir, chosen = tmp_path / "fine", ("dtd", "voc2007")
     arguments = command_line("finegrained", tiny_teacher, all_twelve, workdir)
-    result = finish(arguments, tmp_path)
+    some = f"--config.finegrained.datasets={','.join(chosen)}"
+    result = finish([*arguments, some], tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads((workdir / "results.json").read_text())
-    assert tuple(found["per_dataset"]) == FINEGRAINED
-    assert found["average"] == pytest.approx(np.mean(list(found["per_dataset"].values())))
+    assert tuple(found["per_dataset"]) == chosen
     assert found["absent"] == {}
     assert found["metrics"]["voc2007"] == "map"
     assert found["constants"]["normalisation"]["mean"][0] == 0.48145466
-    some = finish([*arguments, "--config.finegrained.datasets=dtd,cub"], tmp_path)
-    assert "no average: 2 of 12 data sets were measured" in some.stdout
-    found = json.loads((workdir / "results.json").read_text())
+    assert "no average: 2 of 12 data sets were measured" in result.stdout
     assert found["average"] is None
+
+
+def test_an_average_is_of_all_twelve(
+    all_twelve: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, said = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
+    found, _ = find_datasets(str(all_twelve), [*FINEGRAINED])
+    percents = iter(range(1, 13))
+    nothing = Features(np.zeros((1, 1), np.float32), np.zeros(1, int))
+    monkeypatch.setattr(finegrained, "_features", lambda *_: (nothing, 1))
+    monkeypatch.setattr(
+        finegrained, "evaluate", lambda *_: finegrained.Result(float(next(percents)), 1.0, 2.0)
+    )
+    results = finegrained.measure(context, finegrained.Data(found, {}))
+    assert results["average"] == pytest.approx(6.5)
+    assert list(results["per_dataset"].values()) == list(range(1, 13))
+    assert said[-1].split() == ["average", "6.50", "%"]
+    # A broken image of each part that there is.
+    assert results["data"]["unreadable"] == sum(
+        part is not None for splits in found.values() for part in splits
+    )

@@ -11,13 +11,16 @@ from test_main import command, finish
 
 nbformat = pytest.importorskip("nbformat", reason="needs requirements-dev.txt")
 nbclient = pytest.importorskip("nbclient", reason="needs requirements-dev.txt")
+pytestmark = pytest.mark.slow
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_teacher: Path) -> Path:
     folder = tmp_path_factory.mktemp("notebooks")
-    done = finish(command(folder / "run", photographs, tiny_teacher, "--config.steps=2"), folder)
+    # Deep enough for the blocks that a linear probe sees.
+    small = ("--config.steps=2", "--config.student=vit_tiny_4blocks")
+    done = finish(command(folder / "run", photographs, tiny_teacher, *small), folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

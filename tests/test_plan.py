@@ -63,6 +63,8 @@ def test_training_work_is_the_teachers_once_and_the_students_by_half_more() -> N
     [
         ("v5e:4x4", 16, 4, "TPU v5e"),
         ("v5p:2x2x4", 16, 4, "TPU v5"),
+        ("v6e:4x4", 16, 4, "TPU v6"),
+        ("v4:2x2x2", 8, 2, "TPU v4"),
         ("H100:8", 8, 1, "NVIDIA H100"),
         ("a100:4x8", 32, 4, "NVIDIA A100"),
     ],
@@ -128,12 +130,15 @@ def test_work_of_a_tiny_model_by_hand() -> None:
     block = 7 * 4 * 8 * 8 + 2 * 7 * 7 * 8 + 7 * 3 * 8 * 24
     assert flops.forward(gated, 4) == 2 * (embedding + 3 * block)
     # Heads for teachers 6 and 10 wide: the class token, four patches, and half of them masked.
-    teachers = [(dataclasses.replace(spec, width=width, heads=2), 4) for width in (6, 10)]
+    # The second looks at images of its own side.
+    teachers = [
+        (dataclasses.replace(spec, width=width, heads=2), side) for width, side in ((6, 4), (10, 8))
+    ]
     work = flops.training(teachers, [spec, gated], 4, masked=True)
     assert work.heads == 2 * 3 * 2 * (1 + 4 + 2) * 8 * (6 + 10)
     assert work.student == 3 * (flops.forward(spec, 4) + flops.forward(gated, 4))
     assert work.masked_half == work.student / 2
-    assert work.teacher == sum(flops.forward(teacher, 4) for teacher, _ in teachers)
+    assert work.teacher == flops.forward(teachers[0][0], 4) + flops.forward(teachers[1][0], 8)
     assert work.total == sum(work)
 
 

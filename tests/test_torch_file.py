@@ -342,3 +342,14 @@ def test_objects_made_with_keywords_are_passed_over() -> None:
     found = inert_pickle.load(stream, {}, lambda _: None)
     assert isinstance(found.pop("it"), inert_pickle.Opaque)
     assert found == {"before": 1, "after": [2, 3]}
+
+
+def test_an_archive_with_two_members_of_one_name_is_refused(tmp_path: Path) -> None:
+    """Which of them is read would be chance."""
+    path = tmp_path / "w.pth"
+    torch_file.save(path, {"a": np.ones(3, np.float32)})
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("w/data/0", np.zeros(3, np.float32).tobytes())
+    with pytest.raises(InputError, match=r"w\.pth: "):
+        read_weights(path)
