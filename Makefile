@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED ?=
 RUN := $(if $(LOCKED),.venv/locked.stamp,.venv/run.stamp)
 
-.PHONY: quickstart test test-full faults lint format lock audit
+.PHONY: quickstart test test-full faults mutants lint format lock audit wheel pythons release-check
 
 quickstart: $(RUN)
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -24,6 +24,33 @@ test-full: .venv/dev.stamp
 
 faults: .venv/dev.stamp
 	$(BIN)/python tests/faults.py
+
+mutants: .venv/dev.stamp
+	$(BIN)/python tests/mutants.py
+
+# Installed from its wheel, outside of the repository.
+wheel: | .venv/bin/python
+	rm -rf .venv/wheel && $(PYTHON) -m venv .venv/wheel
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .venv/wheel/dist .
+	.venv/wheel/bin/python -m pip install --quiet --disable-pip-version-check .venv/wheel/dist/*.whl
+	cd .venv/wheel && bin/python -c "import proteus_jax.train, proteus_jax.floors as f; assert f.table().floors"
+
+# The cheap tests under the other Pythons that are here, each in an environment of its own.
+pythons:
+	for version in 3.12 3.13; do \
+		command -v python$$version >/dev/null || continue; \
+		python$$version -m venv .venv/py$$version && \
+		.venv/py$$version/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt && \
+		.venv/py$$version/bin/python -m pytest -n 2 -m "not slow" tests/test_plain.py tests/test_models.py \
+			tests/test_sources.py tests/test_pipeline.py tests/test_config.py tests/test_convert.py \
+			tests/test_workers.py tests/test_reliability.py || exit 1; \
+	done
+
+# All that is too long for every change: two hours on two cores.
+release-check: .venv/parity.stamp .venv/tpu.stamp lint test-full faults mutants wheel pythons
+	.venv/tpu/bin/python tests/compile_for_tpu.py
+	tests/clean_machine.sh
+	tests/clean_machine.sh --image
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
