@@ -130,12 +130,11 @@ def test_a_save_that_fails_in_the_background_is_no_save(
     with contextlib.closing(checkpoints):
         with monkeypatch.context() as patch:
 
-            def full() -> None:
-                # Orbax also asks when a save begins, which is not the background.
-                if threading.current_thread() is not threading.main_thread():
-                    raise OSError(errno.ENOSPC, "full")
+            def full(step: int) -> None:
+                assert threading.current_thread() is not threading.main_thread()
+                raise OSError(errno.ENOSPC, "full")
 
-            patch.setattr(checkpoints._orbax, "wait_until_finished", full)
+            patch.setattr(checkpoints.shelf, "complete", full)
             checkpoints.save(2, state(2), {})
             checkpoints.wait()
         assert told == ["failed"]
