@@ -41,17 +41,20 @@ def test_neighbours_are_scikit_learns(
     train, test = (
         rows * rng.uniform(0.2, 9, (len(rows), 1)).astype(np.float32) for rows in (train, test)
     )
-    found = knn.predictions(
-        train,
-        labels,
-        test,
-        neighbours=(10, 1, 20, 205, 206),
-        temperature=0.07,
-        mesh=sharding.make_mesh(fsdp),
-    )
-    assert sorted(found) == [1, 10, 20, 205]
-    for k, predicted in found.items():
-        np.testing.assert_array_equal(predicted, voted(train, labels, test, k, 0.07))
+    # Few of the nearest count, or nearly all as much.
+    for temperature in (0.07, 1.0):
+        found = knn.predictions(
+            train,
+            labels,
+            test,
+            neighbours=(10, 1, 20, 205, 206),
+            temperature=temperature,
+            mesh=sharding.make_mesh(fsdp),
+        )
+        assert sorted(found) == [1, 10, 20, 205]
+        for k, predicted in found.items():
+            expected = voted(train, labels, test, k, temperature)
+            np.testing.assert_array_equal(predicted, expected)
 
 
 def test_more_neighbours_than_images(rng: np.random.Generator) -> None:
