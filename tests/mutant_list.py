@@ -196,14 +196,14 @@ MUTANTS = [
         "if not np.all(np.asarray(found.addressable_data(0)) == right):",
         "if not np.any(np.asarray(found.addressable_data(0)) == right):",
         "a sum that is wrong in most places passes",
-        ("test_hosts.py::test_devices_hear_each_other",),
+        ("test_hosts.py::test_a_sum_that_is_wrong_anywhere_is_refused",),
     ),
     Mutant(
         "proteus_jax/collectives.py",
         "moved = 2 * size * (devices - 1) / devices",
         "moved = size * (devices - 1) / devices",
         "the network is said to have half of its speed",
-        ("test_hosts.py::test_devices_hear_each_other",),
+        ("test_hosts.py::test_what_is_said_of_a_sum",),
     ),
     Mutant(
         "proteus_jax/compiled.py",
@@ -1098,7 +1098,7 @@ MUTANTS = [
         "right[max(top1, key=top1.__getitem__)]",
         "right[next(iter(top1))]",
         "per_class is of the first number of neighbors, not of the best",
-        ("test_evaluation.py::test_classes_of_unequal_size_and_images_on_both_sides",),
+        ("test_evaluation.py::test_classes_are_shown_of_the_best_number_of_neighbors",),
     ),
     Mutant(
         "proteus_jax/evaluation/picture.py",

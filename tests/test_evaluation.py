@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_linear import context_for
 from test_main import command, finish
 
 import proteus_jax
 from proteus_jax import sharding
 from proteus_jax.data.labelled import Labelled, Pair
 from proteus_jax.data.sources import MemorySource
-from proteus_jax.evaluation import by_class
+from proteus_jax.evaluation import by_class, knn, neighbours
 from proteus_jax.evaluation.features import Table
 from proteus_jax.evaluation.labels import scores
 from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.run import _check_place
 from proteus_jax.metrics import read_metrics
+from proteus_jax.pretrained import Model, load_model
 
 
 def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: str) -> list[str]:
@@ -99,6 +101,29 @@ def test_scores_while_training_where_an_image_is_broken() -> None:
     rows = np.where(labels[kept, None] == 0, [[1.0, 0.1]], [[-1.0, 0.1]]).astype(np.float32)
     found = scores(Pair(part, part, "test"), lambda _: Table(rows, kept, 1), sharding.make_mesh())
     assert found == (100.0, 100.0, 100.0, 100.0)
+
+
+def test_classes_are_shown_of_the_best_number_of_neighbors(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of them comes first."""
+    context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
+    context.config.knn = SimpleNamespace(neighbours=(1, 2, 3), temperature=0.07)
+    labels = np.array([0, 0, 1, 1])
+    part = Labelled(MemorySource([], []), labels, ("a", "b"))
+    tokens = Table(np.arange(8.0).reshape(4, 2), np.arange(4), 0)
+    monkeypatch.setattr(neighbours, "class_tokens", lambda *_: tokens)
+    monkeypatch.setattr(neighbours, "images_on_both_sides", lambda _: "")
+    answers = {1: [1, 1, 1, 0], 2: [0, 0, 1, 0], 3: [0, 1, 1, 0]}
+    monkeypatch.setattr(
+        knn, "predictions", lambda *_, **__: {k: np.array(v) for k, v in answers.items()}
+    )
+    found = neighbours.measure(context, Pair(part, part, "test"))
+    assert found["top1"] == {"1": 25.0, "2": 75.0, "3": 50.0}
+    assert {name: row["top1"] for name, row in found["per_class"].items()} == {
+        "a": 100.0,
+        "b": 50.0,
+    }
 
 
 def test_balanced_accuracy_is_of_the_classes_that_are_there() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, photograph
@@ -23,7 +24,7 @@ from PIL import Image
 from test_main import command, environment, losses
 
 import main as command_line
-from proteus_jax import cluster, hosts, sharding
+from proteus_jax import cluster, collectives, hosts, sharding
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.hosts import ALONE, Place, find_place, first_node, processes_here
 from proteus_jax.metrics import read_metrics
@@ -173,6 +174,25 @@ def test_hosts_with_devices_of_other_kinds_are_refused(monkeypatch: pytest.Monke
         cluster._refuse_uneven_hosts()
     monkeypatch.setattr(cluster.jax, "devices", lambda: [Device(n, "A100") for n in (1, 0, 1, 0)])
     cluster._refuse_uneven_hosts()
+
+
+def test_what_is_said_of_a_sum() -> None:
+    """A ring of eight sends and receives seven eighths twice: 1.75 MiB of 1 MiB."""
+    line = collectives._line(2**20, 0.5, 8)
+    assert line.split()[:4] == ["1", "MiB", "500.00", "ms"]
+    assert float(collectives._line(2**30, 0.5, 8).split()[4]) == pytest.approx(3.76, abs=0.01)
+
+
+def test_a_sum_that_is_wrong_anywhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the eight devices here; right first, then with one wrong element of many."""
+    mesh = sharding.make_mesh()
+    assert collectives._summed(64, mesh)[1] == 8
+    add = jnp.sum
+    monkeypatch.setattr(
+        collectives.jnp, "sum", lambda *each, **more: add(*each, **more).at[3].add(1.0)
+    )
+    with pytest.raises(InputError, match="a sum of 64 bytes over 8 devices is wrong"):
+        collectives._summed(64, mesh)
 
 
 def test_a_process_takes_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:

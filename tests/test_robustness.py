@@ -198,7 +198,12 @@ def test_a_run_beside_its_teacher(
     by_position = np.array(errors["by_position"]["feature"])
     by_image = [image["feature"] for image in errors["by_image"].values()]
     assert by_position.mean() == pytest.approx(np.mean(by_image), rel=1e-5)
-    assert sum(cell is None for row in errors["by_position"]["patch"] for cell in row) == 2
+    cells = [cell for row in errors["by_position"]["patch"] for cell in row]
+    hidden = [cell for cell in cells if cell is not None]
+    assert len(hidden) == 2
+    # Of the patches that were hidden, as those of an image are.
+    by_image = [image["patch"] for image in errors["by_image"].values()]
+    assert np.mean(hidden) == pytest.approx(np.mean(by_image), rel=1e-5)
     for name in ("neighbours-student", "neighbours-teacher", "errors-by-position"):
         assert (workdir / f"{name}.png").is_file()
     # The same features by another way.
