@@ -233,7 +233,9 @@ def _receive(place: Place, about: Mapping[str, str], timeout: float) -> list[_Pe
             if problem is not None:
                 _refuse([*peers.values(), peer], wrong=problem)
                 raise InputError(problem)
-            peers[peer.host] = peer
+            before, peers[peer.host] = peers.get(peer.host), peer
+            if before is not None:
+                before.line.close()
     for peer in peers.values():
         # Who is gone by now is noticed by who watches it.
         with contextlib.suppress(OSError):

@@ -112,6 +112,9 @@ def test_launchers() -> None:
     assert find_place({}, one_a_node).local_devices is None
     assert find_place({}, TORCHRUN | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
     assert find_place({}, TORCHRUN | {"WORLD_SIZE": "1"}) == ALONE
+    # Where it does not say how many share the machine, others may.
+    unsaid = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert find_place({}, unsaid).local_devices == (1,)
     nodes = MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
     assert find_place({}, nodes | uri).address == "10.96.0.1"
@@ -381,6 +384,32 @@ def test_who_is_missing_has_a_number() -> None:
         assert isinstance(found, Interrupted)
         assert "after 1 s 2 of 4 hosts are here: host 0, host 1 (" in str(found)
         assert "missing: 2, 3" in str(found)
+
+
+def test_a_host_may_be_started_again_before_all_have_met() -> None:
+    """What it was before is gone, and is not taken for another of its number."""
+    port = free_port()
+    places = [Place(host, 3, "127.0.0.1", port, "a test") for host in range(3)]
+    results: dict[int, Any] = {}
+
+    def one(host: int, timeout: float) -> None:
+        try:
+            results[host] = meet(places[host], {}, timeout=timeout, say=print)
+        except (InputError, Interrupted) as error:
+            results[host] = error
+
+    threads = [threading.Thread(target=one, args=(0, 20.0))]
+    threads[0].start()
+    one(1, 0.7)
+    assert isinstance(results[1], Interrupted)
+    threads += [threading.Thread(target=one, args=(host, 20.0)) for host in (1, 2)]
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for company in results.values():
+        assert not isinstance(company, Exception), company
+        company.leave()
 
 
 def test_strangers_do_not_make_the_wait_longer() -> None:
