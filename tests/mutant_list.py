@@ -1238,10 +1238,7 @@ MUTANTS = [
         "if not problems and None in models.values():",
         "if None in models.values():",
         "gigabytes are fetched before the news of a misspelt path",
-        (
-            "test_hub.py::test_a_known_name_has_a_second_source",
-            "test_main.py::test_all_that_is_wrong_is_said_at_once",
-        ),
+        ("test_workdir.py::test_nothing_is_fetched_before_a_misspelt_path_is_said",),
     ),
     Mutant(
         "proteus_jax/experiment.py",

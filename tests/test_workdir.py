@@ -21,7 +21,7 @@ from conftest import ROOT
 from test_main import assert_same_run, command
 
 import proteus_jax
-from proteus_jax import heartbeat, workdir
+from proteus_jax import experiment, heartbeat, workdir
 from proteus_jax.config import Override, load
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.experiment import open_inputs
@@ -328,6 +328,19 @@ def test_a_link_to_a_workdir_among_the_images_is_one(
     (tmp_path / "link").symlink_to(photographs)
     (problem,) = refused(tmp_path / "link" / "runs", photographs, tiny_teacher)
     assert problem.startswith(f"--workdir: {tmp_path / 'link' / 'runs'} lies in {photographs}, ")
+
+
+def test_nothing_is_fetched_before_a_misspelt_path_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teachers are gigabytes."""
+    monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
+    asked: list[str] = []
+    monkeypatch.setattr(experiment, "obtain_teacher", asked.append)
+    problems = refused(tmp_path / "run", tmp_path / "misspelt", Path("dinov2_vitb14"))
+    assert len(problems) == 1
+    assert "misspelt: no such folder" in problems[0]
+    assert asked == []
 
 
 def refused(workdir: Path, photographs: Path, teacher: Path) -> list[str]:
