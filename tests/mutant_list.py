@@ -1877,7 +1877,7 @@ MUTANTS = [
         'family=experiment.facts["card"]["families"][name],',
         'family=next(iter(experiment.facts["card"]["families"].values())),',
         "of several students all get the first one's family",
-        ("test_main.py::test_a_terminal_shows_a_live_line_and_no_chatter", "test_teaching.py"),
+        ("test_main.py::test_a_terminal_shows_a_live_line_and_no_chatter",),
     ),
     Mutant(
         "proteus_jax/plan.py",
@@ -2241,7 +2241,7 @@ MUTANTS = [
         "temporary.chmod(0o755)",
         "temporary.chmod(0o700)",
         "nobody else may read an exported student",
-        ("test_convert.py::test_a_directory_is_whole_or_not_there", "test_workdir.py"),
+        ("test_convert.py::test_a_directory_is_whole_or_not_there",),
     ),
     Mutant(
         "proteus_jax/storage.py",

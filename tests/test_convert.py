@@ -262,6 +262,8 @@ def test_a_directory_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.M
         save_model(tmp_path / "model", params, card)
     save_model(tmp_path / "model", params, card, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # Others may read what was made in a folder of one's own.
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:

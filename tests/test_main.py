@@ -401,7 +401,10 @@ def test_a_terminal_shows_a_live_line_and_no_chatter(
     """On a terminal of 80 columns: one line renews itself, and every word is this project's."""
     master, slave = pty.openpty()
     arguments = command(
-        tmp_path / "run", photographs, tiny_teacher, f"--config.student={STUDENT},vit_small_1blocks"
+        tmp_path / "run",
+        photographs,
+        tiny_teacher,
+        f"--config.student={STUDENT},vit_small_synclr_1blocks",
     )
     process = subprocess.Popen(
         [*arguments, "--config.steps=4", "--config.ema_decay=0.9"],
@@ -431,12 +434,13 @@ def test_a_terminal_shows_a_live_line_and_no_chatter(
     own += ("it lies in ", "  ")
     assert [line for line in lines if not line.startswith(own)] == []
     # Several students, and their averages, each in a directory of its own.
-    for name, width in ((STUDENT, 192), ("vit_small_1blocks", 384)):
+    students = ((STUDENT, 192, "dinov2"), ("vit_small_synclr_1blocks", 384, "synclr"))
+    for name, width, family in students:
         for folder in ("student", "student_ema"):
             model = proteus_jax.load(tmp_path / "run" / folder / name)
-            assert model.spec.width == width
+            assert (model.spec.width, model.card.family) == (width, family)
     rows = list(read_metrics(tmp_path / "run"))
-    assert {f"{STUDENT}/loss", "vit_small_1blocks/agreement_patch", "learning_rate"} <= rows[
+    assert {f"{STUDENT}/loss", "vit_small_synclr_1blocks/agreement_patch", "learning_rate"} <= rows[
         -1
     ].keys()
 
