@@ -1937,13 +1937,6 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/rendezvous.py",
-        "peer.host in peers and not peers[peer.host].line.broken():",
-        "peer.host in peers:",
-        "a host that was started again before all had met is refused",
-        ("test_hosts.py::test_a_host_may_be_started_again_before_all_have_met",),
-    ),
-    Mutant(
-        "proteus_jax/rendezvous.py",
         "server.settimeout(max(deadline - time.monotonic(), 0.01))",
         "server.settimeout(timeout)",
         "each host or stranger that comes makes the wait for the missing ones longer",

@@ -386,32 +386,6 @@ def test_who_is_missing_has_a_number() -> None:
         assert "missing: 2, 3" in str(found)
 
 
-def test_a_host_may_be_started_again_before_all_have_met() -> None:
-    """What it was before is gone, and is not taken for another of its number."""
-    port = free_port()
-    places = [Place(host, 3, "127.0.0.1", port, "a test") for host in range(3)]
-    results: dict[int, Any] = {}
-
-    def one(host: int, timeout: float) -> None:
-        try:
-            results[host] = meet(places[host], {}, timeout=timeout, say=print)
-        except (InputError, Interrupted) as error:
-            results[host] = error
-
-    threads = [threading.Thread(target=one, args=(0, 20.0))]
-    threads[0].start()
-    one(1, 0.7)
-    assert isinstance(results[1], Interrupted)
-    threads += [threading.Thread(target=one, args=(host, 20.0)) for host in (1, 2)]
-    for thread in threads[1:]:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for company in results.values():
-        assert not isinstance(company, Exception), company
-        company.leave()
-
-
 def test_strangers_do_not_make_the_wait_longer() -> None:
     """Who comes and goes is no reason to wait anew for those who are missing."""
     port, results = free_port(), []
