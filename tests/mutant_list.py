@@ -210,7 +210,7 @@ MUTANTS = [
         '    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:\n        return\n',
         "",
         "the user's own compilation cache is not used",
-        ("test_main.py::test_a_second_start_finds_its_programs_compiled",),
+        ("test_reliability.py::test_a_users_own_cache_of_programs_is_used",),
     ),
     Mutant(
         "proteus_jax/config.py",
@@ -2293,7 +2293,7 @@ MUTANTS = [
         "if found.step is None and left:",
         "if found.step is None and len(left) > 1:",
         "a workdir with a student and without checkpoints is begun anew, and its student replaced",
-        ("test_workdir.py::test_a_folder_that_is_no_runs_is_left_alone", "test_main.py"),
+        ("test_reliability.py::test_a_student_without_checkpoints_is_of_another_run",),
     ),
     Mutant(
         "proteus_jax/train.py",

@@ -25,11 +25,12 @@ from etils import epath
 from test_metrics import scalars
 from test_plain import training
 
-from proteus_jax import heartbeat, integrity, sharding
+from proteus_jax import compiled, heartbeat, integrity, sharding
 from proteus_jax.changes import changes
 from proteus_jax.checkpoint import Checkpoints
 from proteus_jax.data.pipeline import Batch
 from proteus_jax.errors import Diverged, InputError, Interrupted, about, exit_code, fitting
+from proteus_jax.experiment import Experiment
 from proteus_jax.heartbeat import Heartbeat
 from proteus_jax.metrics import MetricsWriter, read_metrics
 from proteus_jax.process import REQUESTS
@@ -37,6 +38,7 @@ from proteus_jax.saving import Saving
 from proteus_jax.shelf import Keep, Shelf
 from proteus_jax.standardise import Moments
 from proteus_jax.step import Skipped, TrainState
+from proteus_jax.train import _resumed
 from proteus_jax.watch import Clock, SkippedUpdates, StopRequest
 from proteus_jax.workdir import Workdir
 
@@ -233,6 +235,32 @@ def test_an_older_step_under_a_newer_name_is_not_believed(folder: Path) -> None:
     found = Shelf(str(folder)).newest()
     assert found.step == 2
     assert found.faults == {7: "seal.json is that of step 1"}
+
+
+def test_a_student_without_checkpoints_is_of_another_run(tmp_path: Path) -> None:
+    """It is not begun anew over it."""
+    experiment = Experiment.__new__(Experiment)
+    for name in ("student", "student_ema"):
+        (tmp_path / name).mkdir()
+        with (
+            contextlib.closing(Checkpoints(str(tmp_path / "checkpoints"))) as checkpoints,
+            pytest.raises(InputError, match=f"has {name}/, but no checkpoint: of another run"),
+        ):
+            _resumed(checkpoints, experiment, tmp_path)
+        (tmp_path / name).rmdir()
+
+
+def test_a_users_own_cache_of_programs_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where there is none has this project its own."""
+    updates: list[tuple[str, str]] = []
+    for own, expected in (("/my/cache", 0), (None, 1)):
+        settings = SimpleNamespace(
+            jax_compilation_cache_dir=own, update=lambda *each: updates.append(each)
+        )
+        monkeypatch.setattr(compiled.jax, "config", settings)
+        compiled.keep_compiled_programs("shared")
+        assert len(updates) == expected
+    assert updates[0][0] == "jax_compilation_cache_dir"
 
 
 def test_which_checkpoints_stay() -> None:
