@@ -38,7 +38,7 @@ wheel: | .venv/bin/python
 # The cheap tests under the other Pythons that are here, each in an environment of its own.
 pythons:
 	for version in 3.12 3.13; do \
-		command -v python$$version >/dev/null || continue; \
+		python$$version --version 2>/dev/null || { echo "no python$$version here"; continue; }; \
 		python$$version -m venv .venv/py$$version && \
 		.venv/py$$version/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt && \
 		.venv/py$$version/bin/python -m pytest -n 2 -m "not slow" tests/test_plain.py tests/test_models.py \
@@ -46,7 +46,7 @@ pythons:
 			tests/test_workers.py tests/test_reliability.py || exit 1; \
 	done
 
-# All that is too long for every change: two hours on two cores.
+# All that is too long for every change; the budget is two hours on two cores.
 release-check: .venv/parity.stamp .venv/tpu.stamp lint test-full faults mutants wheel pythons
 	.venv/tpu/bin/python tests/compile_for_tpu.py
 	tests/clean_machine.sh

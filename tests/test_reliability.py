@@ -628,7 +628,9 @@ def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said in printed
-    assert time.monotonic() - begun >= (1.5 if deadline == 1.5 else 0)
+    if deadline < 60:
+        # All of the time that was given for the save.
+        assert time.monotonic() - begun >= deadline
 
 
 def test_after_the_block_signals_are_as_before() -> None:

@@ -207,7 +207,6 @@ def test_what_is_held_out_is_no_class_alone(
     assert len(split.held_out) == 20
     held_out = [Path(name).parent.name for name in names_of(split.held_out)]
     assert {held_out.count(f"class {number}") > 0 for number in range(4)} == {True}
-    assert held_out != sorted(names_of(split.held_out))[:20]
 
 
 def test_nothing_is_left_where_as_many_are_held_out(tmp_path: Path) -> None:
@@ -456,7 +455,6 @@ def test_a_builder_of_tensorflow_datasets(tmp_path: Path, contents: list[bytes])
         assert [contents.index(content) % 3 for content in read] == labels.tolist()
     # Examples of one number in two splits are not the same image.
     assert source.key(0).split()[-2:] == ["train", "0"]
-    assert source.key(0) != source.key(0).replace(" train ", " test ")
     with pytest.raises(InputError, match="expected a split out of train, found test"):
         open_source(f"tfds:{builder.data_dir}:test")
     with pytest.raises(InputError, match="is named as tfds:NAME or tfds:DIRECTORY"):
