@@ -30,7 +30,7 @@ mutants: .venv/dev.stamp
 
 # Installed from its wheel, outside of the repository.
 wheel: | .venv/bin/python
-	rm -rf .venv/wheel && $(PYTHON) -m venv .venv/wheel
+	rm -rf .venv/wheel build && $(PYTHON) -m venv .venv/wheel
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .venv/wheel/dist .
 	.venv/wheel/bin/python -m pip install --quiet --disable-pip-version-check .venv/wheel/dist/*.whl
 	cd .venv/wheel && bin/python -c "import proteus_jax.train, proteus_jax.floors as f; assert f.table().floors"
