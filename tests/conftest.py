@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compiler
+
 # One compilation cache for all tests and the processes that they start, removed with the session.
 if "PROTEUS_JAX_TEST_PROGRAMS" not in os.environ:
     programs = tempfile.mkdtemp(prefix="proteus-jax-programs-")
@@ -19,13 +21,12 @@ if "PROTEUS_JAX_TEST_PROGRAMS" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-# Before jax is imported: its CPU backend reads these when it starts. Nearly all the time of these
-# tests is XLA's; without its optimisations they take half as long, and round a little otherwise.
+# Before jax is imported: its CPU backend reads these when it starts.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        compiler.FLAGS,
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

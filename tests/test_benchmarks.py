@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import compiler
 import pytest
 from conftest import ROOT
 from test_hosts import until
@@ -32,7 +33,7 @@ COMMON = {"image": 28, "rounds": 1, "precision": "float32", "blocks": 1}
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", compiler.FLAGS)
     return accelerator.Runner(COMMON, 5, tmp_path / "results.jsonl")
 
 
@@ -136,8 +137,7 @@ def test_step() -> None:
     pytest.importorskip("torch", reason="needs requirements-parity.txt")
     result = subprocess.run(
         [sys.executable, ROOT / "benchmarks/step.py", "--image=28", "--batch=2", "--rounds=1"],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.FLAGS},
         capture_output=True,
         text=True,
     )

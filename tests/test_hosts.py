@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import compiler
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -468,8 +469,8 @@ def started(
             ),
             env=os.environ
             | {
-                "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-                f"--xla_force_host_platform_device_count={devices + (host == extra_device_of)}",
+                "XLA_FLAGS": f"{compiler.FLAGS} --xla_force_host_platform_device_count="
+                f"{devices + (host == extra_device_of)}",
                 "JAX_PLATFORMS": "cpu",
                 "PROTEUS_JAX_CACHE": str(cache),
             },

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiler
 import pytest
 from conftest import ROOT
 from test_hosts import UNMEASURED, until
@@ -374,7 +375,7 @@ def test_slurm_from_nothing_to_a_student(
             "SLURM_SUBMIT_DIR": str(folder),
             "SLURM_JOB_ID": "1",
             "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiler.FLAGS,
         },
         capture_output=True,
         text=True,
@@ -408,7 +409,7 @@ def test_the_pods_of_a_job_set_meet_and_train(
                 "TPU_WORKER_ID": str(pod),
                 "TPU_WORKER_HOSTNAMES": ",".join(["127.0.0.1"] * pods),
                 "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
-                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                "XLA_FLAGS": compiler.FLAGS,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -500,7 +501,7 @@ def test_slurm_runs_both_tasks_and_queues_again(
         "PYTHON": sys.executable,
         "JAX_PLATFORMS": "cpu",
         "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiler.FLAGS,
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_NTASKS": "2",
@@ -539,7 +540,7 @@ def test_a_node_goes_on_after_an_interruption_and_ends_when_told(
         | {
             "PYTHON": sys.executable,
             "PAUSE": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiler.FLAGS,
             "JAX_PLATFORMS": "cpu",
             "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
         },

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiler
 import numpy as np
 import pytest
 import warm
@@ -30,7 +31,7 @@ STEPS, STUDENT = 12, "vit_tiny_2blocks"
 def environment(tmp_path: Path) -> dict[str, str]:
     """One device, an empty home, no cache, and no network to speak of."""
     return os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiler.FLAGS,
         "HOME": str(tmp_path),
         "PROTEUS_JAX_CACHE": str(tmp_path / "cache"),
         "PIP_NO_INDEX": "1",

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import compiler
 import pytest
 from conftest import ROOT
 from test_main import command, finish
@@ -66,7 +67,7 @@ def test_runs(
     labelled_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", compiler.FLAGS)
     monkeypatch.setenv("PROTEUS_JAX_CACHE", str(photographs.parent / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compiler
 import fsspec
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_a_run_on_an_address_resumes_and_equals_one_in_a_folder(
     bucket, folder = tmp_path / "bucket" / "run", tmp_path / "folder"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiler.FLAGS,
         "PROTEUS_JAX_CACHE": str(photographs.parent / "cache"),
     }
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compiler
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -27,7 +28,6 @@ RICH = (
     *("--config.accumulate=2", "--config.data.repeats=2", "--config.data.workers=1"),
 )
 CLOCK = ("images_per_second", "images_per_second_per_device", "data_wait")
-FLAGS = "--xla_backend_optimization_level=0"
 # Sets a limit on itself, then becomes another program.
 _LIMITED = """
 import os, resource, sys
@@ -76,7 +76,7 @@ class Bench:
     def environment(self, **more: str) -> dict[str, str]:
         """One device, this folder as home, and a cache of compiled programs of its own."""
         return os.environ | {
-            "XLA_FLAGS": FLAGS,
+            "XLA_FLAGS": compiler.FLAGS,
             "JAX_PLATFORMS": "cpu",
             "HOME": str(self.root),
             "PROTEUS_JAX_CACHE": str(self.root / "cache"),

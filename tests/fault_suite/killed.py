@@ -10,10 +10,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import compiler
 from test_hosts import free_port
 
 from fault_suite.account import Fault
-from fault_suite.bench import FLAGS, RICH, STEPS, Bench, rows, until
+from fault_suite.bench import RICH, STEPS, Bench, rows, until
 from proteus_jax.process import REQUESTS
 
 
@@ -274,7 +275,7 @@ def _pair(bench: Bench, workdir: Path) -> list[subprocess.Popen]:
                 f"--host={host}",
                 f"--coordinator=127.0.0.1:{port}",
             ],
-            XLA_FLAGS=f"{FLAGS} --xla_force_host_platform_device_count=1",
+            XLA_FLAGS=f"{compiler.FLAGS} --xla_force_host_platform_device_count=1",
         )
         for host in range(2)
     ]
