@@ -20,6 +20,7 @@ import compiler
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, photograph
 from PIL import Image
 from test_main import command, environment, losses
@@ -460,7 +461,7 @@ def started(
     """The processes of a command."""
     port = free_port()
     return [
-        subprocess.Popen(
+        warm.start(
             arguments
             + (
                 [f"--hosts={count}", f"--host={host}", f"--coordinator=127.0.0.1:{port}"]
@@ -477,7 +478,6 @@ def started(
             cwd=None if at is None else at / str(host),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
         for host in range(count)
     ]
@@ -729,13 +729,12 @@ except KeyboardInterrupt:
 def test_a_signal_before_the_loop_of_several_hosts_is_heard() -> None:
     port = str(free_port())
     running = [
-        subprocess.Popen(
+        warm.start(
             [sys.executable, "-c", JOINED, str(host), port],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
         for host in range(2)
     ]
@@ -827,12 +826,11 @@ def test_devices_hear_each_other(tmp_path: Path) -> None:
     arguments = [sys.executable, str(ROOT / "main.py"), "--devices"]
     variables = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     pair = [
-        subprocess.Popen(
+        warm.start(
             [*arguments, "--hosts=2", f"--host={host}", f"--coordinator=127.0.0.1:{port}"],
             env=environment(tmp_path) | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         )
         for host in range(2)
     ]

@@ -164,7 +164,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     """SIGKILL twice: nothing is asked, nothing is saved on the way out; bit for bit the same."""
     arguments = command(tmp_path / "run", photographs, tiny_teacher)
     for step in (4, 8):
-        process = subprocess.Popen(
+        process = warm.start(
             arguments, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL
         )
         wait_for_checkpoint(tmp_path / "run", process, step)
@@ -189,12 +189,11 @@ def test_a_signal_saves_and_says_so(
 ) -> None:
     """To the whole group, as a terminal and schedulers do: worker processes get it too."""
     arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.checkpoint_every=5")
-    process = subprocess.Popen(
+    process = warm.start(
         [*arguments, f"--config.data.workers={workers}"],
         cwd=tmp_path,
         env=environment(tmp_path),
         stdout=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     )
     wait_for_checkpoint(tmp_path / "run", process, 5)
@@ -351,12 +350,11 @@ def test_a_store_that_does_not_answer(scheme: str, tmp_path: Path, tiny_teacher:
         root = f"{scheme}/x?scheme=http&endpoint_override={address}"
         root += "&region=us-east-1" if scheme.startswith("s3") else ""
         arguments = command(tmp_path / "run", Path("unused"), tiny_teacher)
-        with subprocess.Popen(
+        with warm.start(
             [*arguments, f"--config.data.root={root}"],
             env=environment(tmp_path),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         ) as running:
             assert running.stdout is not None
             assert running.stderr is not None
@@ -407,7 +405,7 @@ def test_a_terminal_shows_a_live_line_and_no_chatter(
         tiny_teacher,
         f"--config.student={STUDENT},vit_small_synclr_1blocks",
     )
-    process = subprocess.Popen(
+    process = warm.start(
         [*arguments, "--config.steps=4", "--config.ema_decay=0.9"],
         cwd=tmp_path,
         env=environment(tmp_path) | {"COLUMNS": "80"},
@@ -480,7 +478,7 @@ def test_a_workdir_is_one_runs_at_a_time(
     """The second one refuses and touches nothing; a killed one holds nothing."""
     arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.steps=100000")
     environ = environment(tmp_path)
-    first = subprocess.Popen(arguments, cwd=tmp_path, env=environ, stdout=subprocess.DEVNULL)
+    first = warm.start(arguments, cwd=tmp_path, env=environ, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "metrics.jsonl").exists():

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT, Heard
 from etils import epath
 from test_metrics import scalars
@@ -610,11 +611,11 @@ with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)) as st
 def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
     deadline: float, waits: str, requests: int, said: str
 ) -> None:
-    process = subprocess.Popen(
+    process = warm.start(
         [sys.executable, "-c", STUCK, str(deadline), waits],
+        env=os.environ,
         cwd=ROOT,
         stdout=subprocess.PIPE,
-        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "stuck\n"

@@ -18,6 +18,7 @@ import compiler
 import fsspec
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT
 from test_main import assert_same_run, command
 
@@ -263,18 +264,9 @@ def test_a_run_on_an_address_resumes_and_equals_one_in_a_folder(
     def run(place: str, *more: str) -> str:
         arguments = command(Path("unused"), photographs, tiny_teacher, *more)[2:]
         arguments = [text for text in arguments if not text.startswith("--workdir")]
-        result = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                STAND_IN.format(root=str(ROOT)),
-                f"--workdir={place}",
-                *arguments,
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        code = STAND_IN.format(root=str(ROOT))
+        started = [sys.executable, "-c", code, f"--workdir={place}", *arguments]
+        result = warm.run(started, tmp_path, environment)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

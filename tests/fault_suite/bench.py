@@ -13,6 +13,7 @@ import compiler
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import warm
 from conftest import ROOT, TINY, photograph
 from PIL import Image
 
@@ -120,14 +121,7 @@ class Bench:
 
     def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess:
         """To its end."""
-        return subprocess.run(
-            command,
-            cwd=self.root,
-            env=self.environment(**more),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return warm.run(command, self.root, self.environment(**more), timeout=300)
 
     def goes_on_and_is_the_same(
         self, workdir: Path, *more: str, expected: Path | None = None
