@@ -20,8 +20,13 @@ def keep_compiled_programs(shared: str) -> None:
     some platforms, and wait for it. So they keep them in `shared`, which all of them see.
 
     Programs for a CPU hold its own instructions, which JAX's key does not tell apart: machines of
-    another kind that share a home have another folder.
+    another kind that share a home have another folder. Several devices made of one CPU keep none:
+    in the collectives of a program that was read from disk they wait for each other without end
+    (jaxlib 0.10.2, two cores, a mesh of 2 x 2).
     """
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     directory = str(cache_directory() / "compiled" / _machine())

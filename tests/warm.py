@@ -115,11 +115,12 @@ def _started() -> Parent:
     words = [sys.executable, __file__, str(theirs.fileno())]
     server = subprocess.Popen(words, pass_fds=[theirs.fileno()])
     theirs.close()
-    atexit.register(_end, server)
+    atexit.register(_end, server, ours)
     return Parent(ours, dict(os.environ))
 
 
-def _end(server: subprocess.Popen) -> None:
+def _end(server: subprocess.Popen, asked: socket.socket) -> None:
+    asked.close()
     server.kill()
     server.communicate()
 
