@@ -21,19 +21,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from proteus_jax import hub, process
-from proteus_jax.convert.exporter import FORMATS, LARGEST_BATCH, PROGRAMS, Settings, export
-from proteus_jax.convert.families import FAMILIES
-from proteus_jax.convert.importer import import_weights
-from proteus_jax.convert.verify import TOLERANCE, Comparison, verify, verify_golden
-from proteus_jax.data import images, pictures
-from proteus_jax.data.catalog import open_source
-from proteus_jax.downloads import go_offline
-from proteus_jax.errors import InputError
-from proteus_jax.known import KNOWN
-from proteus_jax.models.normalisation import STATISTICS
-from proteus_jax.pretrained import NO_LICENCE, ModelCard, load_card, update_card
-from proteus_jax.teachers import copy_model, obtain_teacher
+from proteus_jax.data import decode
+from proteus_jax.data.dataset import open_source
+from proteus_jax.data.sources import skimage
+from proteus_jax.errors import InputError, Unreadable
+from proteus_jax.models.normalization import STATISTICS
+from proteus_jax.runtime import process
+from proteus_jax.runtime.download import go_offline
+from proteus_jax.weights import hub
+from proteus_jax.weights.convert.export_weights import (
+    FORMATS,
+    LARGEST_BATCH,
+    PROGRAMS,
+    Settings,
+    export,
+)
+from proteus_jax.weights.convert.families import FAMILIES
+from proteus_jax.weights.convert.import_weights import import_weights
+from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden
+from proteus_jax.weights.fetch import copy_model, obtain_teacher
+from proteus_jax.weights.model_dir import NO_LICENCE, ModelCard, load_card, update_card
+from proteus_jax.weights.registry import KNOWN
 
 DIFFERENT, WRONG_INPUT = 1, 2
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -271,16 +279,16 @@ def _export(options: argparse.Namespace) -> int:
 def _photographs(folder: Path | None, side: int) -> np.ndarray:
     """Square middles of photographs, uint8 [n, side, side, 3]. InputError where one is broken."""
     if folder is None:
-        found = pictures.obtain_pictures()
+        found = skimage.obtain_pictures()
         return np.stack(
-            [_square(images.decode((found / name).read_bytes()), side) for name in PHOTOGRAPHS]
+            [_square(decode.decode((found / name).read_bytes()), side) for name in PHOTOGRAPHS]
         )
     source, _ = open_source(str(folder))
     squares = []
     for index in range(min(len(source), len(PHOTOGRAPHS))):
         try:
-            squares.append(_square(images.opened(source.read(index)).pixels(), side))
-        except images.Unreadable as error:
+            squares.append(_square(decode.opened(source.read(index)).pixels(), side))
+        except Unreadable as error:
             raise InputError(f"{folder}: {source.name(index)}: {error}") from None
     return np.stack(squares)
 

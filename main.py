@@ -55,9 +55,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import proteus_jax
-from proteus_jax import process
-from proteus_jax.console import Console
-from proteus_jax.downloads import go_offline
 from proteus_jax.errors import (
     Diverged,
     InputError,
@@ -67,8 +64,11 @@ from proteus_jax.errors import (
     is_of_a_name,
     is_of_the_disk,
 )
-from proteus_jax.hosts import ALONE, Place, find_place
-from proteus_jax.process import REQUESTS
+from proteus_jax.runtime import process
+from proteus_jax.runtime.cluster_env import ALONE, Place, find_place
+from proteus_jax.runtime.console import Console
+from proteus_jax.runtime.download import go_offline
+from proteus_jax.runtime.process import REQUESTS
 
 PATHS = ("--config", "--workdir", "--output", "--replay")
 PLACE = ("--hosts", "--host", "--coordinator")
@@ -163,19 +163,22 @@ def distil(arguments: list[str], console: Console) -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if not read.paths.get("--config"):
         raise InputError(read.problems)
-    from proteus_jax import checkup, cluster, config, experiment, train
-    from proteus_jax.evaluation import run as evaluation
-    from proteus_jax.workdir import is_remote, opened_workdir
+    from proteus_jax import config
+    from proteus_jax.cli import doctor
+    from proteus_jax.evaluation import runner as evaluation
+    from proteus_jax.runtime import distributed
+    from proteus_jax.runtime.workdir import is_remote, opened_workdir
+    from proteus_jax.training import setup, trainer
 
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides)
     workdir = read.paths.get("--workdir") or "."
     if "--doctor" in read.flags and "protocol" not in configuration:
-        output = read.paths.get("--output") or f"{workdir}/{checkup.MANIFEST}"
+        output = read.paths.get("--output") or f"{workdir}/{doctor.MANIFEST}"
         if is_remote(output):
             problems.append(f"--doctor writes to this machine: expected a path, found {output}")
         output = Path(output).expanduser()
-        checkup.checkup(configuration, output, [*read.problems, *problems], console)
+        doctor.checkup(configuration, output, [*read.problems, *problems], console)
         return 0
     known = [*read.problems, *problems]
     evaluates = "protocol" in configuration
@@ -189,22 +192,22 @@ def distil(arguments: list[str], console: Console) -> int:
         if evaluates:
             evaluation.prepare(configuration, known)
         else:
-            experiment.prepare(configuration, known)
+            setup.prepare(configuration, known)
         console.line("ready: images and models are here")
         return 0
     place, seconds = _company(read.place, known)
     about = _versions() | {"configuration": configuration.to_json()}
-    with cluster.joined(
+    with distributed.joined(
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ) as company:
         if evaluates:
             found = evaluation.open_inputs(configuration, workdir, known)
             with opened_workdir(workdir) as folder, fitting(LESS_IN_EVALUATION):
                 return evaluation.run(configuration, found, folder, console)
-        inputs = experiment.open_inputs(configuration, workdir, known)
+        inputs = setup.open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS_IN_TRAINING):
-            return train.run(configuration, inputs, folder, console, company, profile=profile)
+            return trainer.run(configuration, inputs, folder, console, company, profile=profile)
 
 
 def _versions() -> dict[str, str]:
@@ -215,7 +218,7 @@ def _versions() -> dict[str, str]:
 
 def _check_devices(read: Arguments, console: Console) -> int:
     """Has all hosts meet, and all devices hear each other."""
-    from proteus_jax import cluster, collectives
+    from proteus_jax.runtime import device_check, distributed
 
     others = [*read.paths, *read.planning, *(read.flags - {"--devices", "--offline"})]
     others += [f"--config.{field}" for field, _ in read.overrides]
@@ -223,17 +226,17 @@ def _check_devices(read: Arguments, console: Console) -> int:
     place, seconds = _company(read.place, known)
     if known:
         raise InputError(known)
-    with cluster.joined(
+    with distributed.joined(
         place, _versions(), timeout=seconds, progress=console.progress, say=console.error
     ):
         console.quiet = place.host > 0
-        collectives.check_devices(console.line, console.error)
+        device_check.check_devices(console.line, console.error)
     return 0
 
 
 def _replay(read: Arguments, console: Console) -> int:
     """Makes a step again; nothing else is to be said with it. Diverged where it did."""
-    from proteus_jax import dump
+    from proteus_jax.training import nan_replay
 
     others = [*read.paths, *read.place, *read.planning, *read.flags]
     others += [f"--config.{field}" for field, _ in read.overrides]
@@ -241,13 +244,13 @@ def _replay(read: Arguments, console: Console) -> int:
     if read.problems or known:
         raise InputError([*read.problems, *known])
     with fitting(LESS_IN_REPLAY):
-        dump.replay(read.paths["--replay"], console)
+        nan_replay.replay(read.paths["--replay"], console)
     return 0
 
 
 def _plan(configuration: Any, words: dict[str, str], known: list[str], console: Console) -> None:
     """Prints the plan, line by line as it is found."""
-    from proteus_jax import plan
+    from proteus_jax.training.planning import plan
 
     numbers: dict[str, float] = {}
     for name, expected in (("--mfu", "above 0 and at most 1"), ("--price", "0 or more")):
@@ -369,9 +372,9 @@ def main() -> int:
 def end(code: int) -> None:
     """Ends this process; at once after a failure on one of several hosts."""
     if code and "jax" in sys.modules:
-        from proteus_jax import cluster
+        from proteus_jax.runtime import distributed
 
-        cluster.end_at_once_if_several(code)
+        distributed.end_at_once_if_several(code)
     sys.exit(code)
 
 

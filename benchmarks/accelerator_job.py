@@ -1,6 +1,7 @@
 """One measurement of accelerator.py in a process of its own: a job as JSON in, results as JSON out.
 
-MFU counts the work that the method needs (proteus_jax/flops.py), whatever was really computed.
+MFU counts the work that the method needs (proteus_jax/models/flops.py), whatever was really
+computed.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from proteus_jax.models.specs import SPECS, ViTSpec  # noqa: E402 (the path comes first)
+from proteus_jax.models.config import SPECS, ViTSpec  # noqa: E402 (the path comes first)
 
 Job = dict[str, Any]
 Result = dict[str, Any]
@@ -66,7 +67,7 @@ class Bench:
         import jax
         import jax.numpy as jnp
 
-        from proteus_jax import flops
+        from proteus_jax.models import flops
         from proteus_jax.models.attention import choose
         from proteus_jax.models.functional import BackboneFunction, StudentFunction
 
@@ -175,7 +176,7 @@ def parts(job: Job) -> Iterator[Result]:
     import jax
     from workload import gradients, noise
 
-    from proteus_jax.models.normalisation import IMAGENET
+    from proteus_jax.models.normalization import IMAGENET
 
     images = noise(job["batch"], job["image"])
     for part, ways in (
@@ -260,7 +261,7 @@ def pytorch(job: Job) -> Iterator[Result]:
         return
     import torch_step
 
-    from proteus_jax import flops
+    from proteus_jax.models import flops
 
     on_gpu = torch.cuda.is_available()
     teacher, student = specs(job)

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from workload import recipe
 
-from proteus_jax import sharding
+from proteus_jax.models.config import SPECS
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.specs import SPECS
+from proteus_jax.runtime import sharding
 
 TINY = {"width": 8, "heads": 1, "grid": 2}
 BATCH, SIDE = 2, 28

@@ -24,14 +24,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import pillow_recipe
-from proteus_jax.data import images
-from proteus_jax.data.augment import Recipe
-from proteus_jax.data.catalog import open_images
-from proteus_jax.data.order import Order, ViewRandomness
-from proteus_jax.data.pictures import obtain_pictures
-from proteus_jax.data.pipeline import training_batches
-from proteus_jax.data.randaugment import RandAugment
+from proteus_jax.data import decode
+from proteus_jax.data.dataset import open_images
+from proteus_jax.data.loader import training_batches
+from proteus_jax.data.sampler import Order, ViewRandomness
+from proteus_jax.data.sources.skimage import obtain_pictures
 from proteus_jax.data.splits import HeldOut
+from proteus_jax.data.transforms.randaugment import RandAugment
+from proteus_jax.data.transforms.random_resized_crop import Recipe
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
 # Of quickstart's nineteen: those that are photographs, not drawings or pages.
@@ -75,11 +75,11 @@ def drawn(count: int = 16) -> list[bytes]:
 def _ours(recipe: Recipe, repeats: int = 1) -> Callable[[Sequence[bytes], int, int], np.ndarray]:
     def batch(jpegs: Sequence[bytes], first: int, count: int) -> np.ndarray:
         made = np.empty((count, SIZE, SIZE, 3), np.uint8)
-        picture, randomness = images.opened(jpegs[0]), ViewRandomness(0)
+        picture, randomness = decode.opened(jpegs[0]), ViewRandomness(0)
         for place in range(count):
             if (first + place) % repeats == 0:
                 number = (first + place) // repeats % len(jpegs)
-                picture = images.opened(jpegs[number], reused=repeats > 1)
+                picture = decode.opened(jpegs[number], reused=repeats > 1)
             made[place] = recipe(picture, randomness.at(first + place))
         return made
 
@@ -99,7 +99,7 @@ def _pillows(randaugment: bool) -> Callable[[Sequence[bytes], int, int], np.ndar
 
 def _decoded(jpegs: Sequence[bytes], first: int, count: int) -> None:
     for place in range(first, first + count):
-        images.decode(jpegs[place % len(jpegs)])
+        decode.decode(jpegs[place % len(jpegs)])
 
 
 def side_by_side(name: str, jpegs: Sequence[bytes], rounds: int) -> float:

@@ -22,16 +22,16 @@ import jax
 import numpy as np
 
 from configs.eval import linear as configuration
-from proteus_jax import sharding
-from proteus_jax.data.labelled import Labelled
-from proteus_jax.data.sources import MemorySource
-from proteus_jax.data.views import CentreCrop
-from proteus_jax.evaluation import linear
-from proteus_jax.evaluation.context import Context
-from proteus_jax.evaluation.features import Frozen, Reading, class_token
+from proteus_jax.data.datasets.labeled import Labelled
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.evaluation.feature_extraction import Frozen, Reading, class_token
+from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocols import linear
+from proteus_jax.models.config import SPECS
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.specs import SPECS
-from proteus_jax.pretrained import Model, ModelCard
+from proteus_jax.runtime import sharding
+from proteus_jax.weights.model_dir import Model, ModelCard
 
 
 def main() -> None:

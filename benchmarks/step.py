@@ -22,8 +22,8 @@ import jax
 import torch_step
 from workload import noise, recipe
 
+from proteus_jax.models.config import SPECS
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.specs import SPECS
 
 
 def our_step(teacher: str, student: str, batch: int, image: int) -> Callable[[], float]:

@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hlo_floor import CHIPS, count
 
-from proteus_jax import config, plan
-from proteus_jax.assembly import Known, assemble, length
-from proteus_jax.floors import FILE, Floor, table
-from proteus_jax.known import KNOWN
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.topology import named_topology
+from proteus_jax import config
+from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.training.builder import Known, assemble, length
+from proteus_jax.training.planning import plan
+from proteus_jax.training.planning.floors import FILE, Floor, table
+from proteus_jax.training.planning.topology import named_topology
+from proteus_jax.weights.registry import KNOWN
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ("vitti14", "vits14", "vitb14", "vitl14")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.config import ViTSpec
 
 
 class _Block(nn.Module):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.losses import LossWeights
+from proteus_jax.methods.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.optim import adamw, warmup_cosine
-from proteus_jax.step import (
+from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.training.optimizer import adamw, warmup_cosine
+from proteus_jax.training.train_step import (
     Teacher,
     TrainState,
     init_state,

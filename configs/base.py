@@ -16,8 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
     """
     config: Any = ml_collections.ConfigDict()
 
-    # Who teaches: a known name (proteus_jax/teachers.py) or a directory that convert_weights.py
-    # made.
+    # Who teaches: a known name (proteus_jax/weights/fetch.py) or a directory that
+    # convert_weights.py made.
     config.teacher = "dinov2_vitb14"
     # Channel statistics of the images that it is given: own (those it was trained with), imagenet,
     # clip or half. The student sees the same images.
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Others who teach at the same time, under names: base.add_teacher(config, "clip",
     # "clip_vitb16"), below.
     config.more_teachers = ml_collections.ConfigDict()
-    # Who learns: names of proteus_jax/models/specs.py; several learn from one pass of the teacher.
+    # Who learns: names of proteus_jax/models/config.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
     # What the students start from: a model as wide, with as many blocks or a multiple, of which
     # every second, third ... is taken; its other choices are theirs too. Nothing: random weights.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from proteus_jax.errors import InputError, about
-from proteus_jax.fields import NUMBERS, OPTIONAL, Schema, fault, schema_of
+from proteus_jax.schema import NUMBERS, OPTIONAL, Schema, fault, schema_of
 
 _TYPE_NAMES = {
     int: "a whole number",

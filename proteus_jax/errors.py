@@ -23,6 +23,10 @@ class Unreachable(InputError):
     """What should be fetched cannot be had from there; perhaps from elsewhere."""
 
 
+class Unreadable(Exception):
+    """A file that should be an image and is none."""
+
+
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
     """What the block finds wrong is said of a field; so is what the system says of a name, as

@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.assembly import dtype_of
-from proteus_jax.checkpoint import Checkpoints
-from proteus_jax.convert.directory import wanted_files
+from proteus_jax.checkpoint.checkpointer import Checkpoints
+from proteus_jax.checkpoint.store import Shelf
 from proteus_jax.errors import InputError
-from proteus_jax.lessons import FIRST
+from proteus_jax.methods.feature_standardization import Moments, restored
+from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params, StudentFunction, in_precision
-from proteus_jax.models.normalisation import Normalisation
-from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.normalization import Normalisation
 from proteus_jax.models.vit import Features
-from proteus_jax.pretrained import CARD, WEIGHTS, Model, ModelCard, load_model
-from proteus_jax.shelf import Shelf
-from proteus_jax.standardise import Moments, restored
-from proteus_jax.teachers import obtain_teacher
-from proteus_jax.workdir import CHECKPOINTS, Workdir, is_remote
+from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
+from proteus_jax.training.builder import dtype_of
+from proteus_jax.weights.convert.hf_directory import wanted_files
+from proteus_jax.weights.fetch import obtain_teacher
+from proteus_jax.weights.model_dir import CARD, WEIGHTS, Model, ModelCard, load_model
 
 
 def load_any(source: str | Path, precision: str = "float32") -> Model:

@@ -23,8 +23,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from proteus_jax import sharding
 from proteus_jax.models.attention import attention
+from proteus_jax.runtime import sharding
 
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 # Tokens, heads, channels of a head, dtype: the paper's students and teachers.

@@ -37,10 +37,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proteus_jax.console import Console
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.specs import ViTSpec
-from proteus_jax.pretrained import ModelCard, save_model
+from proteus_jax.runtime.console import Console
+from proteus_jax.weights.model_dir import ModelCard, save_model
 
 ROOT = Path(__file__).parent.parent
 TINY = ViTSpec(width=32, depth=2, heads=2, grid=4)

@@ -19,7 +19,7 @@ from fault_suite import bits, changed, disk, fuzz, hostile, killed, machine, mem
 from fault_suite.account import Account  # noqa: E402
 from fault_suite.bench import Bench  # noqa: E402
 
-from proteus_jax.process import REQUESTS  # noqa: E402
+from proteus_jax.runtime.process import REQUESTS  # noqa: E402
 
 
 def main() -> int:

@@ -23,17 +23,17 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from proteus_jax.convert import canonical
-from proteus_jax.convert.families import Recognised, recognise
-from proteus_jax.convert.formats import read_weights
-from proteus_jax.data import randaugment
+from proteus_jax.data.transforms import randaugment
 from proteus_jax.errors import InputError
-from proteus_jax.losses import Losses, LossWeights
+from proteus_jax.methods.losses import Losses, LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.normalisation import Normalisation
+from proteus_jax.models.normalization import Normalisation
 from proteus_jax.models.vit import Features
-from proteus_jax.optim import adamw, decay_mask
-from proteus_jax.step import student_losses
+from proteus_jax.training.optimizer import adamw, decay_mask
+from proteus_jax.training.train_step import student_losses
+from proteus_jax.weights import state_dict
+from proteus_jax.weights.convert.families import Recognised, recognise
+from proteus_jax.weights.convert.readers import read_weights
 
 TOKEN_TOLERANCE = 2e-4
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 1e-4
@@ -141,7 +141,7 @@ def _check_backbone(
 ) -> Iterator[Check]:
     model = _model(weights, meta)
     spec = model.spec
-    params = canonical.to_params(model.arrays, spec, optional=("mask_token",))
+    params = state_dict.to_params(model.arrays, spec, optional=("mask_token",))
     for prefix, mask in (("out/", None), ("masked/", arrays.get("mask"))):
         expected = _under(arrays, prefix)
         if not expected:
@@ -193,13 +193,13 @@ def _student_params(arrays: Arrays, model: Recognised) -> Params:
         for array, (layer, leaf) in HEAD_ARRAYS.items():
             value = arrays[f"student/{name}/{array}"]
             heads[head][layer][leaf] = value.T if leaf == "kernel" else value
-    backbone = canonical.to_params(model.arrays, model.spec)
+    backbone = state_dict.to_params(model.arrays, model.spec)
     return {"backbone": backbone, "heads": {"teacher": heads}}
 
 
 def _original_names(params: Params, model: Recognised) -> Arrays:
     """The inverse of `_student_params`, for gradients and updated weights."""
-    backbone = canonical.from_params(params["backbone"], model.spec)
+    backbone = state_dict.from_params(params["backbone"], model.spec)
     named = {
         f"backbone/{key}": value for key, value in model.layout.from_canonical(backbone).items()
     }
@@ -223,7 +223,7 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     teacher_spec, student_spec = taught.spec, learning.spec
     teacher = BackboneFunction(teacher_spec)
     student = StudentFunction(student_spec, {"teacher": teacher_spec.width})
-    frozen = canonical.to_params(taught.arrays, teacher_spec, optional=("mask_token",))
+    frozen = state_dict.to_params(taught.arrays, teacher_spec, optional=("mask_token",))
     teacher_params = jax.tree.map(jnp.asarray, frozen)
     params = jax.tree.map(jnp.asarray, _student_params(arrays, learning))
     weights = LossWeights(*(float(value) for value in arrays["lambda_token_fea_patch"]))

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proteus_jax.evaluation.agreement import (
+from proteus_jax.evaluation.reporting.figures import CELL, GAP, HEADING, agreement_picture
+from proteus_jax.evaluation.teacher_agreement import (
     NEIGHBOURS,
     Agreement,
     Said,
@@ -14,7 +15,6 @@ from proteus_jax.evaluation.agreement import (
     student_tokens,
     teacher_tokens,
 )
-from proteus_jax.evaluation.picture import CELL, GAP, HEADING, agreement_picture
 from proteus_jax.models.vit import Features
 
 

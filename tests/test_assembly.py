@@ -10,14 +10,15 @@ import pytest
 from conftest import ROOT, TINY
 from test_step import STUDENTS, TEACHER, make
 
-from proteus_jax import assembly, config
-from proteus_jax.assembly import Known, assemble, dtype_of, length, unsuited
-from proteus_jax.lessons import lessons, masks, side_of_images
-from proteus_jax.losses import LossWeights
+from proteus_jax import config
+from proteus_jax.methods.losses import LossWeights
+from proteus_jax.methods.teacher_config import lessons, masks, side_of_images
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction
-from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET
-from proteus_jax.models.specs import ViTSpec
-from proteus_jax.step import Skipped, TrainState
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET
+from proteus_jax.training import builder
+from proteus_jax.training.builder import Known, assemble, dtype_of, length, unsuited
+from proteus_jax.training.train_step import Skipped, TrainState
 
 SECOND = ViTSpec(width=24, depth=1, heads=2, patch_size=7, grid=4)
 
@@ -82,9 +83,9 @@ def test_each_teacher_has_its_own(configuration: Any) -> None:
 def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     begun: dict[str, Any] = {}
-    monkeypatch.setattr(assembly, "make_train_step", lambda **each: asked.update(each))
+    monkeypatch.setattr(builder, "make_train_step", lambda **each: asked.update(each))
     made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
-    monkeypatch.setattr(assembly, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
+    monkeypatch.setattr(builder, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
     names = ("mask_ratio", "ema_decay", "seed", "erasing", "accumulate", "normalisation")
     assert tuple(asked[name] for name in names) == (0.25, 0.75, 5, 0.4, 2, CLIP)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from proteus_jax import sharding
 from proteus_jax.models import attention_pallas, attention_xla
 from proteus_jax.models.attention import Choice, attention, choose
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction
-from proteus_jax.models.specs import ViTSpec
+from proteus_jax.runtime import sharding
 
 # Heads of whole rows of registers two and four at a time, an odd number, and channels that do not
 # divide a row; more tokens than are taken together.

@@ -10,11 +10,13 @@ import pytest
 from conftest import photograph
 from PIL import Image, ImageEnhance, ImageOps
 
-from proteus_jax.data import images, randaugment
-from proteus_jax.data.augment import Box, Recipe, crop_box, resized_crop
-from proteus_jax.data.randaugment import OPERATIONS, RandAugment
-from proteus_jax.data.resampling import resized
-from proteus_jax.erasing import erase
+from proteus_jax.data import decode
+from proteus_jax.data.transforms import randaugment
+from proteus_jax.data.transforms.randaugment import OPERATIONS, RandAugment
+from proteus_jax.data.transforms.random_resized_crop import Box, Recipe, crop_box, resized_crop
+from proteus_jax.data.transforms.resize import resized
+from proteus_jax.errors import Unreadable
+from proteus_jax.training.random_erasing import erase
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -88,7 +90,7 @@ def test_where_no_crop_fits_the_middle_is_taken(height: int, width: int, box: Bo
 class Asked:
     """A picture that tells at which fraction of its size it was asked for."""
 
-    reductions = images.REDUCTIONS
+    reductions = decode.REDUCTIONS
 
     def __init__(self, side: int):
         self.height = self.width = side
@@ -113,7 +115,7 @@ def test_a_jpeg_is_reduced_only_where_enough_is_left_to_resize() -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 3), (7, 9)])
 def test_any_shape_can_be_cropped(height: int, width: int) -> None:
     rng = np.random.default_rng(0)
-    picture = images.opened(np.zeros((height, width, 3), np.uint8))
+    picture = decode.opened(np.zeros((height, width, 3), np.uint8))
     for _ in range(50):
         left, top, right, bottom = crop_box(rng, height, width)
         assert 0 <= left < right <= width
@@ -124,7 +126,7 @@ def test_any_shape_can_be_cropped(height: int, width: int) -> None:
 def test_half_of_the_views_are_flipped() -> None:
     ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (100, 100, 3))
     rng = np.random.default_rng(0)
-    views = [Recipe(28)(images.opened(ramp), rng) for _ in range(400)]
+    views = [Recipe(28)(decode.opened(ramp), rng) for _ in range(400)]
     flipped = np.mean([view[0, 0, 0] > view[0, -1, 0] for view in views])
     assert flipped == pytest.approx(0.5, abs=0.1)
 
@@ -163,11 +165,11 @@ def test_a_view_of_one_pixel_each_is_the_image(rng: np.random.Generator) -> None
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 def test_large_jpegs_are_decoded_smaller(rng: np.random.Generator, reduction: int) -> None:
     whole = photograph(rng, 60 * reduction + 5, 72 * reduction + 3)
-    picture = images.opened(jpeg(whole))
+    picture = decode.opened(jpeg(whole))
     box = Box(8, 0, 8 + 56 * reduction, 56 * reduction)
     crop = resized_crop(picture, box, 28 if reduction < 8 else 24)
     left, top, right, bottom = box
-    exact = images.decode(jpeg(whole))[top:bottom, left:right]
+    exact = decode.decode(jpeg(whole))[top:bottom, left:right]
     assert mean_difference(crop, by_pillow(exact, len(crop))) < 1
     for fraction in (1, reduction):
         shape = picture.pixels(fraction).shape
@@ -412,15 +414,15 @@ def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
         image.save(buffer, kind, **options)
         return buffer.getvalue()
 
-    decoded = images.decode(saved(picture.convert("RGBA")))
+    decoded = decode.decode(saved(picture.convert("RGBA")))
     np.testing.assert_array_equal(decoded, expected)
-    decoded = images.decode(saved(picture.convert("L")))
+    decoded = decode.decode(saved(picture.convert("L")))
     np.testing.assert_array_equal(decoded, np.dstack([grey] * 3))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(images.decode(saved(deep)), np.dstack([grey] * 3))
-    assert mean_difference(images.decode(saved(picture.quantize(256))), expected) < 12
+    np.testing.assert_array_equal(decode.decode(saved(deep)), np.dstack([grey] * 3))
+    assert mean_difference(decode.decode(saved(picture.quantize(256))), expected) < 12
     cmyk = saved(picture.convert("CMYK"), "JPEG", quality=100)
-    assert mean_difference(images.decode(cmyk), expected) < 12
+    assert mean_difference(decode.decode(cmyk), expected) < 12
     jpegs = {
         "grey": picture.convert("L"),
         "colours": picture,
@@ -431,7 +433,7 @@ def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
         more = {"progressive": {"progressive": True}, "whole colours": {"subsampling": 0}}
         data = saved(image, "JPEG", **more.get(name, {}))
         by_pillow_itself = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        np.testing.assert_array_equal(images.decode(data), by_pillow_itself, err_msg=name)
+        np.testing.assert_array_equal(decode.decode(data), by_pillow_itself, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -441,7 +443,7 @@ def test_exif_orientation_is_applied(rng: np.random.Generator, kind: str, orient
     exif[0x0112] = orientation
     Image.fromarray(picture).save(buffer, kind, exif=exif, quality=100)
     turns = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
-    decoded = images.decode(buffer.getvalue())
+    decoded = decode.decode(buffer.getvalue())
     assert decoded.shape == np.rot90(picture, turns).shape
     assert mean_difference(decoded, np.rot90(picture, turns)) < 3
 
@@ -458,11 +460,11 @@ def test_orientation_is_found_where_few_writers_put_it(rng: np.random.Generator)
     segment = b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp
     plain = jpeg(picture)
     for data in (turned[:at] + b"\xff" + turned[at:], plain[:2] + segment + plain[2:]):
-        assert images.decode(data).shape == (80, 60, 3)
+        assert decode.decode(data).shape == (80, 60, 3)
     exif[0x0112] = 1
-    upright = images.opened(jpeg(picture, exif=exif))
-    assert upright.reductions == images.REDUCTIONS
-    np.testing.assert_array_equal(upright.pixels(), images.decode(plain))
+    upright = decode.opened(jpeg(picture, exif=exif))
+    assert upright.reductions == decode.REDUCTIONS
+    np.testing.assert_array_equal(upright.pixels(), decode.decode(plain))
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2, "4:1:1"])
@@ -470,26 +472,26 @@ def test_rows_to_a_crops_edge_are_those_of_the_whole(
     rng: np.random.Generator, subsampling: int | str
 ) -> None:
     data = jpeg(texture(rng, 93, 61), subsampling=subsampling)
-    for reduction in (1, *images.REDUCTIONS):
-        whole = images.opened(data).pixels(reduction)
+    for reduction in (1, *decode.REDUCTIONS):
+        whole = decode.opened(data).pixels(reduction)
         for bottom in (1, 14, 15, 16, 17, 31, 47, 80, 92, 93):
-            part = images.opened(data).pixels(reduction, bottom)
+            part = decode.opened(data).pixels(reduction, bottom)
             rows = -(-bottom // reduction)
             np.testing.assert_array_equal(part[:rows], whole[:rows])
-    picture = images.opened(data)
+    picture = decode.opened(data)
     for bottom in (20, 70, 30):
         np.testing.assert_array_equal(
-            picture.pixels(1, bottom)[:bottom], images.decode(data)[:bottom]
+            picture.pixels(1, bottom)[:bottom], decode.decode(data)[:bottom]
         )
-    with pytest.raises(images.Unreadable):
-        images.opened(data[:-400]).pixels(1, 20)
+    with pytest.raises(Unreadable):
+        decode.opened(data[:-400]).pixels(1, 20)
 
 
 def test_broken_images_are_unreadable(rng: np.random.Generator) -> None:
     whole = jpeg(photograph(rng))
     for broken in (b"", whole[:100], whole[:-40], whole[:20] + b"\0" * 200):
-        with pytest.raises(images.Unreadable):
-            images.decode(broken)
+        with pytest.raises(Unreadable):
+            decode.decode(broken)
 
 
 def test_a_flawed_jpeg_is_reduced_as_a_sound_one(
@@ -497,13 +499,13 @@ def test_a_flawed_jpeg_is_reduced_as_a_sound_one(
 ) -> None:
     """What the fast decoder refuses Pillow decodes whole; a fraction of it is the whole picture."""
     data = jpeg(photograph(rng, 160, 120))
-    sound = images.opened(data).pixels(4)
+    sound = decode.opened(data).pixels(4)
 
     def refuses(*_: object, **__: object) -> None:
         raise ValueError("a flaw")
 
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", refuses)
-    found = images.opened(data).pixels(4)
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", refuses)
+    found = decode.opened(data).pixels(4)
     assert found.shape == sound.shape == (40, 30, 3)
     assert mean_difference(found, sound) < 2
 
@@ -514,8 +516,8 @@ def test_bombs_are_refused_before_they_are_decoded() -> None:
     small = jpeg(np.zeros((16, 16, 3), np.uint8))
     at = small.index(b"\xff\xc0") + 5
     for data in (bomb, small[:at] + b"\xfd\xe8\xfd\xe8" + small[at + 4 :]):
-        with pytest.raises(images.Unreadable, match=r"\d+ x \d+ pixels are more than"):
-            images.decode(data)
+        with pytest.raises(Unreadable, match=r"\d+ x \d+ pixels are more than"):
+            decode.decode(data)
 
 
 def test_three_hundred_spoilt_files(rng: np.random.Generator) -> None:
@@ -541,9 +543,9 @@ def test_three_hundred_spoilt_files(rng: np.random.Generator) -> None:
                 place = int(rng.integers(reach))
                 data[place] = 0 if how == 3 else data[place] ^ (1 << int(rng.integers(8)))
         try:
-            view = Recipe(28, RandAugment())(images.opened(bytes(data)), rng)
+            view = Recipe(28, RandAugment())(decode.opened(bytes(data)), rng)
             assert view.shape == (28, 28, 3)
             readable += 1
-        except images.Unreadable:
+        except Unreadable:
             pass
     assert 40 < readable < 360

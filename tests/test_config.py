@@ -6,13 +6,13 @@ import pytest
 from conftest import ROOT
 
 from proteus_jax import config
-from proteus_jax.assembly import Known, Length, assemble
 from proteus_jax.config import Override
-from proteus_jax.data.randaugment import RandAugment
+from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.errors import InputError
-from proteus_jax.known import KNOWN
-from proteus_jax.lessons import lessons
-from proteus_jax.models.specs import SPECS
+from proteus_jax.methods.teacher_config import lessons
+from proteus_jax.models.config import SPECS
+from proteus_jax.training.builder import Known, Length, assemble
+from proteus_jax.weights.registry import KNOWN
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

@@ -12,14 +12,15 @@ import safetensors.numpy
 from conftest import TINY, photograph
 
 import convert_weights
-from proteus_jax.convert import canonical, layouts
-from proteus_jax.convert.formats import read_weights
-from proteus_jax.convert.importer import import_weights
 from proteus_jax.errors import InputError
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.normalisation import CLIP, HALF
-from proteus_jax.models.specs import ViTSpec
-from proteus_jax.pretrained import Model, ModelCard, load_card, load_model, save_model
+from proteus_jax.models.normalization import CLIP, HALF
+from proteus_jax.weights import state_dict
+from proteus_jax.weights.convert import name_maps
+from proteus_jax.weights.convert.import_weights import import_weights
+from proteus_jax.weights.convert.readers import read_weights
+from proteus_jax.weights.model_dir import Model, ModelCard, load_card, load_model, save_model
 
 SPECS = {
     "mlp": TINY,
@@ -38,7 +39,7 @@ SPECS = {
 
 def official(spec: ViTSpec) -> dict[str, Any]:
     """Random weights under the official names; none is constant, so that a mix-up would show."""
-    arrays = canonical.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
+    arrays = state_dict.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(0.5, 0.1, value.shape).astype(np.float32) for name, value in arrays.items()
@@ -48,11 +49,11 @@ def official(spec: ViTSpec) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SPECS)
 def test_there_and_back_is_the_identity(name: str) -> None:
     arrays = official(SPECS[name])
-    back = canonical.from_params(canonical.to_params(arrays, SPECS[name]), SPECS[name])
+    back = state_dict.from_params(state_dict.to_params(arrays, SPECS[name]), SPECS[name])
     assert back.keys() == arrays.keys()
     for key in arrays:
         np.testing.assert_array_equal(back[key], arrays[key])
-    again = layouts.HF_DINOV2.to_canonical(layouts.HF_DINOV2.from_canonical(arrays))
+    again = name_maps.HF_DINOV2.to_canonical(name_maps.HF_DINOV2.from_canonical(arrays))
     assert again.keys() == arrays.keys()
     for key in arrays:
         np.testing.assert_array_equal(again[key], arrays[key])
@@ -60,7 +61,7 @@ def test_there_and_back_is_the_identity(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_sizes_are_read_off_the_weights(name: str) -> None:
-    assert canonical.infer_spec(official(SPECS[name]), SPECS[name].heads) == SPECS[name]
+    assert state_dict.infer_spec(official(SPECS[name]), SPECS[name].heads) == SPECS[name]
 
 
 def test_everything_that_does_not_fit_is_listed() -> None:
@@ -69,7 +70,7 @@ def test_everything_that_does_not_fit_is_listed() -> None:
     arrays["head.weight"] = np.zeros((3, 4), np.float32)
     arrays["norm.weight"] = np.zeros(31, np.float32)
     with pytest.raises(InputError) as caught:
-        canonical.to_params(arrays, TINY)
+        state_dict.to_params(arrays, TINY)
     assert sorted(caught.value.problems) == [
         "misshapen: norm.weight should be [32], found [31]",
         "missing: blocks.1.mlp.fc2.bias [32]",
@@ -95,9 +96,9 @@ def test_the_mask_token_alone_may_be_absent(tmp_path: Path) -> None:
 
 def test_heads_must_be_known() -> None:
     with pytest.raises(InputError, match="a width of 32 does not tell the number of heads"):
-        canonical.infer_spec(official(TINY))
+        state_dict.infer_spec(official(TINY))
     with pytest.raises(InputError, match="width 32 is not divisible by 5 heads"):
-        canonical.infer_spec(official(TINY), 5)
+        state_dict.infer_spec(official(TINY), 5)
 
 
 def test_safetensors_and_npz_hold_the_same(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def onnx_like_the_wheels(arrays: dict[str, np.ndarray], path: Path) -> None:
     """Named vectors, numbered and transposed matrices, a split table, and another module."""
     theirs = {
         f"backbone.{name}": value
-        for name, value in layouts.HF_DINOV2.from_canonical(arrays).items()
+        for name, value in name_maps.HF_DINOV2.from_canonical(arrays).items()
     }
     table = theirs.pop("backbone.embeddings.position_embeddings")
     del theirs["backbone.embeddings.mask_token"]
@@ -218,7 +219,7 @@ def test_onnx_names_are_found_again(tmp_path: Path) -> None:
     onnx_like_the_wheels(arrays, tmp_path / "w.onnx")
     import_weights(tmp_path / "w.onnx", tmp_path / "model", heads=2)
     params, card = load_model(tmp_path / "model")
-    found = canonical.from_params(params, card.spec)
+    found = state_dict.from_params(params, card.spec)
     for name in arrays.keys() - {"mask_token"}:
         np.testing.assert_array_equal(found[name], arrays[name])
 
@@ -246,7 +247,7 @@ def test_statistics_that_are_asked_for_count(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = canonical.to_params(official(TINY), TINY)
+    params = state_dict.to_params(official(TINY), TINY)
     card = ModelCard(spec=TINY)
 
     def full(*_: object) -> None:
@@ -267,7 +268,7 @@ def test_a_directory_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
-    save_model(tmp_path / "model", canonical.to_params(official(TINY), TINY), ModelCard(spec=TINY))
+    save_model(tmp_path / "model", state_dict.to_params(official(TINY), TINY), ModelCard(spec=TINY))
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
@@ -352,7 +353,7 @@ def test_verify_compares_with_transformers(
     pytest.importorskip("torch", reason="needs requirements-parity.txt")
     spec = SPECS[name]
     # Weights as large as a trained model's: with tiny ones errors would drown in the stream.
-    arrays: dict[str, Any] = canonical.from_params(
+    arrays: dict[str, Any] = state_dict.from_params(
         BackboneFunction(spec).init(jax.random.key(0)), spec
     )
     np.savez(tmp_path / "w.npz", **arrays)

@@ -14,10 +14,10 @@ import warm
 from conftest import ROOT, photograph
 from PIL import Image
 
-from proteus_jax.data.catalog import open_images, open_source
-from proteus_jax.data.doctor import _RECORD, Findings, _alike, examine
-from proteus_jax.data.sources import MemorySource
+from proteus_jax.data.dataset import open_images, open_source
+from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.splits import HeldOut
+from proteus_jax.data.validate import _RECORD, Findings, _alike, examine
 from proteus_jax.data.workers import in_parallel
 from proteus_jax.errors import InputError
 

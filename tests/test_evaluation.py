@@ -14,16 +14,18 @@ from test_linear import context_for
 from test_main import command, finish
 
 import proteus_jax
-from proteus_jax import sharding
-from proteus_jax.data.labelled import Labelled, Pair
-from proteus_jax.data.sources import MemorySource
-from proteus_jax.evaluation import by_class, knn, neighbours
-from proteus_jax.evaluation.features import Table
-from proteus_jax.evaluation.labels import scores
+from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.evaluation import per_class
+from proteus_jax.evaluation.classifiers import knn
+from proteus_jax.evaluation.feature_extraction import Table
+from proteus_jax.evaluation.online_probes import scores
+from proteus_jax.evaluation.protocols import knn as neighbours
 from proteus_jax.evaluation.results import write_results
-from proteus_jax.evaluation.run import _check_place
-from proteus_jax.metrics import read_metrics
-from proteus_jax.pretrained import Model, load_model
+from proteus_jax.evaluation.runner import _check_place
+from proteus_jax.runtime import sharding
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.weights.model_dir import Model, load_model
 
 
 def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: str) -> list[str]:
@@ -128,7 +130,7 @@ def test_classes_are_shown_of_the_best_number_of_neighbors(
 
 def test_balanced_accuracy_is_of_the_classes_that_are_there() -> None:
     right, labels = np.array([True, False, True, True]), np.array([0, 0, 2, 2])
-    assert by_class.balanced(right, labels) == pytest.approx(75.0)
+    assert per_class.balanced(right, labels) == pytest.approx(75.0)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

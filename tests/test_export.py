@@ -18,15 +18,16 @@ from test_families import TIMM, of_spec
 from test_golden import reference
 
 import convert_weights
-from proteus_jax.convert import canonical, exporter
-from proteus_jax.convert.exporter import FORMATS, export
-from proteus_jax.convert.importer import import_weights
-from proteus_jax.convert.verify import compare
-from proteus_jax.data import images
+from proteus_jax.data import decode
 from proteus_jax.errors import InputError
+from proteus_jax.models.config import CLIP, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.specs import CLIP, SYNCLR, ViTSpec
-from proteus_jax.pretrained import ModelCard, load_card, load_model, save_model
+from proteus_jax.weights import state_dict
+from proteus_jax.weights.convert import export_weights
+from proteus_jax.weights.convert.export_weights import FORMATS, export
+from proteus_jax.weights.convert.import_weights import import_weights
+from proteus_jax.weights.convert.parity import compare
+from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 
 SMALL: dict[str, Any] = {"width": 32, "depth": 2, "heads": 2, "patch_size": 8, "grid": 4}
 _WITHOUT: dict[str, Any] = {"interpolate_offset": 0.0, "interpolate_antialias": False}
@@ -88,7 +89,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         absent = () if family in ("dinov2", "dinov3", "synclr") else ("mask_token",)
         if absent:
             arrays["mask_token"] = np.zeros_like(arrays["mask_token"])
-        params = canonical.to_params(arrays, spec)
+        params = state_dict.to_params(arrays, spec)
         card = ModelCard(spec=spec, family=family, absent=absent, licence="mine")
         save_model(folder / name, params, card)
     return folder
@@ -105,9 +106,9 @@ def test_loaded_back_and_equal(format: str, name: str, models: Path, tmp_path: P
     output = output_of(format, tmp_path)
     found = export(models / name, format, output, photographs)
     assert {"class token", "patches"} <= {one.name for one in found}
-    assert all(one.largest <= exporter.TOLERANCE for one in found)
+    assert all(one.largest <= export_weights.TOLERANCE for one in found)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
-    if format in exporter.PROGRAMS:
+    if format in export_weights.PROGRAMS:
         return
     # Import and export of the same file is the identity.
     family, spec = MODELS[name]
@@ -124,7 +125,7 @@ def test_loaded_back_and_equal(format: str, name: str, models: Path, tmp_path: P
 
 
 def _arrays(path: Path) -> list[np.ndarray]:
-    from proteus_jax.convert.formats import read_weights
+    from proteus_jax.weights.convert.readers import read_weights
 
     file = path / "model.safetensors" if path.is_dir() else path
     return [array for _, array in sorted(read_weights(file).arrays.items())]
@@ -166,7 +167,7 @@ def test_timms_names_and_shapes(models: Path, tmp_path: Path) -> None:
             inside = block(hidden, out).items()
             expected |= {f"blocks.{layer}.{key}": shape for key, shape in inside}
         assert {key: array.shape for key, array in found.items()} == expected
-    arrays = canonical.from_params(load_model(models / "registers")[0], MODELS["registers"][1])
+    arrays = state_dict.from_params(load_model(models / "registers")[0], MODELS["registers"][1])
     found = safetensors.numpy.load_file(tmp_path / "registers.safetensors")
     # The class token's position has nowhere else to be.
     cls = arrays["cls_token"] + arrays["pos_embed"][:, :1]
@@ -186,7 +187,7 @@ def test_what_a_format_cannot_hold(format: str, models: Path, tmp_path: Path) ->
 def test_an_export_that_differs_is_not_written(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export_weights, "TOLERANCE", -1.0)
     with pytest.raises(InputError, match=r"not written: loaded back, its .* is .* deviations off"):
         export(models / "dinov2", "stablehlo", tmp_path / "m.stablehlo", photographs)
     assert list(tmp_path.iterdir()) == []
@@ -327,7 +328,7 @@ def test_without_a_check_no_other_library_is_needed(
     command = ["export", str(models / name), "--format", format, "--output", str(output)]
     assert convert_weights.main([*command, "--no-check"]) == 0
     assert "not loaded back" in capsys.readouterr().out
-    if format in exporter.PROGRAMS:
+    if format in export_weights.PROGRAMS:
         assert output.stat().st_size > 10_000
         return
     family, spec = MODELS[name]
@@ -344,7 +345,7 @@ def test_verify_is_kept_in_the_card(
     """With outputs that other code stored; a difference is only kept where that is forced."""
     params, card = load_model(models / "synclr")
     save_model(tmp_path / "m", params, card)
-    from proteus_jax.convert.verify import _golden_outputs
+    from proteus_jax.weights.convert.parity import _golden_outputs
 
     pixels = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     outputs: dict[str, Any] = _golden_outputs(params, card.spec, pixels)
@@ -379,12 +380,12 @@ def test_trained_weights(format: str, tmp_path: Path) -> None:
     import_weights(weights, tmp_path / "model")
 
     def photographs(side: int) -> np.ndarray:
-        pixels = images.opened(photograph.read_bytes()).pixels()
+        pixels = decode.opened(photograph.read_bytes()).pixels()
         return convert_weights._square(pixels, side)[None]
 
     output = output_of(format, tmp_path)
     found = export(tmp_path / "model", format, output, photographs)
-    assert max(one.largest for one in found) <= exporter.TOLERANCE
+    assert max(one.largest for one in found) <= export_weights.TOLERANCE
     if format == "dinov2":
         import torch
 

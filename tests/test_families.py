@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from proteus_jax.convert import canonical, layouts
-from proteus_jax.convert.directory import INDEX, read_directory
-from proteus_jax.convert.families import FAMILIES, find_prefix, recognise
-from proteus_jax.convert.importer import import_weights, read_model
-from proteus_jax.convert.reference import run_transformers, transformers_outputs
-from proteus_jax.convert.verify import compare, our_outputs
 from proteus_jax.errors import InputError
+from proteus_jax.models.config import CLIP as CLIP_CHOICES
+from proteus_jax.models.config import SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET, Normalisation
-from proteus_jax.models.specs import CLIP as CLIP_CHOICES
-from proteus_jax.models.specs import SYNCLR, ViTSpec
-from proteus_jax.pretrained import load_model
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
+from proteus_jax.weights import state_dict
+from proteus_jax.weights.convert import name_maps
+from proteus_jax.weights.convert.families import FAMILIES, find_prefix, recognise
+from proteus_jax.weights.convert.hf_directory import INDEX, read_directory
+from proteus_jax.weights.convert.import_weights import import_weights, read_model
+from proteus_jax.weights.convert.parity import compare, our_outputs
+from proteus_jax.weights.convert.torch_reference import run_transformers, transformers_outputs
+from proteus_jax.weights.model_dir import load_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -128,7 +129,7 @@ def test_the_visual_tower_of_a_whole_model(
 def of_spec(spec: ViTSpec, seed: int = 0) -> dict[str, Any]:
     """Canonical arrays, none constant."""
     rng = np.random.default_rng(seed)
-    arrays = canonical.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
+    arrays = state_dict.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
     return {
         name: (array + rng.normal(0, 0.2, array.shape)).astype(np.float32)
         for name, array in arrays.items()
@@ -149,7 +150,7 @@ def test_average_pooling(tmp_path: Path, pixels: np.ndarray) -> None:
     spec = dataclasses.replace(TIMM, pooling="mean", final_norm="class")
     arrays = of_spec(spec)
     del arrays["mask_token"]
-    theirs = layouts.TIMM_MEAN.from_canonical(arrays)
+    theirs = name_maps.TIMM_MEAN.from_canonical(arrays)
     assert "fc_norm.weight" in theirs
     theirs["head.weight"] = np.zeros((10, 32), np.float32)
     safetensors.numpy.save_file(theirs, tmp_path / "w.safetensors")
@@ -213,7 +214,7 @@ def test_openclips_file_asks_for_the_activation(tmp_path: Path) -> None:
     spec = ViTSpec(width=32, depth=1, heads=2, patch_size=8, grid=4, **CLIP_CHOICES)
     arrays = of_spec(spec)
     del arrays["mask_token"]
-    theirs = {f"visual.{n}": a for n, a in layouts.CLIP.from_canonical(arrays).items()}
+    theirs = {f"visual.{n}": a for n, a in name_maps.CLIP.from_canonical(arrays).items()}
     assert theirs["visual.class_embedding"].shape == (32,)
     assert theirs["visual.positional_embedding"].shape == (17, 32)
     theirs |= {"visual.proj": np.zeros((32, 8), np.float32), "logit_scale": np.ones(1, np.float32)}
@@ -233,7 +234,7 @@ def test_dinov3_in_its_own_names() -> None:
         width=32, depth=2, heads=2, patch_size=16, grid=14, positions="rotary", registers=4,
         norm_epsilon=1e-5, key_bias=False, interpolate_offset=0.0, interpolate_antialias=True,
     )  # fmt: skip
-    theirs = layouts.DINOV3.from_canonical(of_spec(spec))
+    theirs = name_maps.DINOV3.from_canonical(of_spec(spec))
     theirs["rope_embed.periods"] = np.ones(4, np.float32)
     theirs["blocks.0.attn.qkv.bias_mask"] = np.ones(96, np.float32)
     found = recognise(theirs, heads=2)
@@ -243,7 +244,9 @@ def test_dinov3_in_its_own_names() -> None:
 
 
 def test_a_directory_of_several_files(tmp_path: Path) -> None:
-    arrays = layouts.HF_DINOV2.from_canonical(of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3)))
+    arrays = name_maps.HF_DINOV2.from_canonical(
+        of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3))
+    )
     names = sorted(arrays)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, own in parts.items():
@@ -266,7 +269,9 @@ def test_a_directory_of_several_files(tmp_path: Path) -> None:
 
 def test_links_stay_in_their_folder(tmp_path: Path) -> None:
     """But for Hugging Face's cache, which keeps the files beside the snapshots."""
-    arrays = layouts.HF_DINOV2.from_canonical(of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3)))
+    arrays = name_maps.HF_DINOV2.from_canonical(
+        of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3))
+    )
     snapshot = tmp_path / "models--me" / "snapshots" / "abc"
     (tmp_path / "models--me" / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -287,12 +292,12 @@ def test_models_of_more_than_ten_blocks(tmp_path: Path) -> None:
     """Block by block in its place, in every library's names, whichever order a file has."""
     spec = ViTSpec(width=8, depth=13, heads=2, patch_size=2, grid=2)
     arrays = of_spec(spec)
-    assert canonical.infer_spec(arrays, 2).depth == 13
-    params = canonical.to_params(arrays, spec)
+    assert state_dict.infer_spec(arrays, 2).depth == 13
+    params = state_dict.to_params(arrays, spec)
     for number in range(13):
         expected = arrays[f"blocks.{number}.mlp.fc1.bias"]
         np.testing.assert_array_equal(params["blocks"]["mlp"]["fc1"]["bias"][number], expected)
-    for layout in (layouts.HF_DINOV2, layouts.DINOV2, layouts.TIMM):
+    for layout in (name_maps.HF_DINOV2, name_maps.DINOV2, name_maps.TIMM):
         theirs = layout.from_canonical(arrays)
         turned = {name: theirs[name] for name in sorted(theirs, reverse=True)}
         again = layout.to_canonical(turned)
@@ -307,7 +312,9 @@ def test_what_a_timm_directory_says(tmp_path: Path) -> None:
     del arrays["mask_token"]
     folder = tmp_path / "timm"
     folder.mkdir()
-    safetensors.numpy.save_file(layouts.SYNCLR.from_canonical(arrays), folder / "model.safetensors")
+    safetensors.numpy.save_file(
+        name_maps.SYNCLR.from_canonical(arrays), folder / "model.safetensors"
+    )
     settings: dict[str, Any] = {"architecture": "vit_small_patch16_224", "global_pool": "avg"}
     settings["pretrained_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -335,7 +342,7 @@ def test_what_an_openclip_directory_says(
     spec = ViTSpec(width=32, depth=1, heads=2, patch_size=8, grid=4, **CLIP_CHOICES)
     arrays = of_spec(spec)
     del arrays["mask_token"]
-    theirs = {f"visual.{name}": a for name, a in layouts.CLIP.from_canonical(arrays).items()}
+    theirs = {f"visual.{name}": a for name, a in name_maps.CLIP.from_canonical(arrays).items()}
     # As older files have them: integers below a prefix, and a number without axes.
     theirs |= {"visual.embeddings.position_ids": np.arange(5), "logit_scale": np.float32(1.5)}
     folder = tmp_path / "openclip"
@@ -356,7 +363,7 @@ def test_a_dinov3_of_another_base_is_refused(tmp_path: Path) -> None:
         width=32, depth=1, heads=2, patch_size=16, grid=14, positions="rotary", registers=4,
         norm_epsilon=1e-5, key_bias=False, interpolate_offset=0.0, interpolate_antialias=True,
     )  # fmt: skip
-    theirs = layouts.HF_DINOV3.from_canonical(of_spec(spec), key_bias=False)
+    theirs = name_maps.HF_DINOV3.from_canonical(of_spec(spec), key_bias=False)
     settings = {"model_type": "dinov3_vit", "image_size": 224, "patch_size": 16}
     settings |= {"num_attention_heads": 2}
     folder = tmp_path / "dinov3"
@@ -376,7 +383,7 @@ def test_a_clip_that_leaves_its_activation_out() -> None:
     spec = ViTSpec(width=32, depth=1, heads=2, patch_size=8, grid=4, **CLIP_CHOICES)
     arrays = of_spec(spec)
     del arrays["mask_token"]
-    theirs = layouts.HF_CLIP.from_canonical(arrays)
+    theirs = name_maps.HF_CLIP.from_canonical(arrays)
     settings: dict[str, Any] = {"model_type": "clip_vision_model", "num_attention_heads": 2}
     for activation, family in ((None, "clip"), ("quick_gelu", "clip"), ("gelu", "openclip")):
         said = settings | ({} if activation is None else {"hidden_act": activation})
@@ -406,7 +413,9 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 
 def directory_of(tmp_path: Path, settings: dict[str, Any], **beside: Any) -> Path:
-    arrays = layouts.HF_DINOV2.from_canonical(of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3)))
+    arrays = name_maps.HF_DINOV2.from_canonical(
+        of_spec(ViTSpec(width=64, depth=1, heads=1, grid=3))
+    )
     folder = tmp_path / "hf"
     folder.mkdir(exist_ok=True)
     safetensors.numpy.save_file(arrays, folder / "model.safetensors")

@@ -9,15 +9,15 @@ import pytest
 from conftest import CLASSES, photograph, write_classes
 from PIL import Image
 
-from proteus_jax import sharding
-from proteus_jax.data.labelled import open_labelled, open_pair
-from proteus_jax.data.sources import MemorySource
-from proteus_jax.data.views import NOTHING, CentreCrop, evaluation_batches
+from proteus_jax.data.datasets.labeled import open_labelled, open_pair
+from proteus_jax.data.eval_loader import NOTHING, CentreCrop, evaluation_batches
+from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation.features import Frozen, Reading, class_token
+from proteus_jax.evaluation.feature_extraction import Frozen, Reading, class_token
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.normalisation import CLIP
-from proteus_jax.pretrained import Model, load_model
+from proteus_jax.models.normalization import CLIP
+from proteus_jax.runtime import sharding
+from proteus_jax.weights.model_dir import Model, load_model
 
 VIEW = CentreCrop(32, 28)
 
@@ -43,7 +43,7 @@ def test_batches_hold_every_readable_image_once(
         Image.fromarray(photograph(rng)).save(tmp_path / f"{number}.png")
     whole = (tmp_path / "3.png").read_bytes()
     (tmp_path / "3.png").write_bytes(whole[:100])
-    from proteus_jax.data.catalog import open_source
+    from proteus_jax.data.dataset import open_source
 
     source, _ = open_source(str(tmp_path))
     found = [
@@ -181,7 +181,7 @@ def write_tar(folder: Path) -> str:
 
 
 def test_tiles_are_apart_and_whole(rng: np.random.Generator) -> None:
-    from proteus_jax.data.labelled import tiles
+    from proteus_jax.data.datasets.labeled import tiles
 
     pictures = [photograph(rng, 50, 95), photograph(rng, 12, 200), photograph(rng, 9, 9)]
     found, labels = tiles(MemorySource(pictures, list("abc")), 20, 5)

@@ -16,16 +16,16 @@ from test_linear import context_for
 from test_main import finish
 from test_probes import clusters
 
-from proteus_jax.data import images
-from proteus_jax.data.finegrained import DATASETS, VOC_CLASSES, _shown, find_datasets
-from proteus_jax.data.views import CentreCrop
+from proteus_jax.data import decode
+from proteus_jax.data.datasets.fine_grained import DATASETS, VOC_CLASSES, _shown, find_datasets
+from proteus_jax.data.eval_loader import CentreCrop
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation import finegrained
-from proteus_jax.evaluation.features import Frozen, Table
-from proteus_jax.evaluation.finegrained import Features, average_precision, evaluate
-from proteus_jax.fields import FINEGRAINED
-from proteus_jax.models.normalisation import CLIP, Normalisation
-from proteus_jax.pretrained import Model, load_model
+from proteus_jax.evaluation.feature_extraction import Frozen, Table
+from proteus_jax.evaluation.protocols import fine_grained
+from proteus_jax.evaluation.protocols.fine_grained import Features, average_precision, evaluate
+from proteus_jax.models.normalization import CLIP, Normalisation
+from proteus_jax.schema import FINEGRAINED
+from proteus_jax.weights.model_dir import Model, load_model
 
 
 def image(path: Path, label: int, number: int) -> None:
@@ -338,7 +338,7 @@ def test_each_from_tensorflow_datasets(tmp_path: Path, monkeypatch: pytest.Monke
         assert (splits.validation is None) == (prepared[name][2] is None)
         for part in filter(None, splits):
             shades = [
-                int(images.opened(part.source.read(at)).pixels()[0, 0, 0])
+                int(decode.opened(part.source.read(at)).pixels()[0, 0, 0])
                 for at in range(len(part.source))
             ]
             assert sorted(shades) == [0, 1, 2]
@@ -384,7 +384,7 @@ def test_the_protocol_by_scikit_learn(
 ) -> None:
     """Sweep, choice and last fit written out, with validation set."""
     decays = np.logspace(-2, 3, 5)
-    monkeypatch.setattr(finegrained, "DECAYS", decays)
+    monkeypatch.setattr(fine_grained, "DECAYS", decays)
     train, validation, test = (Features(*clusters(rng, n)) for n in (80, 60, 200))
     found = evaluate(train, validation, test, "mean_per_class")
 
@@ -412,7 +412,7 @@ def test_what_is_difficult_to_see_counts_as_absent(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Labels of 1, -1 and 0 (VOC's difficult objects), learnt from and scored."""
-    monkeypatch.setattr(finegrained, "DECAYS", np.array([1.0]))
+    monkeypatch.setattr(fine_grained, "DECAYS", np.array([1.0]))
 
     def drawn(count: int) -> Features:
         rows = rng.normal(size=(count, 4)).astype(np.float32)
@@ -442,9 +442,9 @@ def test_of_values_of_c_that_are_as_good_the_largest_is_taken(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The smallest decay, on classes far apart; the draw of a validation set is the original's."""
-    assert finegrained.DECAYS[[0, -1]] == pytest.approx([1e-6, 1e5])
-    assert len(finegrained.DECAYS) == 45
-    monkeypatch.setattr(finegrained, "DECAYS", np.array([1e-3, 1e-1, 1e1]))
+    assert fine_grained.DECAYS[[0, -1]] == pytest.approx([1e-6, 1e5])
+    assert len(fine_grained.DECAYS) == 45
+    monkeypatch.setattr(fine_grained, "DECAYS", np.array([1e-3, 1e-1, 1e1]))
     labels = np.arange(50) % 2
     rows = (rng.normal(size=(50, 3)) * 0.1 + np.array([[-5.0], [5.0]])[labels]).astype(np.float32)
     found = evaluate(Features(rows, labels), None, Features(rows, labels), "accuracy")
@@ -452,7 +452,7 @@ def test_of_values_of_c_that_are_as_good_the_largest_is_taken(
     # A class that only those drawn for validation show is not learnt before C is chosen.
     order = np.arange(50)
     np.random.RandomState(0).shuffle(order)
-    assert len(order[:10]) == int(50 * finegrained.VALIDATION)
+    assert len(order[:10]) == int(50 * fine_grained.VALIDATION)
     alone = np.where(np.isin(np.arange(50), order[:10]), 1, 0)
     found = evaluate(Features(rows, alone), None, Features(rows, alone), "accuracy")
     assert found.validation == 0.0
@@ -472,8 +472,8 @@ def test_images_are_resized_to_the_crop(
         return Table(np.random.default_rng(0).normal(size=(len(source), 3)), np.arange(6), 0)
 
     monkeypatch.setattr(Frozen, "table", table)
-    monkeypatch.setattr(finegrained, "DECAYS", np.array([1.0]))
-    finegrained.measure(context, finegrained.Data(found, {}))
+    monkeypatch.setattr(fine_grained, "DECAYS", np.array([1.0]))
+    fine_grained.measure(context, fine_grained.Data(found, {}))
     assert seen == [(CentreCrop(28, 28), CLIP)] * 3
 
 
@@ -512,11 +512,11 @@ def test_an_average_is_of_all_twelve(
     found, _ = find_datasets(str(all_twelve), [*FINEGRAINED])
     percents = iter(range(1, 13))
     nothing = Features(np.zeros((1, 1), np.float32), np.zeros(1, int))
-    monkeypatch.setattr(finegrained, "_features", lambda *_: (nothing, 1))
+    monkeypatch.setattr(fine_grained, "_features", lambda *_: (nothing, 1))
     monkeypatch.setattr(
-        finegrained, "evaluate", lambda *_: finegrained.Result(float(next(percents)), 1.0, 2.0)
+        fine_grained, "evaluate", lambda *_: fine_grained.Result(float(next(percents)), 1.0, 2.0)
     )
-    results = finegrained.measure(context, finegrained.Data(found, {}))
+    results = fine_grained.measure(context, fine_grained.Data(found, {}))
     assert results["average"] == pytest.approx(6.5)
     assert list(results["per_dataset"].values()) == list(range(1, 13))
     assert said[-1].split() == ["average", "6.50", "%"]

@@ -26,11 +26,11 @@ from PIL import Image
 from test_main import command, environment, losses
 
 import main as command_line
-from proteus_jax import cluster, collectives, hosts, sharding
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.hosts import ALONE, Place, find_place, first_node, processes_here
-from proteus_jax.metrics import read_metrics
-from proteus_jax.rendezvous import meet
+from proteus_jax.runtime import cluster_env, device_check, distributed, sharding
+from proteus_jax.runtime.cluster_env import ALONE, Place, find_place, first_node, processes_here
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.runtime.rendezvous import meet
 
 STEPS = 6
 GLOO = re.compile(
@@ -75,7 +75,7 @@ def test_places() -> None:
     hidden = shared | {"CUDA_VISIBLE_DEVICES": "1"}
     assert find_place({}, SLURM | hidden).local_devices is None
     pod = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3"}
-    assert find_place({}, pod) == Place(2, 4, "t0", hosts.PORT, "TPU_WORKER_HOSTNAMES")
+    assert find_place({}, pod) == Place(2, 4, "t0", cluster_env.PORT, "TPU_WORKER_HOSTNAMES")
 
 
 def test_a_shell_of_an_interactive_step_is_alone() -> None:
@@ -171,33 +171,35 @@ class Device(NamedTuple):
 
 def test_hosts_with_devices_of_other_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [Device(0, "A100"), Device(0, "A100"), Device(1, "A100"), Device(1, "H100")]
-    monkeypatch.setattr(cluster.jax, "devices", lambda: devices)
+    monkeypatch.setattr(distributed.jax, "devices", lambda: devices)
     with pytest.raises(InputError, match="host 0: 2 A100, host 1: 2 A100"):
-        cluster._refuse_uneven_hosts()
-    monkeypatch.setattr(cluster.jax, "devices", lambda: devices[:3])
+        distributed._refuse_uneven_hosts()
+    monkeypatch.setattr(distributed.jax, "devices", lambda: devices[:3])
     with pytest.raises(InputError, match="host 0: 2 A100, host 1: 1 A100"):
-        cluster._refuse_uneven_hosts()
-    monkeypatch.setattr(cluster.jax, "devices", lambda: [Device(n, "A100") for n in (1, 0, 1, 0)])
-    cluster._refuse_uneven_hosts()
+        distributed._refuse_uneven_hosts()
+    monkeypatch.setattr(
+        distributed.jax, "devices", lambda: [Device(n, "A100") for n in (1, 0, 1, 0)]
+    )
+    distributed._refuse_uneven_hosts()
 
 
 def test_what_is_said_of_a_sum() -> None:
     """A ring of eight sends and receives seven eighths twice: 1.75 MiB of 1 MiB."""
-    line = collectives._line(2**20, 0.5, 8)
+    line = device_check._line(2**20, 0.5, 8)
     assert line.split()[:4] == ["1", "MiB", "500.00", "ms"]
-    assert float(collectives._line(2**30, 0.5, 8).split()[4]) == pytest.approx(3.76, abs=0.01)
+    assert float(device_check._line(2**30, 0.5, 8).split()[4]) == pytest.approx(3.76, abs=0.01)
 
 
 def test_a_sum_that_is_wrong_anywhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the eight devices here; right first, then with one wrong element of many."""
     mesh = sharding.make_mesh()
-    assert collectives._summed(64, mesh)[1] == 8
+    assert device_check._summed(64, mesh)[1] == 8
     add = jnp.sum
     monkeypatch.setattr(
-        collectives.jnp, "sum", lambda *each, **more: add(*each, **more).at[3].add(1.0)
+        device_check.jnp, "sum", lambda *each, **more: add(*each, **more).at[3].add(1.0)
     )
     with pytest.raises(InputError, match="a sum of 64 bytes over 8 devices is wrong"):
-        collectives._summed(64, mesh)
+        device_check._summed(64, mesh)
 
 
 def test_a_process_takes_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,13 +214,13 @@ def test_a_process_takes_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> Non
         raise Left
 
     company = SimpleNamespace(leave=lambda *_: None, lost_one=lambda _: False)
-    monkeypatch.setattr(cluster, "meet", lambda *_, **__: company)
-    monkeypatch.setattr(cluster, "_exit_in_place_of_abort", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(cluster.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "meet", lambda *_, **__: company)
+    monkeypatch.setattr(distributed, "_exit_in_place_of_abort", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
     place = Place(3, 4, "10.0.0.1", 9000, "a test", (1,))
     with (
         pytest.raises(Left),
-        cluster.joined(place, {}, timeout=1.0, progress=print, say=print),
+        distributed.joined(place, {}, timeout=1.0, progress=print, say=print),
     ):
         pass
     assert asked["local_device_ids"] == (1,)
@@ -231,45 +233,45 @@ def test_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     slices = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
     address = {"MEGASCALE_COORDINATOR_ADDRESS": "first:8080"}
     found = find_place({}, pod | slices | address)
-    assert found[:4] == (3, 4, "first", hosts.PORT)
+    assert found[:4] == (3, 4, "first", cluster_env.PORT)
     with pytest.raises(InputError, match="MEGASCALE_NUM_SLICES=2: expected MEGASCALE_COORDINATOR"):
         find_place({}, pod | slices)
-    monkeypatch.setattr(hosts, "TPU_DEVICES", (ROOT,))
+    monkeypatch.setattr(cluster_env, "TPU_DEVICES", (ROOT,))
     answers = {
         "agent-worker-number": "0",
         "worker-network-endpoints": "a:b:10.1.0.2",
         "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
         "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'\n",
     }
-    monkeypatch.setattr(hosts, "_metadata", lambda name: answers.get(name, ""))
-    assert find_place({}, {})[:4] == (1, 2, "10.0.0.9", hosts.PORT)
+    monkeypatch.setattr(cluster_env, "_metadata", lambda name: answers.get(name, ""))
+    assert find_place({}, {})[:4] == (1, 2, "10.0.0.9", cluster_env.PORT)
 
 
 def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "TPU_DEVICES", (ROOT,))
+    monkeypatch.setattr(cluster_env, "TPU_DEVICES", (ROOT,))
     answers = {
         "agent-worker-number": "1",
         "worker-network-endpoints": "unknown:unknown:10.1.0.2,unknown:unknown:10.1.0.3",
     }
-    monkeypatch.setattr(hosts, "_metadata", lambda name: answers.get(name, ""))
-    assert find_place({}, {}) == Place(1, 2, "10.1.0.2", hosts.PORT, "the TPU's metadata")
+    monkeypatch.setattr(cluster_env, "_metadata", lambda name: answers.get(name, ""))
+    assert find_place({}, {}) == Place(1, 2, "10.1.0.2", cluster_env.PORT, "the TPU's metadata")
     # A TPU device without a metadata server, as in a container.
-    monkeypatch.setattr(hosts, "_metadata", lambda _: "")
+    monkeypatch.setattr(cluster_env, "_metadata", lambda _: "")
     assert find_place({}, {}) == ALONE
 
 
 def test_gpus_that_jax_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "GPU_DEVICES", tmp_path)
+    monkeypatch.setattr(cluster_env, "GPU_DEVICES", tmp_path)
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert hosts.unseen_gpus("cpu") is None
+    assert cluster_env.unseen_gpus("cpu") is None
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
-    said = hosts.unseen_gpus("cpu")
+    said = cluster_env.unseen_gpus("cpu")
     assert said is not None
     assert said.startswith("2 GPUs here, but JAX sees none")
-    assert hosts.unseen_gpus("gpu") is None
+    assert cluster_env.unseen_gpus("gpu") is None
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert hosts.unseen_gpus("cpu") is None
+    assert cluster_env.unseen_gpus("cpu") is None
 
 
 @pytest.mark.parametrize(
@@ -714,7 +716,7 @@ def test_a_signal_while_hosts_wait_for_each_other(
 JOINED = """
 import os, signal, sys, time
 from proteus_jax import cluster
-from proteus_jax.hosts import Place
+from proteus_jax.runtime.cluster_env import Place
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 place = Place(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
 try:
@@ -845,7 +847,7 @@ def test_devices_hear_each_other(tmp_path: Path) -> None:
 SILENT = """
 import sys, time
 from proteus_jax import collectives
-from proteus_jax.collectives import check_devices
+from proteus_jax.runtime.device_check import check_devices
 collectives._summed = lambda *_: time.sleep(60)
 check_devices(print, print, patience=0.2)
 """

@@ -21,11 +21,11 @@ from test_families import of_spec
 
 import convert_weights
 import proteus_jax
-from proteus_jax import teachers
-from proteus_jax.convert import layouts, torch_file
 from proteus_jax.errors import InputError, Unreachable
-from proteus_jax.known import KNOWN
-from proteus_jax.pretrained import load_card, load_model
+from proteus_jax.weights import fetch
+from proteus_jax.weights.convert import name_maps, torch_file
+from proteus_jax.weights.model_dir import load_card, load_model
+from proteus_jax.weights.registry import KNOWN
 
 FIRST, SECOND = "a" * 40, "b" * 40
 TOKEN = "hf_" + "s" * 30
@@ -42,7 +42,7 @@ SETTINGS = {
 
 def model_files(seed: int = 0) -> dict[str, bytes]:
     """A directory of transformers with random weights, by the names of its files."""
-    arrays = layouts.HF_DINOV2.from_canonical(of_spec(TINY))
+    arrays = name_maps.HF_DINOV2.from_canonical(of_spec(TINY))
     arrays = {name: array + np.float32(seed) for name, array in arrays.items()}
     return {
         "config.json": json.dumps(SETTINGS).encode(),
@@ -141,9 +141,9 @@ def forget(cache: Path) -> None:
 def test_a_repository_is_fetched_converted_and_kept(
     hub: Hub, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert teachers.find_teacher("hf:org/name") is None
-    assert teachers.teacher_spec("hf:org/name") is None
-    directory = teachers.obtain_teacher("hf:org/name")
+    assert fetch.find_teacher("hf:org/name") is None
+    assert fetch.teacher_spec("hf:org/name") is None
+    directory = fetch.obtain_teacher("hf:org/name")
     said = capsys.readouterr().out
     assert f"hf:org/name: converted into {directory}" in said
     card = load_card(directory)
@@ -152,9 +152,7 @@ def test_a_repository_is_fetched_converted_and_kept(
     assert card.source["revision"] == FIRST
     assert not any("README" in path for path in hub.paths)
     asked = len(hub.paths)
-    assert (
-        teachers.obtain_teacher("hf:org/name") == directory == teachers.find_teacher("hf:org/name")
-    )
+    assert fetch.obtain_teacher("hf:org/name") == directory == fetch.find_teacher("hf:org/name")
     assert proteus_jax.load("hf:org/name").spec == TINY
     assert len(hub.paths) == asked
     # The token goes to the hub, and nowhere else.
@@ -166,33 +164,33 @@ def test_a_repository_is_fetched_converted_and_kept(
 
 
 def test_the_first_revision_is_taken_from_then_on(hub: Hub, cache: Path) -> None:
-    before = load_model(teachers.obtain_teacher("hf:org/name"))[0]
+    before = load_model(fetch.obtain_teacher("hf:org/name"))[0]
     hub.files[SECOND], hub.main = model_files(1), SECOND
     forget(cache)
-    again = teachers.obtain_teacher("hf:org/name")
+    again = fetch.obtain_teacher("hf:org/name")
     assert load_card(again).source["revision"] == FIRST
     np.testing.assert_array_equal(load_model(again)[0]["cls_token"], before["cls_token"])
-    other = teachers.obtain_teacher(f"hf:org/name@{SECOND}")
+    other = fetch.obtain_teacher(f"hf:org/name@{SECOND}")
     assert load_card(other).source["revision"] == SECOND
     assert (load_model(other)[0]["cls_token"] != before["cls_token"]).all()
 
 
 def test_each_repository_keeps_its_own_revision(hub: Hub, cache: Path) -> None:
     """One that is fetched after it does not make it forget."""
-    teachers.obtain_teacher("hf:org/name")
+    fetch.obtain_teacher("hf:org/name")
     hub.files[SECOND], hub.main = model_files(1), SECOND
-    assert load_card(teachers.obtain_teacher("hf:org/other")).source["revision"] == SECOND
+    assert load_card(fetch.obtain_teacher("hf:org/other")).source["revision"] == SECOND
     forget(cache)
-    assert load_card(teachers.obtain_teacher("hf:org/name")).source["revision"] == FIRST
-    assert load_card(teachers.obtain_teacher("hf:org/other")).source["revision"] == SECOND
+    assert load_card(fetch.obtain_teacher("hf:org/name")).source["revision"] == FIRST
+    assert load_card(fetch.obtain_teacher("hf:org/other")).source["revision"] == SECOND
 
 
 def test_other_bytes_under_the_same_revision_are_refused(hub: Hub, cache: Path) -> None:
-    teachers.obtain_teacher("hf:org/name")
+    fetch.obtain_teacher("hf:org/name")
     hub.files[FIRST] = model_files(1)
     forget(cache)
     with pytest.raises(InputError, match=r"model\.safetensors: its sha256 should be .* at first"):
-        teachers.obtain_teacher("hf:org/name")
+        fetch.obtain_teacher("hf:org/name")
     assert list((cache / "models").iterdir()) == []
 
 
@@ -208,14 +206,14 @@ def test_other_bytes_under_the_same_revision_are_refused(hub: Hub, cache: Path) 
 def test_refusals_say_what_to_do(hub: Hub, refusal: tuple[int, str], complaint: str) -> None:
     hub.refusal = refusal
     with pytest.raises(InputError, match=complaint) as caught:
-        teachers.obtain_teacher("hf:org/name")
+        fetch.obtain_teacher("hf:org/name")
     assert TOKEN not in str(caught.value)
 
 
 def test_a_repository_without_weights(hub: Hub) -> None:
     hub.files[FIRST] = {"config.json": b"{}", "tf_model.h5": b""}
     with pytest.raises(InputError, match="it holds no weights that are read here"):
-        teachers.obtain_teacher("hf:org/name")
+        fetch.obtain_teacher("hf:org/name")
 
 
 def test_offline_nothing_is_asked_for(
@@ -223,9 +221,9 @@ def test_offline_nothing_is_asked_for(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Unreachable, match=r"offline .* hf download org/name"):
-        teachers.obtain_teacher("hf:org/name")
+        fetch.obtain_teacher("hf:org/name")
     with pytest.raises(InputError) as caught:
-        teachers.obtain_teacher("dinov2_vits14")
+        fetch.obtain_teacher("dinov2_vits14")
     assert len(caught.value.problems) == 2
     assert all("offline" in problem for problem in caught.value.problems)
     assert hub.paths == []
@@ -234,23 +232,23 @@ def test_offline_nothing_is_asked_for(
     assert "nothing is fetched offline" in capsys.readouterr().err
     monkeypatch.delenv("HF_HUB_OFFLINE")
     # What the hub's own cache has needs no network.
-    teachers.obtain_teacher("hf:org/name")
+    fetch.obtain_teacher("hf:org/name")
     shutil.rmtree(cache / "models")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = len(hub.paths)
-    assert load_card(teachers.obtain_teacher("hf:org/name")).source["revision"] == FIRST
+    assert load_card(fetch.obtain_teacher("hf:org/name")).source["revision"] == FIRST
     assert len(hub.paths) == asked
 
 
 def test_without_a_network_the_hubs_cache_serves(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teachers.obtain_teacher("hf:org/name")
+    fetch.obtain_teacher("hf:org/name")
     shutil.rmtree(cache / "models")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert load_card(teachers.obtain_teacher("hf:org/name")).spec == TINY
+    assert load_card(fetch.obtain_teacher("hf:org/name")).spec == TINY
     with pytest.raises(Unreachable, match="hf:org/other: cannot be fetched"):
-        teachers.obtain_teacher("hf:org/other")
+        fetch.obtain_teacher("hf:org/other")
 
 
 def test_a_known_name_has_a_second_source(
@@ -260,14 +258,14 @@ def test_a_known_name_has_a_second_source(
         KNOWN["dinov2_vits14"], spec=TINY, url="http://127.0.0.1:9/x.pth", repository="org/name"
     )
     monkeypatch.setitem(KNOWN, "dinov2_vits14", known)
-    card = load_card(teachers.obtain_teacher("dinov2_vits14"))
+    card = load_card(fetch.obtain_teacher("dinov2_vits14"))
     assert (card.spec, card.source["repository"]) == (TINY, "org/name")
     assert card.licence == known.licence
     assert "cannot fetch http://127.0.0.1:9/x.pth" in capsys.readouterr().out
     other = dataclasses.replace(known, spec=dataclasses.replace(TINY, depth=3))
     monkeypatch.setitem(KNOWN, "dinov2_vitb14", other)
     with pytest.raises(InputError, match=r"expected ViTSpec\(.*depth=3"):
-        teachers.obtain_teacher("dinov2_vitb14")
+        fetch.obtain_teacher("dinov2_vitb14")
 
 
 def test_a_directory_of_another_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,25 +273,25 @@ def test_a_directory_of_another_library(tmp_path: Path, capsys: pytest.CaptureFi
     folder.mkdir()
     for name, content in model_files().items():
         (folder / name).write_bytes(content)
-    assert teachers.find_teacher(str(folder)) is None
-    first = teachers.obtain_teacher(str(folder))
+    assert fetch.find_teacher(str(folder)) is None
+    first = fetch.obtain_teacher(str(folder))
     assert capsys.readouterr().out.count("\n") == 1
     assert load_card(first).spec == TINY
-    assert teachers.find_teacher(str(folder)) == first
+    assert fetch.find_teacher(str(folder)) == first
     # What is changed is converted anew, and what was made of it before stays.
     (folder / "model.safetensors").write_bytes(model_files(1)["model.safetensors"])
-    assert teachers.find_teacher(str(folder)) is None
-    assert teachers.obtain_teacher(str(folder)) != first
+    assert fetch.find_teacher(str(folder)) is None
+    assert fetch.obtain_teacher(str(folder)) != first
 
 
 def test_a_single_file(tmp_path: Path) -> None:
     wide = dataclasses.replace(TINY, width=64, heads=1)
     torch_file.save(tmp_path / "w.pth", of_spec(wide))
-    assert load_card(teachers.obtain_teacher(str(tmp_path / "w.pth"))).spec == wide
+    assert load_card(fetch.obtain_teacher(str(tmp_path / "w.pth"))).spec == wide
     assert proteus_jax.load(tmp_path / "w.pth").spec == wide
     torch_file.save(tmp_path / "odd.pth", of_spec(TINY))
     with pytest.raises(InputError, match=r"give --heads .*convert_weights\.py import .*odd\.pth"):
-        teachers.obtain_teacher(str(tmp_path / "odd.pth"))
+        fetch.obtain_teacher(str(tmp_path / "odd.pth"))
 
 
 def test_addresses_on_a_store(
@@ -306,24 +304,24 @@ def test_addresses_on_a_store(
     for name, content in model_files().items():
         (store / "theirs" / name).write_bytes(content)
     torch_file.save(store / "w.pth", of_spec(dataclasses.replace(TINY, width=64, heads=1)))
-    ours = teachers.obtain_teacher(f"file://{store}/ours")
+    ours = fetch.obtain_teacher(f"file://{store}/ours")
     assert load_card(ours) == load_card(tiny_teacher)
     assert (ours / "model.safetensors").read_bytes() == (
         tiny_teacher / "model.safetensors"
     ).read_bytes()
     assert proteus_jax.load(f"file://{store}/ours/").spec == TINY
-    assert load_card(teachers.obtain_teacher(f"file://{store}/theirs")).spec == TINY
-    assert load_card(teachers.obtain_teacher(f"file://{store}/w.pth")).spec.width == 64
+    assert load_card(fetch.obtain_teacher(f"file://{store}/theirs")).spec == TINY
+    assert load_card(fetch.obtain_teacher(f"file://{store}/w.pth")).spec.width == 64
     (store / "theirs" / "model.safetensors").write_bytes(model_files(1)["model.safetensors"])
-    assert teachers.find_teacher(f"file://{store}/theirs") is None
+    assert fetch.find_teacher(f"file://{store}/theirs") is None
     (store / "empty").mkdir()
     with pytest.raises(InputError, match="expected a weight file, or a directory of weights"):
-        teachers.obtain_teacher(f"file://{store}/empty")
+        fetch.obtain_teacher(f"file://{store}/empty")
     with pytest.raises(InputError, match=r"no-such|No such file"):
-        teachers.obtain_teacher(f"file://{store}/absent.pth")
+        fetch.obtain_teacher(f"file://{store}/absent.pth")
 
 
 def test_an_address_must_not_hold_a_password() -> None:
     with pytest.raises(InputError, match="must not hold a password") as caught:
-        teachers.find_teacher("s3://me:secret@bucket/teacher")
+        fetch.find_teacher("s3://me:secret@bucket/teacher")
     assert "secret" not in str(caught.value).replace("SECRET", "")

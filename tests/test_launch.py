@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_hosts import UNMEASURED, until
 from test_main import command
 
-from proteus_jax.metrics import read_metrics
+from proteus_jax.runtime.metric_writer import read_metrics
 
 LAUNCH = ROOT / "launch"
 PYTHON_MAIN = f"^{sys.executable} main.py"

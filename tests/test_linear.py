@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proteus_jax import sharding
-from proteus_jax.data import images
-from proteus_jax.data.labelled import Labelled, open_pair
-from proteus_jax.data.sources import MemorySource
-from proteus_jax.data.views import CentreCrop
-from proteus_jax.errors import InputError
-from proteus_jax.evaluation import linear
-from proteus_jax.evaluation.context import Context
-from proteus_jax.evaluation.features import Frozen, Reading
-from proteus_jax.evaluation.linear import Kind, Probe, Tokens
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.pretrained import Model, load_model
+from proteus_jax.data.datasets.labeled import Labelled, open_pair
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.errors import InputError, Unreadable
+from proteus_jax.evaluation.feature_extraction import Frozen, Reading
+from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocols import linear
+from proteus_jax.evaluation.protocols.linear import Kind, Probe, Tokens
+from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.runtime import sharding
+from proteus_jax.weights.model_dir import Model, load_model
 
 RATES = (1e-3, 0.1, 3.0)
 KINDS = tuple(Kind(n, pooled) for n in (1, 2) for pooled in (False, True))
@@ -150,7 +149,7 @@ class Shades(MemorySource):
 
     def read(self, index: int) -> np.ndarray:
         if index == 3:
-            raise images.Unreadable("broken")
+            raise Unreadable("broken")
         return super().read(index)
 
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from test_probes import clusters
 
-from proteus_jax.evaluation import logistic
+from proteus_jax.evaluation.classifiers import logistic_regression
 
 DECAYS = np.logspace(-4, 4, 12)
 
@@ -43,7 +43,7 @@ def reference():
 @pytest.mark.parametrize(("dtype", "close"), [("float64", 1e-6), ("float32", 1e-5)])
 def test_every_fit_is_scikit_learns(reference, dtype: str, close: float) -> None:
     features, labels, test, models = reference
-    found = logistic.fit(features, labels, DECAYS, dtype=np.dtype(dtype))
+    found = logistic_regression.fit(features, labels, DECAYS, dtype=np.dtype(dtype))
     assert found.weights.dtype == dtype
     for number, (decay, model) in enumerate(zip(DECAYS, models, strict=True)):
         ours = value(found.weights[number], found.biases[number], features, labels, decay)
@@ -57,7 +57,7 @@ def test_several_labels_at_once_are_classifiers_of_their_own(rng: np.random.Gene
     features, classes = standardised(rng, 200)
     targets = np.eye(4)[classes]
     targets[:, 0] = np.maximum(targets[:, 0], targets[:, 1])
-    found = logistic.fit(features, targets, np.array([2.0]))
+    found = logistic_regression.fit(features, targets, np.array([2.0]))
     for column in range(4):
         model = LogisticRegression(C=0.5, tol=1e-12, max_iter=10000)
         model.fit(features.astype(np.float64), targets[:, column])

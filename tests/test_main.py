@@ -20,10 +20,10 @@ from PIL import Image
 
 import main
 import proteus_jax
-from proteus_jax.convert import canonical
 from proteus_jax.errors import Interrupted
-from proteus_jax.metrics import read_metrics
-from proteus_jax.workdir import LOCK
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.runtime.workdir import LOCK
+from proteus_jax.weights import state_dict
 
 STEPS, STUDENT = 12, "vit_tiny_2blocks"
 
@@ -299,7 +299,7 @@ def test_what_all_hosts_must_have_in_common(
     photographs: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Versions, and the configuration with what the command line changed."""
-    from proteus_jax import cluster
+    from proteus_jax.runtime import distributed
 
     asked = []
 
@@ -307,7 +307,7 @@ def test_what_all_hosts_must_have_in_common(
         asked.append(about)
         raise Interrupted("enough")
 
-    monkeypatch.setattr(cluster, "joined", joined)
+    monkeypatch.setattr(distributed, "joined", joined)
     for more in ([], ["--config.seed=9"]):
         arguments = command(tmp_path / "run", photographs, tiny_teacher, *more)[2:]
         with pytest.raises(Interrupted):
@@ -381,9 +381,9 @@ def test_a_teacher_that_cannot_be_fetched(tmp_path: Path, photographs: Path) -> 
 def test_patches_must_divide_the_crops(tmp_path: Path, photographs: Path) -> None:
     import jax
 
+    from proteus_jax.models.config import ViTSpec
     from proteus_jax.models.functional import BackboneFunction
-    from proteus_jax.models.specs import ViTSpec
-    from proteus_jax.pretrained import ModelCard, save_model
+    from proteus_jax.weights.model_dir import ModelCard, save_model
 
     spec = ViTSpec(width=16, depth=1, heads=1, patch_size=16, grid=2)
     save_model(
@@ -526,7 +526,7 @@ def test_exported_names_are_the_official_ones(
     arrays = safetensors.numpy.load_file(finished[0] / "student" / "model.safetensors")
     assert arrays["blocks.1.attn.qkv.weight"].shape == (576, 192)
     assert arrays["patch_embed.proj.weight"].shape == (192, 3, 14, 14)
-    assert canonical.infer_spec(arrays).depth == 2
+    assert state_dict.infer_spec(arrays).depth == 2
 
 
 def test_a_second_start_finds_its_programs_compiled(

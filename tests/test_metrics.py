@@ -8,10 +8,10 @@ import pytest
 from conftest import Heard
 from tensorboardX.proto import event_pb2
 
-from proteus_jax.console import duration
-from proteus_jax.experiment import Experiment
-from proteus_jax.metrics import MetricsWriter, NoMetrics, read_metrics
-from proteus_jax.rows import Rows
+from proteus_jax.engine.metrics_logger import Rows
+from proteus_jax.runtime.console import duration
+from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics, read_metrics
+from proteus_jax.training.setup import Experiment
 
 messages: Any = event_pb2  # its classes are made at run time
 
@@ -89,8 +89,8 @@ def test_rows_of_two_students(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in facts.items():
         object.__setattr__(experiment, name, value)
     now = [50.0]
-    monkeypatch.setattr("proteus_jax.rows.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("proteus_jax.rows.jax.device_count", lambda: 16)
+    monkeypatch.setattr("proteus_jax.engine.metrics_logger.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("proteus_jax.engine.metrics_logger.jax.device_count", lambda: 16)
     writer, console = Written(), Heard()
     rows = Rows(experiment, writer, console)
     rows.begin(10)

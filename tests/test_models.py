@@ -9,16 +9,16 @@ import pytest
 from conftest import TINY, shuffled
 from flax import nnx
 
+from proteus_jax.models.config import CLIP, SPECS, SYNCLR, ViTSpec
 from proteus_jax.models.functional import (
     BackboneFunction,
     StudentFunction,
     in_precision,
     without_layer_scale,
 )
-from proteus_jax.models.normalisation import CLIP as CLIP_STATISTICS
-from proteus_jax.models.normalisation import HALF, IMAGENET, Normalisation
-from proteus_jax.models.position import resize_matrix
-from proteus_jax.models.specs import CLIP, SPECS, SYNCLR, ViTSpec
+from proteus_jax.models.normalization import CLIP as CLIP_STATISTICS
+from proteus_jax.models.normalization import HALF, IMAGENET, Normalisation
+from proteus_jax.models.pos_embed import resize_matrix
 from proteus_jax.models.student import Head
 from proteus_jax.models.vit import VisionTransformer, resize_position_table
 

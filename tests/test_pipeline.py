@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, photograph
 
-from proteus_jax.data import images, order
-from proteus_jax.data.augment import Recipe
-from proteus_jax.data.catalog import open_images
-from proteus_jax.data.order import Order, shares
-from proteus_jax.data.pipeline import Batch, held_out_views, training_batches
-from proteus_jax.data.randaugment import RandAugment
-from proteus_jax.data.sources import MemorySource, Source
+from proteus_jax.data import decode, sampler
+from proteus_jax.data.dataset import open_images
+from proteus_jax.data.loader import Batch, held_out_views, training_batches
+from proteus_jax.data.sampler import Order, shares
+from proteus_jax.data.sources.base import MemorySource, Source
 from proteus_jax.data.splits import HeldOut
-from proteus_jax.errors import InputError
+from proteus_jax.data.transforms.randaugment import RandAugment
+from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.errors import InputError, Unreadable
 
 
 @pytest.fixture
@@ -90,10 +90,10 @@ def test_order_does_not_depend_on_workers(photographs: Path, alone: None) -> Non
 SCRIPT = """
 import sys
 import numpy as np
-from proteus_jax.data.augment import Recipe
-from proteus_jax.data.catalog import open_images
-from proteus_jax.data.order import Order
-from proteus_jax.data.pipeline import training_batches
+from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.dataset import open_images
+from proteus_jax.data.sampler import Order
+from proteus_jax.data.loader import training_batches
 from proteus_jax.data.splits import HeldOut
 
 if __name__ == "__main__":
@@ -226,7 +226,7 @@ def test_parts_and_epochs_are_shuffled_apart() -> None:
     assert firsts[0].isdisjoint(firsts[1])
     assert firsts[2] != firsts[0]
     # As it was before the run's own shuffling: each part in an order of its own.
-    places = order._permutation(1, order._EPOCH, 0, 24)
+    places = sampler._permutation(1, sampler._EPOCH, 0, 24)
     arranged = np.empty(24, int)
     arranged[places] = images_of(Order(1, (12, 12), (1.0, 1.0)), 24)
     assert sorted(arranged[:12]) == list(range(12))
@@ -262,7 +262,7 @@ class Broken(MemorySource):
 
     def read(self, index: int) -> np.ndarray:
         if index in self.lost:
-            raise images.Unreadable("broken")
+            raise Unreadable("broken")
         return super().read(index)
 
 
@@ -312,7 +312,7 @@ def test_views_of_one_image_differ_and_are_of_it(rng: np.random.Generator) -> No
     for index in range(3):
         own = [views[turn * 3 + index] for turn in range(3)]
         assert len({view.tobytes() for view in own}) == 3
-        expected = Recipe(16)(images.opened(pictures[index]), order.held_out_generator(index, 1))
+        expected = Recipe(16)(decode.opened(pictures[index]), sampler.held_out_generator(index, 1))
         np.testing.assert_array_equal(own[1], expected)
     grey, _ = held_out_views(shades(4), count=8, size=8)
     assert grey[:, 0, 0, 0].tolist() == [0, 8, 16, 24] * 2
@@ -320,7 +320,7 @@ def test_views_of_one_image_differ_and_are_of_it(rng: np.random.Generator) -> No
 
 def test_raw_bits_do_not_change_with_numpy() -> None:
     """The order of a run that is taken up in a year must be the one it began with."""
-    assert order._permutation(7, 1, 2, 8).tolist() == [1, 3, 0, 6, 4, 7, 5, 2]
+    assert sampler._permutation(7, 1, 2, 8).tolist() == [1, 3, 0, 6, 4, 7, 5, 2]
 
 
 def test_an_unreadable_image_is_replaced_by_the_same_other(
@@ -363,9 +363,11 @@ def test_held_out_images_that_cannot_be_read(source: MemorySource) -> None:
 
 
 def test_randomness_of_a_view_depends_on_nothing_before() -> None:
-    one = order.ViewRandomness(3)
+    one = sampler.ViewRandomness(3)
     for draw in (0, 7, 2**40, 7):
-        fresh = np.random.Generator(np.random.Philox(key=[3, draw], counter=[0, 0, 0, order._VIEW]))
+        fresh = np.random.Generator(
+            np.random.Philox(key=[3, draw], counter=[0, 0, 0, sampler._VIEW])
+        )
         found = one.at(draw)
         assert found.random(5).tolist() == fresh.random(5).tolist()
         assert found.integers(1000) == fresh.integers(1000)

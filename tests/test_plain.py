@@ -13,17 +13,17 @@ import pytest
 from conftest import shuffled
 from flax import nnx
 
-from proteus_jax.losses import LossWeights, token_loss
+from proteus_jax.methods.feature_standardization import Moments, moments_of, standardised, updated
+from proteus_jax.methods.losses import LossWeights, token_loss
 from proteus_jax.models.attention import attention
+from proteus_jax.models.config import CLIP as CLIPS
+from proteus_jax.models.config import SPECS, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.layers import LayerNorm, Mlp, SwiGLU, Unscaled
-from proteus_jax.models.normalisation import CLIP, IMAGENET, Normalisation
-from proteus_jax.models.specs import CLIP as CLIPS
-from proteus_jax.models.specs import SPECS, SYNCLR, ViTSpec
+from proteus_jax.models.normalization import CLIP, IMAGENET, Normalisation
 from proteus_jax.models.vit import Features, resize_position_table
-from proteus_jax.optim import adamw, decay_mask
-from proteus_jax.standardise import Moments, moments_of, standardised, updated
-from proteus_jax.step import Teacher, init_state, make_train_step, random_masks
+from proteus_jax.training.optimizer import adamw, decay_mask
+from proteus_jax.training.train_step import Teacher, init_state, make_train_step, random_masks
 
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
 # Every choice that a family makes, in as few models as hold them.

@@ -17,15 +17,17 @@ import warm
 from conftest import ROOT, Heard
 
 import main
-from proteus_jax import config, floors, flops, plan
-from proteus_jax.assembly import Known, assemble, length
-from proteus_jax.data.rate import Rate
+from proteus_jax import config
+from proteus_jax.data.throughput import Rate
 from proteus_jax.errors import InputError
-from proteus_jax.known import KNOWN
+from proteus_jax.models import flops
+from proteus_jax.models.config import SPECS, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.models.specs import SPECS, ViTSpec
-from proteus_jax.topology import named_topology
+from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.training.builder import Known, assemble, length
+from proteus_jax.training.planning import floors, plan
+from proteus_jax.training.planning.topology import named_topology
+from proteus_jax.weights.registry import KNOWN
 
 
 @pytest.mark.parametrize(

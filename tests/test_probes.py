@@ -5,9 +5,10 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
-from proteus_jax import sharding
-from proteus_jax.evaluation import finegrained, knn, ridge
-from proteus_jax.evaluation.similarity import effective_rank, linear_cka, spectrum
+from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
+from proteus_jax.evaluation.classifiers import knn, ridge
+from proteus_jax.evaluation.protocols import fine_grained
+from proteus_jax.runtime import sharding
 
 
 def clusters(
@@ -113,9 +114,9 @@ def test_a_dimension_that_never_changes_says_nothing(rng: np.random.Generator) -
     assert np.isfinite(probe.weights).all()
     assert np.mean(probe(still[1]) == wanted) > 0.5
     scores = [
-        finegrained._scores(
-            finegrained.Features(one.astype(np.float32), labels),
-            finegrained.Features(other.astype(np.float32), wanted),
+        fine_grained._scores(
+            fine_grained.Features(one.astype(np.float32), labels),
+            fine_grained.Features(other.astype(np.float32), wanted),
             np.array([1.0]),
         )
         for one, other in ((train, test), still)

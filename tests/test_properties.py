@@ -18,16 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proteus_jax import config
-from proteus_jax.convert import torch_file
-from proteus_jax.convert.formats import read_weights
-from proteus_jax.data.augment import crop_box
-from proteus_jax.data.order import Order, chosen, shares
-from proteus_jax.data.resampling import resized
-from proteus_jax.data.sources import MemorySource
+from proteus_jax.checkpoint.checksums import damage, seal
+from proteus_jax.data.sampler import Order, chosen, shares
+from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.splits import HeldOut, split
+from proteus_jax.data.transforms.random_resized_crop import crop_box
+from proteus_jax.data.transforms.resize import resized
 from proteus_jax.errors import InputError
-from proteus_jax.fields import schema_of
-from proteus_jax.integrity import damage, seal
+from proteus_jax.schema import schema_of
+from proteus_jax.weights.convert import torch_file
+from proteus_jax.weights.convert.readers import read_weights
 
 settings.register_profile(
     "drawn", derandomize=True, deadline=None, max_examples=60, database=None,

@@ -26,22 +26,23 @@ from etils import epath
 from test_metrics import scalars
 from test_plain import training
 
-from proteus_jax import compiled, heartbeat, integrity, sharding
-from proteus_jax.changes import changes
-from proteus_jax.checkpoint import Checkpoints
-from proteus_jax.data.pipeline import Batch
+from proteus_jax.checkpoint import checksums
+from proteus_jax.checkpoint.checkpointer import Checkpoints
+from proteus_jax.checkpoint.store import Keep, Shelf
+from proteus_jax.data.loader import Batch
+from proteus_jax.engine.checkpointing import Saving
+from proteus_jax.engine.monitors import Clock, SkippedUpdates, StopRequest
 from proteus_jax.errors import Diverged, InputError, Interrupted, about, exit_code, fitting
-from proteus_jax.experiment import Experiment
-from proteus_jax.heartbeat import Heartbeat
-from proteus_jax.metrics import MetricsWriter, read_metrics
-from proteus_jax.process import REQUESTS
-from proteus_jax.saving import Saving
-from proteus_jax.shelf import Keep, Shelf
-from proteus_jax.standardise import Moments
-from proteus_jax.step import Skipped, TrainState
-from proteus_jax.train import _resumed
-from proteus_jax.watch import Clock, SkippedUpdates, StopRequest
-from proteus_jax.workdir import Workdir
+from proteus_jax.methods.feature_standardization import Moments
+from proteus_jax.runtime import compilation_cache, heartbeat, sharding
+from proteus_jax.runtime.heartbeat import Heartbeat
+from proteus_jax.runtime.metric_writer import MetricsWriter, read_metrics
+from proteus_jax.runtime.process import REQUESTS
+from proteus_jax.runtime.workdir import Workdir
+from proteus_jax.training.resume import changes
+from proteus_jax.training.setup import Experiment
+from proteus_jax.training.train_step import Skipped, TrainState
+from proteus_jax.training.trainer import _resumed
 
 
 @pytest.fixture
@@ -210,18 +211,18 @@ def test_a_seal_is_of_every_byte_and_every_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind the first piece of a file too, and of orbax's own."""
-    monkeypatch.setattr(integrity, "_PIECE", 8)
+    monkeypatch.setattr(checksums, "_PIECE", 8)
     for name, place in (("array", 19), ("_METADATA", 3)):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "array").write_bytes(bytes(20))
         (folder / "_METADATA").write_bytes(bytes(20))
-        integrity.seal(folder, "it")
-        assert integrity.damage(folder, "it") is None
+        checksums.seal(folder, "it")
+        assert checksums.damage(folder, "it") is None
         content = bytearray(20)
         content[place] = 1
         (folder / name).write_bytes(content)
-        assert (integrity.damage(folder, "it") or "").startswith(f"{name}: expected sha256")
+        assert (checksums.damage(folder, "it") or "").startswith(f"{name}: expected sha256")
 
 
 def test_a_newer_checkpoint_that_is_gone_is_told_of(folder: Path) -> None:
@@ -258,8 +259,8 @@ def test_a_users_own_cache_of_programs_is_used(monkeypatch: pytest.MonkeyPatch) 
         settings = SimpleNamespace(
             jax_compilation_cache_dir=own, update=lambda *each: updates.append(each)
         )
-        monkeypatch.setattr(compiled.jax, "config", settings)
-        compiled.keep_compiled_programs("shared")
+        monkeypatch.setattr(compilation_cache.jax, "config", settings)
+        compilation_cache.keep_compiled_programs("shared")
         assert len(updates) == expected
     assert updates[0][0] == "jax_compilation_cache_dir"
 
@@ -373,7 +374,7 @@ def test_a_file_system_that_is_away_is_no_damage(
     def broken(path: epath.Path, **_: Any) -> dict[str, Any]:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(integrity, "_digest", broken)
+    monkeypatch.setattr(checksums, "_digest", broken)
     with pytest.raises(InputError, match=r"step 2: it cannot be read: .*Input/output"):
         shelf.newest()
 
@@ -500,7 +501,7 @@ def test_a_run_diverges_at_its_limit_before_a_checkpoint() -> None:
 def test_what_is_no_step_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds of which six were an evaluation, and one of the rest a wait for images."""
     now = [100.0]
-    monkeypatch.setattr("proteus_jax.watch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("proteus_jax.engine.monitors.time.monotonic", lambda: now[0])
     clock = Clock()
     assert clock.lap(3, 8)["images_per_second"] > 0
     now[0] += 3
@@ -589,7 +590,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
 # A main thread that hears of no signal, as one that compiles: it waits for itself, in C.
 STUCK = """
 import ctypes, sys
-from proteus_jax.watch import StopRequest
+from proteus_jax.engine.monitors import StopRequest
 with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)) as stop:
     stop.waits = sys.argv[2] == "waits"
     print("stuck", flush=True)

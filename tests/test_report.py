@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from conftest import photograph
 
-from proteus_jax import messages
-from proteus_jax.evaluation import picture, snapshots
-from proteus_jax.evaluation.agreement import NEIGHBOURS, StudentTokens, TeacherTokens
-from proteus_jax.evaluation.chart import COLOURS, Series, chart
-from proteus_jax.evaluation.report import report, write_report
+from proteus_jax.evaluation.reporting import figures, snapshots
+from proteus_jax.evaluation.reporting.html_report import report, write_report
+from proteus_jax.evaluation.reporting.svg_chart import COLOURS, Series, chart
+from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS, StudentTokens, TeacherTokens
+from proteus_jax.training import summary
 
 STRANGE = '<script>alert("x")</script> & "photos"'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -112,9 +112,9 @@ def test_neighbours_are_drawn_by_the_students_own_tokens(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene, drawn = small_scene(rng), []
-    sheet = picture.neighbour_sheet
+    sheet = figures.neighbour_sheet
     monkeypatch.setattr(
-        picture, "neighbour_sheet", lambda *each: drawn.append(each[2]) or sheet(*each)
+        figures, "neighbour_sheet", lambda *each: drawn.append(each[2]) or sheet(*each)
     )
     tokens = StudentTokens(scene.target.cls, scene.target.patches, rng.normal(size=(4, 3)))
     snapshots.draw_student(scene, "a", 1, tokens, None, tmp_path)
@@ -129,8 +129,8 @@ def test_neighbours_are_drawn_by_the_students_own_tokens(
 def test_beside_a_view_stand_its_own_neighbours() -> None:
     views = np.stack([np.full((28, 28, 3), 60 * number, np.uint8) for number in range(4)])
     found = np.array([[1, 2], [0, 3], [3, 1], [2, 0]])
-    side, gap = picture.CELL // 2, picture.GAP
-    sheet = np.asarray(picture.neighbour_sheet(views, [3, 1], found))
+    side, gap = figures.CELL // 2, figures.GAP
+    sheet = np.asarray(figures.neighbour_sheet(views, [3, 1], found))
     for row, shown in enumerate(((3, 2, 0), (1, 0, 3))):
         for column, number in enumerate(shown):
             top, left = row * (side + gap), column * (side + gap)
@@ -141,8 +141,8 @@ def test_errors_are_drawn_where_patches_are_hidden() -> None:
     """The larger the warmer; what was seen is the view, darkened."""
     views = np.full((1, 28, 28, 3), 200, np.uint8)
     errors, hidden = np.array([[1.0, 0.0, 0.5, 1.0]]), np.array([[True, True, False, False]])
-    sheet = np.asarray(picture.error_strip(views, errors, hidden)).astype(int)
-    half = picture.CELL // 2
+    sheet = np.asarray(figures.error_strip(views, errors, hidden)).astype(int)
+    half = figures.CELL // 2
     large, small, seen = sheet[10, 10], sheet[10, half + 10], sheet[half + 10, 10]
     assert seen.tolist() == [100, 100, 100]
     assert large[0] > 200 > 100 > small[0]
@@ -165,7 +165,7 @@ def test_the_background_is_black_whichever_way_a_component_points(
             return u, s, sign * v
 
         monkeypatch.setattr(np.linalg, "svd", turned)
-        (colours,) = picture.foreground_colours(tokens, [edge.ravel()])
+        (colours,) = figures.foreground_colours(tokens, [edge.ravel()])
         assert (colours[~inside.ravel()] == 0).all()
         assert (colours[inside.ravel()].max(axis=1) > 0).all()
 
@@ -254,7 +254,7 @@ def test_what_is_said_at_the_end() -> None:
     rows[-1] |= {"agreement_class": 0.7, "cka": 0.75, "neighbour_overlap": 0.5, "knn_top1": 60.0}
     rows[-1] |= {"teacher_knn_top1": 80.0, "knn_balanced_top1": 40.0, "ridge_top1": 45.0}
     rows[-1] |= {"teacher_ridge_top1": 50.0, "ema_knn_top1": 61.5}
-    lines = [re.split(r"  +", line.strip()) for line in messages._learnt(rows, "")]
+    lines = [re.split(r"  +", line.strip()) for line in summary._learnt(rows, "")]
     assert lines == [
         ["first step", "last 10"],
         ["token loss", "99.000", "64.500"],
@@ -272,5 +272,5 @@ def test_what_is_said_at_the_end() -> None:
     ]
     # Of two students each has its own rows.
     named = [{f"a/{key}": value for key, value in row.items()} for row in rows[1:3]]
-    assert len(list(messages._learnt(named, "a/"))) == 4
-    assert list(messages._learnt(named, "b/")) == []
+    assert len(list(summary._learnt(named, "a/"))) == 4
+    assert list(summary._learnt(named, "b/")) == []

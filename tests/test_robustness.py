@@ -12,16 +12,16 @@ from test_linear import context_for
 from test_main import command, finish
 
 import proteus_jax
-from proteus_jax.data.labelled import Labelled, open_labelled
-from proteus_jax.data.sources import MemorySource
-from proteus_jax.data.views import CentreCrop
-from proteus_jax.evaluation import robustness
-from proteus_jax.evaluation.linear import Kind
+from proteus_jax.data.datasets.labeled import Labelled, open_labelled
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.evaluation.cka import linear_cka
+from proteus_jax.evaluation.protocols import robustness
+from proteus_jax.evaluation.protocols.linear import Kind
+from proteus_jax.evaluation.reporting.comparison_table import main as table
 from proteus_jax.evaluation.results import describe
-from proteus_jax.evaluation.similarity import linear_cka
-from proteus_jax.evaluation.table import main as table
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.pretrained import Model, ModelCard, load_model, save_model
+from proteus_jax.weights.model_dir import Model, ModelCard, load_model, save_model
 
 WNIDS = ("n01", "n02", "n03")
 
@@ -60,8 +60,8 @@ def predictions(
     model: Path, head: Path, folder: Path, shown: list[int], resize: int = 32
 ) -> list[tuple[int, str]]:
     """The head's answer and the folder's name of each image, an image at a time."""
-    from proteus_jax.data.catalog import open_source
-    from proteus_jax.data.images import opened
+    from proteus_jax.data.dataset import open_source
+    from proteus_jax.data.decode import opened
 
     params, card = load_model(model)
     backbone = BackboneFunction(card.spec)
@@ -207,8 +207,8 @@ def test_a_run_beside_its_teacher(
     for name in ("neighbours-student", "neighbours-teacher", "errors-by-position"):
         assert (workdir / f"{name}.png").is_file()
     # The same features by another way.
-    from proteus_jax.data.catalog import open_source
-    from proteus_jax.data.images import opened
+    from proteus_jax.data.dataset import open_source
+    from proteus_jax.data.decode import opened
 
     source, _ = open_source(str(photographs))
     chosen = np.unique(np.linspace(0, len(source) - 1, 11).round().astype(int))

@@ -19,13 +19,12 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from conftest import ROOT, photograph
 from PIL import Image
 
-from proteus_jax.data import folder as folders
-from proteus_jax.data import images
-from proteus_jax.data.catalog import open_configured, open_images, open_source
-from proteus_jax.data.sources import Source
+from proteus_jax.data.dataset import open_configured, open_images, open_source
+from proteus_jax.data.mmap_table import read_table, write_table
+from proteus_jax.data.sources import image_folder as folders
+from proteus_jax.data.sources.base import Source
 from proteus_jax.data.splits import HeldOut, Split, Subset
-from proteus_jax.data.table import read_table, write_table
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, Unreadable
 
 NONE = HeldOut(0.0, 1, 1)
 
@@ -245,7 +244,7 @@ def test_paths_that_are_no_unicode(tmp_path: Path, rng: np.random.Generator) -> 
     (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
     source = open_folder(tmp_path, NONE).training
     assert len(source) == 1
-    code = f"from proteus_jax.console import Console; Console().line({source.name(0)!r})"
+    code = f"from proteus_jax.runtime.console import Console; Console().line({source.name(0)!r})"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert shown.stdout == b"\\udcff.png\n"
 
@@ -390,7 +389,7 @@ def test_what_is_no_parquet(tmp_path: Path) -> None:
         open_source(str(tmp_path / "b.parquet"))
     pq.write_table(pa.table({"image": [b"x", None]}), tmp_path / "c.parquet")
     source, _ = open_source(str(tmp_path / "c.parquet"))
-    with pytest.raises(images.Unreadable, match="no image"):
+    with pytest.raises(Unreadable, match="no image"):
         source.read(1)
 
 

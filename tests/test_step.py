@@ -9,13 +9,13 @@ import pytest
 from conftest import TINY
 from jax.sharding import NamedSharding, PartitionSpec
 
-from proteus_jax import sharding
-from proteus_jax.losses import Losses, LossWeights
+from proteus_jax.methods.losses import Losses, LossWeights
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalisation import IMAGENET
-from proteus_jax.models.specs import ViTSpec
-from proteus_jax.optim import adamw, decay_mask, scaled_learning_rate, warmup_cosine
-from proteus_jax.step import (
+from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.runtime import sharding
+from proteus_jax.training.optimizer import adamw, decay_mask, scaled_learning_rate, warmup_cosine
+from proteus_jax.training.train_step import (
     Teacher,
     TrainState,
     _mean_over_parts,

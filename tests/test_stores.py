@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from proteus_jax import console
-from proteus_jax.data import files
 from proteus_jax.errors import InputError
+from proteus_jax.runtime import console, remote_fs
 
 LISTED = {
     "gs": json.dumps({"items": [{"name": "x/a.png", "size": "3", "bucket": "bucket"}]}),
@@ -69,10 +68,10 @@ def test_a_store_that_answers_late_is_waited_for_in_words(
 ) -> None:
     monkeypatch.setattr(console, "WAITING_INTERVAL", 0.1)
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.2)
-    monkeypatch.setattr(files, "PATIENCE", 0.5)
+    monkeypatch.setattr(remote_fs, "PATIENCE", 0.5)
     with store(kind, monkeypatch, delay=1.0) as root:
-        assert list(files.remote_listing(root)) == [("a.png", 3)]
-        assert files.read(root, "a.png") == b"abc"
+        assert list(remote_fs.remote_listing(root)) == [("a.png", 3)]
+        assert remote_fs.read(root, "a.png") == b"abc"
     said = capfd.readouterr().out.splitlines()
     assert said[0] == f"listing {root}: 0:00"
     tried = "requests that fail are tried again, up to two minutes"
@@ -87,5 +86,5 @@ def test_a_store_that_refuses_is_believed_at_once(
         start = time.monotonic()
         words = "Permission|PERMISSION|ACCESS_DENIED"
         with pytest.raises(InputError, match=f"cannot be listed: .*(?:{words})"):
-            list(files.remote_listing(root))
+            list(remote_fs.remote_listing(root))
         assert time.monotonic() - start < 20

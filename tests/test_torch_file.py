@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from proteus_jax.convert import inert_pickle, torch_file
-from proteus_jax.convert.formats import read_weights
-from proteus_jax.convert.torch_file import Tensor, TorchFile
 from proteus_jax.errors import InputError
+from proteus_jax.weights.convert import inert_pickle, torch_file
+from proteus_jax.weights.convert.readers import read_weights
+from proteus_jax.weights.convert.torch_file import Tensor, TorchFile
 
 FILES = ROOT / "tests" / "files"
 # Written by PyTorch 2.13 in both forms.
@@ -57,7 +57,8 @@ def test_both_forms_without_torch(name: str) -> None:
 def test_reading_needs_no_torch(name: str) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from pathlib import Path; "
-        f"from proteus_jax.convert.formats import read_weights; read_weights(Path({name!r}))"
+        "from proteus_jax.weights.convert.readers import read_weights; "
+        f"read_weights(Path({name!r}))"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=FILES, env={"PYTHONPATH": str(ROOT)})
     assert ended.returncode == 0

@@ -8,12 +8,12 @@ import pytest
 from conftest import TINY, photograph
 from PIL import Image
 
-from proteus_jax.evaluation import picture
-from proteus_jax.evaluation.picture import GAP, HEADING, foreground_colours
+from proteus_jax.evaluation.reporting import figures
+from proteus_jax.evaluation.reporting.figures import GAP, HEADING, foreground_colours
+from proteus_jax.evaluation.reporting.visualize import HEIGHT, columns, main
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.specs import ViTSpec
-from proteus_jax.pretrained import Model, load_model
-from proteus_jax.visualize import HEIGHT, columns, main
+from proteus_jax.weights.model_dir import Model, load_model
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_attention_shown_is_the_mean_of_all_heads(
     model, drawn = Model(*load_model(tiny_teacher)), []
     pixels = photograph(rng, 56, 56)
     monkeypatch.setattr(
-        picture, "heat_tile", lambda view, weights, grid: drawn.append((weights, grid))
+        figures, "heat_tile", lambda view, weights, grid: drawn.append((weights, grid))
     )
     columns(model, "x", [pixels], 56)
     ((weights, grid),) = drawn

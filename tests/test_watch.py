@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from proteus_jax.engine.monitors import UnreadableImages, WaitNotice
 from proteus_jax.errors import InputError
-from proteus_jax.watch import UnreadableImages, WaitNotice
 
 
 def test_a_slow_input_is_said_once() -> None:

@@ -23,13 +23,14 @@ from conftest import ROOT
 from test_main import assert_same_run, command
 
 import proteus_jax
-from proteus_jax import experiment, heartbeat, workdir
 from proteus_jax.config import Override, load
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.experiment import open_inputs
-from proteus_jax.heartbeat import Heartbeat
-from proteus_jax.storage import atomic_directory
-from proteus_jax.workdir import Workdir, opened_workdir, why_no_workdir
+from proteus_jax.runtime import heartbeat, workdir
+from proteus_jax.runtime.filesystem import atomic_directory
+from proteus_jax.runtime.heartbeat import Heartbeat
+from proteus_jax.runtime.workdir import Workdir, opened_workdir, why_no_workdir
+from proteus_jax.training import setup
+from proteus_jax.training.setup import open_inputs
 
 # main.py with a bucket that is a folder: orbax has its own way to the real ones.
 STAND_IN = """
@@ -176,7 +177,9 @@ def test_an_address_is_somebodys_as_long_as_a_heartbeat_comes(
 
 def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
     """A process that is killed leaves what it had not given its name yet."""
-    code = "import os, sys; from pathlib import Path; from proteus_jax.storage import *\n"
+    code = (
+        "import os, sys; from pathlib import Path; from proteus_jax.runtime.filesystem import *\n"
+    )
     code += (
         "with atomic_directory(Path(sys.argv[1])) as folder: (folder / 'a').touch(); os._exit(9)"
     )
@@ -194,7 +197,9 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
 
 def test_a_run_that_is_stopping_is_waited_for(tmp_path: Path) -> None:
     """A lock of another process, which says that it has been asked to stop."""
-    holder = "import sys; from proteus_jax.workdir import Workdir; from pathlib import Path\n"
+    holder = (
+        "import sys; from proteus_jax.runtime.workdir import Workdir; from pathlib import Path\n"
+    )
     holder += "with Workdir(Path(sys.argv[1])).locked(print): print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)],
@@ -329,7 +334,7 @@ def test_nothing_is_fetched_before_a_misspelt_path_is_said(
     """Teachers are gigabytes."""
     monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
     asked: list[str] = []
-    monkeypatch.setattr(experiment, "obtain_teacher", asked.append)
+    monkeypatch.setattr(setup, "obtain_teacher", asked.append)
     problems = refused(tmp_path / "run", tmp_path / "misspelt", Path("dinov2_vitb14"))
     assert len(problems) == 1
     assert "misspelt: no such folder" in problems[0]

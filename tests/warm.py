@@ -129,8 +129,8 @@ def _serve(asked_by: socket.socket) -> None:
     """Forks one command after the other, until nobody asks any more."""
     sys.path[0] = str(ROOT)
     import main  # noqa: F401
-    from proteus_jax import checkup, cluster, collectives, dump, experiment, plan, train  # noqa: F401
-    from proteus_jax.evaluation import run as evaluation  # noqa: F401
+    from proteus_jax.evaluation import runner as evaluation  # noqa: F401
+    from proteus_jax.training.planning import plan  # noqa: F401
 
     while True:
         message, streams, _, _ = socket.recv_fds(asked_by, LARGEST, 2)

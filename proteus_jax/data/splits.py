@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proteus_jax.data.order import apart, chosen
-from proteus_jax.data.sources import Joined, MemorySource, Part, Source
+from proteus_jax.data.sampler import apart, chosen
+from proteus_jax.data.sources.base import Joined, MemorySource, Part, Source
 from proteus_jax.errors import InputError
 
 

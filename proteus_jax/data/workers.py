@@ -24,8 +24,8 @@ import grain
 import numpy as np
 
 from proteus_jax.errors import Interrupted
-from proteus_jax.hosts import processes_here
-from proteus_jax.process import REQUESTS
+from proteus_jax.runtime.cluster_env import processes_here
+from proteus_jax.runtime.process import REQUESTS
 
 # Images that a thread or a worker makes at a time.
 CHUNK = 64

@@ -12,8 +12,8 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.errors import InputError
-from proteus_jax.pretrained import Model
-from proteus_jax.storage import write_atomically
+from proteus_jax.runtime.filesystem import write_atomically
+from proteus_jax.weights.model_dir import Model
 
 FILE = "results.json"
 

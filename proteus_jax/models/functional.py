@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from proteus_jax.models.attention import choose
-from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.student import Predictions, Student
 from proteus_jax.models.vit import Features, VisionTransformer
 

@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from proteus_jax.models.attention import attention
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.remat import kept
-from proteus_jax.models.rotary import Rotation, turned
-from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.rope import Rotation, turned
 
 # The reference asks for a normal of deviation 0.02 cut at -2 and 2: a hundred deviations, so no cut
 # at all.

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.layers import LayerNorm, Mlp, Unscaled, linear
-from proteus_jax.models.specs import ViTSpec
 
 
 class AttentionPool(nnx.Module):

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.layers import LayerNorm, torch_uniform
-from proteus_jax.models.specs import ViTSpec
 from proteus_jax.models.vit import Features, VisionTransformer
 
 # The heads keep PyTorch's LayerNorm default, unlike the backbone's 1e-6.

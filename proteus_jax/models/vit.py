@@ -14,12 +14,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.layers import LINEAR_INIT, Block, LayerNorm, torch_uniform
 from proteus_jax.models.pooling import AttentionPool
-from proteus_jax.models.position import resize_matrix
+from proteus_jax.models.pos_embed import resize_matrix
 from proteus_jax.models.remat import REMAT
-from proteus_jax.models.rotary import Rotation, rotation
-from proteus_jax.models.specs import ViTSpec
+from proteus_jax.models.rope import Rotation, rotation
 
 
 class Features(NamedTuple):

@@ -17,9 +17,9 @@ import warm
 from conftest import ROOT, TINY, photograph
 from PIL import Image
 
-from proteus_jax.metrics import read_metrics
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.pretrained import ModelCard, save_model
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.weights.model_dir import ModelCard, save_model
 
 STEPS, EVERY = 24, 2
 # All that a state can hold, beside what the plain run has.

@@ -10,9 +10,9 @@ import pytest
 
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, arrays
+from proteus_jax.checkpoint.checksums import SEAL
+from proteus_jax.checkpoint.store import Shelf
 from proteus_jax.errors import InputError
-from proteus_jax.integrity import SEAL
-from proteus_jax.shelf import Shelf
 
 NEWEST = STEPS
 # Of the undisturbed run, so many of the newest are looked at.

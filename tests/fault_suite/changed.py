@@ -12,7 +12,7 @@ from PIL import Image
 import proteus_jax
 from fault_suite.account import Fault
 from fault_suite.bench import STEPS, Bench, assert_same, rows, until
-from proteus_jax.optim import warmup_cosine
+from proteus_jax.training.optimizer import warmup_cosine
 
 # What is changed, and what the refusal says of it.
 REFUSED = {

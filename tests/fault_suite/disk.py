@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, Limit, assert_same, rows, until
-from proteus_jax.shelf import Keep, Shelf
+from proteus_jax.checkpoint.store import Keep, Shelf
 
 SIZE = 40 * 2**20
 

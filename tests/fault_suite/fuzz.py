@@ -9,8 +9,9 @@ from conftest import ROOT
 import main
 from fault_suite.account import Fault
 from fault_suite.bench import Bench
-from proteus_jax import config, experiment, train
+from proteus_jax import config
 from proteus_jax.errors import InputError
+from proteus_jax.training import setup, trainer
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 ANYTHING = (
@@ -237,7 +238,7 @@ def _only_begins() -> None:
     """In place of training: what comes before the first step, so that thousands can be tried."""
 
     def begin(configuration: Any, inputs: Any, place: Any, console: Any, *_: Any, **__: Any) -> int:
-        experiment.build(configuration, inputs)
+        setup.build(configuration, inputs)
         return 0
 
-    train.run = begin
+    trainer.run = begin

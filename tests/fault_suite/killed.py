@@ -15,7 +15,7 @@ from test_hosts import free_port
 
 from fault_suite.account import Fault
 from fault_suite.bench import RICH, STEPS, Bench, rows, until
-from proteus_jax.process import REQUESTS
+from proteus_jax.runtime.process import REQUESTS
 
 
 def kills(bench: Bench, count: int, seed: int) -> list[Fault]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fault_suite.account import Fault
 from fault_suite.bench import Bench
-from proteus_jax.metrics import read_metrics
+from proteus_jax.runtime.metric_writer import read_metrics
 
 STEPS = 20_000
 # The last quarter against the second one.

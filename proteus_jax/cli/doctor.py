@@ -1,0 +1,184 @@
+"""What `--doctor` does: looks at every image, says what is wrong, and writes down what training
+should leave out.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from proteus_jax.data import dataset
+from proteus_jax.data.sources.base import Source
+from proteus_jax.data.validate import Findings, examine
+from proteus_jax.data.workers import cores, in_parallel, makers
+from proteus_jax.errors import InputError
+from proteus_jax.runtime.console import Console, duration
+from proteus_jax.runtime.filesystem import why_unwritable, write_atomically
+
+MANIFEST = "doctor.json"
+# So many names of a kind are shown.
+_SHOWN = 5
+
+
+def checkup(config: Any, output: Path, problems: Sequence[str], console: Console) -> None:
+    """Looks at the images of every root, says what it finds, and writes one manifest for each.
+
+    InputError, with nothing written, where a root has no images or `problems`, which are those of
+    the configuration, are not empty; what was found of the images is said all the same.
+    """
+    found, manifests = [*problems, *_check_output(output)], []
+    images, seconds = 0, 0.0
+    for root in config.data.root:
+        try:
+            if root.lower().endswith(".json"):
+                raise InputError(f"{root}: expected a place of images, found what --doctor wrote")
+            source, skipped = dataset.open_source(root)
+        except InputError as error:
+            found += [f"--config.data.root: {problem}" for problem in error.problems]
+            continue
+        findings, elapsed = _examined(config, root, source, console)
+        images, seconds = images + len(source), seconds + elapsed
+        for line in _report(source, skipped, findings, elapsed):
+            console.line(line)
+        manifests.append(_manifest(root, source, skipped, findings))
+    if not config.data.root:
+        found.append("--config.data.root: expected a place of images, found none")
+    if images:
+        console.line(_what_the_run_needs(config, images, seconds))
+    if found:
+        raise InputError(found)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for number, manifest in enumerate(manifests, 1):
+        path = output
+        if len(manifests) > 1:
+            path = output.with_name(f"{output.stem}-{number}{output.suffix}")
+        write_atomically(path, json.dumps(manifest, indent=1) + "\n")
+        console.line(f"to train without what is wrong: --config.data.root={path}")
+
+
+def _check_output(output: Path) -> list[str]:
+    reason = f"{output} is a directory" if output.is_dir() else why_unwritable(output.parent)
+    return [f"--output: {reason}"] if reason else []
+
+
+def _examined(config: Any, root: str, source: Source, console: Console) -> tuple[Findings, float]:
+    console.line(f"{root}: {len(source)} images")
+    start, wrong = time.monotonic(), 0
+
+    def told(done: int, more: int) -> None:
+        nonlocal wrong
+        wrong += more
+        rate = done / (time.monotonic() - start)
+        console.progress(
+            f"{done}/{len(source)} looked at  {wrong} cannot be read  {rate:.0f} images/s  "
+            f"{duration((len(source) - done) / rate)} left",
+            last=done == len(source),
+        )
+
+    # What workers send back of an image is a few numbers.
+    found = makers(config.data.workers, max(config.data.threads, cores()), side=1)
+    if found.remark:
+        console.line(found.remark)
+    parallel = partial(in_parallel, workers=found.workers, threads=found.threads)
+    return examine(source, parallel, told), time.monotonic() - start
+
+
+def _report(
+    source: Source,
+    skipped: Sequence[str],
+    findings: Findings,
+    elapsed: float,
+) -> Iterator[str]:
+    unreadable = findings.unreadable()
+    for name in skipped[:_SHOWN]:
+        yield f"  no image, or empty: {name}"
+    for index, fault in list(unreadable.items())[:_SHOWN]:
+        yield f"  cannot be read: {source.name(index)}: {fault}"
+    yield f"  {len(unreadable) + len(skipped):8}  cannot be read"
+    for kind, count in Counter(map(_kind, unreadable.values())).items():
+        yield f"  {count:8}    {kind}"
+    if skipped:
+        yield f"  {len(skipped):8}    empty, or no image from the first byte on"
+    for kind, indices in findings.odd().items():
+        yield f"  {len(indices):8}  {kind}{_examples(source, indices)}"
+    equal, alike = findings.equal(), findings.alike()
+    for what, groups in (("exact copies", equal), ("that look like another", alike)):
+        copies = [index for group in groups for index in group[1:]]
+        yield f"  {len(copies):8}  {what}{_examples(source, copies)}"
+    yield "  shorter side in pixels"
+    histogram = findings.histogram()
+    most = max(max(count for _, count in histogram), 1)
+    for label, count in histogram:
+        if count:
+            yield f"    {label:14} {count:8}  {'#' * max(1, round(40 * count / most))}"
+    yield (
+        f"  looked at in {duration(elapsed)}, {len(findings.records) / elapsed:.0f} images/s; one "
+        f"core decodes {findings.decode_rate():.0f} images/s"
+    )
+
+
+def _what_the_run_needs(config: Any, images: int, seconds: float) -> str:
+    draws = config.epochs * (config.data.epoch or images)
+    if config.steps:
+        draws = config.steps * config.batch
+    decoded = draws / config.data.repeats
+    return (
+        f"the run draws {draws:.0f} views of {decoded:.0f} images: this host takes "
+        f"{duration(decoded * seconds / images)} to read and decode so many; what augments them "
+        "comes on top"
+    )
+
+
+def _kind(fault: str) -> str:
+    """The kind of a fault, for the sums."""
+    for kind, sign in (
+        ("empty", "empty"),
+        ("truncated", "truncated"),
+        ("too large to decode", "pixels are more than"),
+        ("missing", "No such file"),
+    ):
+        if sign in fault:
+            return kind
+    return "no image, or a broken one"
+
+
+def _absolute(root: str) -> str:
+    """A root that means the same from everywhere."""
+    here = Path(root).expanduser()
+    return str(here.absolute()) if here.exists() or here.is_absolute() else root
+
+
+def _examples(source: Source, indices: Sequence[int]) -> str:
+    if not indices:
+        return ""
+    shown = ", ".join(source.name(index) for index in indices[:2])
+    return f", as {shown}"
+
+
+def _manifest(
+    root: str, source: Source, skipped: Sequence[str], findings: Findings
+) -> dict[str, Any]:
+    def named(groups: Sequence[Sequence[int]]) -> list[list[str]]:
+        return [[source.name(index) for index in group] for group in groups]
+
+    return {
+        "root": _absolute(root),
+        "fingerprint": source.fingerprint,
+        "images": len(source),
+        "left_out": [
+            {"index": index, "name": source.name(index), "reason": reason}
+            for index, reason in findings.left_out().items()
+        ],
+        "no_images": list(skipped),
+        "odd": {
+            kind: [source.name(index) for index in indices]
+            for kind, indices in findings.odd().items()
+        },
+        "copies": named(findings.equal()),
+        "look_alike": named(findings.alike()),
+        "shorter_side": dict(findings.histogram()),
+        "decode_images_per_second_and_core": round(findings.decode_rate(), 1),
+    }

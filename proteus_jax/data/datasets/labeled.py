@@ -1,0 +1,219 @@
+"""Images with classes: one folder a class, or a split of tensorflow-datasets."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from proteus_jax.data import decode
+from proteus_jax.data.dataset import open_source
+from proteus_jax.data.sampler import chosen
+from proteus_jax.data.sources import skimage
+from proteus_jax.data.sources.base import MemorySource, Part, Source
+from proteus_jax.data.sources.image_folder import FileSource
+from proteus_jax.data.sources.records import PREFIX, TfdsSource
+from proteus_jax.errors import InputError, Unreadable
+from proteus_jax.runtime import remote_fs
+
+TRAIN, TEST = "train", ("test", "val", "validation")
+# Names that say a folder is a split, in other spellings than those that are read.
+SPLITS = (TRAIN, "training", *TEST, "testing", "valid")
+# Of a folder that is not split, one image in so many is tested on.
+TESTED = 5
+# Of files with the same name on both sides so many are compared.
+LOOKED_AT = 32
+# Tiles of a picture to learn from, at most, and their sides in pixels.
+TILES, TILE = 16, 98
+
+
+class Labelled(NamedTuple):
+    """A source, the class of each image [N] as a number, and the classes' names."""
+
+    source: Source
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def part(self, indices: np.ndarray) -> "Labelled":
+        """Some of the images."""
+        return Labelled(Part(self.source, indices), self.labels[indices], self.classes)
+
+
+class Pair(NamedTuple):
+    """What is learnt from and what is tested on, with the same classes; `told` says how they were
+    told apart.
+    """
+
+    train: Labelled
+    test: Labelled
+    told: str
+
+
+def open_labelled(root: str) -> Labelled:
+    """A place of images whose classes are known; a folder's are the names right inside it.
+
+    InputError where there is none, or where there are not two classes.
+    """
+    source, _ = open_source(root)
+    if isinstance(source, FileSource):
+        parts = [PurePosixPath(source.name(index)).parts for index in range(len(source))]
+        if root.lower().endswith(".txt"):
+            # Its paths may begin anywhere: the class is the folder that an image lies in.
+            parts = [part[-2:] for part in parts]
+        loose = [part[0] for part in parts if len(part) == 1]
+        if loose:
+            raise InputError(
+                f"{root}: expected one folder a class, found images outside of them, as {loose[0]}"
+            )
+        names: Sequence[str] = [part[0] for part in parts]
+    else:
+        found = source.labels()
+        if found is None:
+            raise InputError(f"{root}: expected images with classes, found none")
+        if found.min() < 0:
+            raise InputError(f"{root}: its labels are {found.min()}: this split has no classes")
+        known = source.class_names() if isinstance(source, TfdsSource) else ()
+        names = [known[label] if known else str(label) for label in found.tolist()]
+    classes, labels = np.unique(names, return_inverse=True)
+    if len(classes) < 2:
+        raise InputError(f"{root}: expected two classes or more, found only {classes[0]}")
+    return Labelled(source, labels.astype(np.int64), tuple(classes.tolist()))
+
+
+def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[int]]:
+    """Squares of at most `side` pixels of each image, at most so many, spread evenly over a grid;
+    and which image each is of.
+    """
+    found, labels = [], []
+    for number in range(len(source)):
+        pixels = decode.opened(source.read(number)).pixels()
+        height, width = pixels.shape[:2]
+        length = min(side, height, width)
+        corners = [
+            (top, left)
+            for top in range(0, height - length + 1, length)
+            for left in range(0, width - length + 1, length)
+        ]
+        picked = np.linspace(0, len(corners) - 1, min(most, len(corners))).round().astype(int)
+        for top, left in (corners[at] for at in picked):
+            found.append(pixels[top : top + length, left : left + length].copy())
+            labels.append(number)
+    return found, labels
+
+
+def open_pictures_pair() -> Pair:
+    """Which of the nineteen pictures a tile is of: tiles of the left three quarters to learn from,
+    of the right quarter to test on.
+    """
+    split = skimage.open_pictures()
+    names = tuple(split.training.name(number) for number in range(len(split.training)))
+
+    def part(source: Source | None, most: int) -> Labelled:
+        assert source is not None
+        found, labels = tiles(source, TILE, most)
+        titles = [f"tile {at} of {names[label]}" for at, label in enumerate(labels)]
+        return Labelled(MemorySource(found, titles), np.array(labels), names)
+
+    return Pair(
+        part(split.training, TILES), part(split.held_out, TILES // 4), "tiles of the right quarters"
+    )
+
+
+def open_pair(root: str) -> Pair:
+    """A folder with train/ and test/ (or val/), each with one folder a class; tfds:NAME with such
+    splits; a folder of classes, of whose images every fifth is tested on; or "scikit-image", see
+    open_pictures_pair.
+
+    InputError where that is not so, or where the classes of both differ.
+    """
+    if root == skimage.NAME:
+        return open_pictures_pair()
+    if root.lower().startswith(PREFIX):
+        return _matched(open_labelled(f"{root}:{TRAIN}"), *_first(root, TEST, ":"))
+    inside = _folders(root)
+    if TRAIN not in inside:
+        if inside and inside <= {name for name in inside if name.lower() in SPLITS}:
+            raise InputError(
+                f"{root}: expected {TRAIN}/ and {TEST[0]}/, or classes, found "
+                f"{', '.join(sorted(inside))}"
+            )
+        return _parted(open_labelled(root))
+    tests = [name for name in TEST if name in inside]
+    if not tests:
+        raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
+    return _matched(open_labelled(f"{root}/{TRAIN}"), *_first(root, tests, "/"))
+
+
+def images_on_both_sides(pair: Pair) -> str:
+    """What to say where images are tested on that are learnt from: of files that have the same name
+    on both sides some are looked at. Nothing where none is the same.
+    """
+    sides = (pair.train.source, pair.test.source)
+    if not all(isinstance(side, FileSource) for side in sides):
+        return ""
+    train = {sides[0].name(index): index for index in range(len(sides[0]))}
+    common = [index for index in range(len(sides[1])) if sides[1].name(index) in train]
+    spread = np.linspace(0, len(common) - 1, min(len(common), LOOKED_AT)).astype(int)
+    picked = [common[at] for at in spread]
+    same = 0
+    for index in picked:
+        with contextlib.suppress(Unreadable):
+            same += sides[0].read(train[sides[1].name(index)]) == sides[1].read(index)
+    if not same:
+        return ""
+    return (
+        f"{len(common)} files have the same names to learn from and to test on; of {len(picked)} "
+        f"that were looked at {same} are the same: what is right of them is no measure"
+    )
+
+
+def _folders(root: str) -> set[str]:
+    """Names of the folders right inside a folder or an address; none inside anything else."""
+    if remote_fs.is_remote(root):
+        if not root.rstrip("/").lower().endswith((".txt", ".tar", ".parquet")):
+            return {n.partition("/")[0] for n, _ in remote_fs.remote_listing(root) if "/" in n}
+        return set()
+    place = remote_fs.local(root)
+    if not place.is_dir():
+        return set()
+    return {path.name for path in place.iterdir() if path.is_dir() and path.name[0] != "."}
+
+
+def _first(root: str, splits: Sequence[str], between: str) -> tuple[Labelled, str]:
+    """The first split that has classes, and its name: a test set is often published without."""
+    reasons = []
+    for split in splits:
+        try:
+            return open_labelled(f"{root}{between}{split}"), split
+        except InputError as error:
+            reasons += error.problems
+    raise InputError([f"{root}: no split to test on", *reasons])
+
+
+def _matched(train: Labelled, test: Labelled, told: str) -> Pair:
+    """The test set's labels as numbers of the training set's classes."""
+    number = {name: label for label, name in enumerate(train.classes)}
+    strange = [name for name in test.classes if name not in number]
+    if strange:
+        raise InputError(
+            f"{len(strange)} classes to test on are none to learn from, as {strange[0]}; there are "
+            f"{len(train.classes)}, as {train.classes[0]}"
+        )
+    own = np.array([number[name] for name in test.classes])
+    return Pair(train, Labelled(test.source, own[test.labels], train.classes), told)
+
+
+def _parted(whole: Labelled) -> Pair:
+    """Every fifth image of each class, at least one, is tested on."""
+    out = np.zeros(len(whole.labels), bool)
+    for label, name in enumerate(whole.classes):
+        members = np.flatnonzero(whole.labels == label)
+        if len(members) < 2:
+            raise InputError(
+                f"{name}: expected two images or more of a class, one to learn from and one to "
+                f"test on, found {len(members)}"
+            )
+        out[members[chosen(0, len(members), max(len(members) // TESTED, 1), part=label)]] = True
+    train, test = (whole.part(np.flatnonzero(side)) for side in (~out, out))
+    return Pair(train, test, f"one image in {TESTED} of each class")

@@ -1,0 +1,188 @@
+"""Image files as uint8 RGB arrays: JPEG by libjpeg-turbo, the rest, and all that is unusual, by
+Pillow.
+"""
+
+import io
+from typing import Protocol, runtime_checkable
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+from proteus_jax.errors import Unreadable
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# A header can claim any size: what would need gigabytes is refused before it is decoded.
+MAXIMUM_PIXELS = 2**27
+Image.MAX_IMAGE_PIXELS = None
+REDUCTIONS = (8, 4, 2)
+_ORIENTATION = 0x0112
+# Rows that a JPEG codes together, at most.
+_MCU = 16
+
+
+@runtime_checkable
+class Picture(Protocol):
+    """An image whose size is known and whose pixels may not be decoded yet."""
+
+    height: int
+    width: int
+
+    @property
+    def reductions(self) -> tuple[int, ...]:
+        """Fractions of its size that it can be decoded at for less."""
+        ...
+
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
+        """Uint8 [at least ceil(bottom / reduction), ceil(W / reduction), 3], upright, from the top;
+        `reduction` is 1 or one of `reductions`, `bottom` a row of the whole or all.
+        """
+        ...
+
+
+class _Pixels:
+    reductions = ()
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self.height, self.width = array.shape[:2]
+
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
+        return self._array
+
+
+class _Jpeg:
+    """Three or one channels, upright as they are: what libjpeg-turbo decodes without help."""
+
+    reductions = REDUCTIONS
+
+    def __init__(self, data: bytes, height: int, width: int, frame: int, reused: bool):
+        self._data, self.height, self.width = data, height, width
+        self._frame, self._reused = frame, reused
+        self._decoded: dict[int, np.ndarray] = {}
+
+    def pixels(self, reduction: int = 1, bottom: int | None = None) -> np.ndarray:
+        rows = self.height if bottom is None or self._reused else bottom
+        decoded = self._decoded.get(reduction)
+        if decoded is None or len(decoded) * reduction < rows:
+            decoded = self._decoded[reduction] = self._decode(reduction, rows)
+        return decoded
+
+    def _decode(self, reduction: int, rows: int) -> np.ndarray:
+        data, strict = self._data, True
+        # Two rows more, as colours of neighbouring rows are mixed.
+        rows = -(-(rows + 2) // _MCU) * _MCU
+        if rows < self.height and self._frame and _ends(data):
+            # A decoder stops at the height that the header tells; that data follow is no error
+            # then, and Pillow reads past all else that strictness would refuse.
+            data, strict = bytearray(data), False
+            data[self._frame + 5 : self._frame + 7] = rows.to_bytes(2, "big")
+        else:
+            rows = self.height
+        height, width = -(-rows // reduction), -(-self.width // reduction)
+        try:
+            if reduction == 1:
+                return simplejpeg.decode_jpeg(data, strict=strict)
+            return simplejpeg.decode_jpeg(
+                data, min_height=height, min_width=width, min_factor=reduction, strict=strict
+            )
+        except Exception:
+            # What it calls an error may be a flaw that Pillow reads past: Pillow is the judge.
+            array = _decode_with_pillow(self._data)
+            if reduction > 1:
+                whole = (width, -(-self.height // reduction))
+                array = cv2.resize(array, whole, interpolation=cv2.INTER_AREA)
+            return array
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that begins so is a JPEG, PNG, WebP or BMP."""
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
+        head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    )
+
+
+def opened(content: bytes | np.ndarray, *, reused: bool = False) -> Picture:
+    """A picture of a file's bytes, or of pixels uint8 [H, W, 3]; `reused` where more than one view
+    of it is wanted.
+
+    Unreadable where the bytes are no image; a file that ends too early may show it only when its
+    pixels are asked for.
+    """
+    if isinstance(content, np.ndarray):
+        return _Pixels(content)
+    if content.startswith(b"\xff\xd8\xff"):
+        tagged, frame = _markers(content)
+        try:
+            found = simplejpeg.decode_jpeg_header(content)
+        except Exception:
+            # It raises what it likes for what it does not know; Pillow is the judge.
+            return _Pixels(_decode_with_pillow(content))
+        height, width, colours = int(found[0]), int(found[1]), found[2]
+        _refuse_bomb(width, height)
+        if colours in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
+            return _Jpeg(content, height, width, frame, reused)
+    return _Pixels(_decode_with_pillow(content))
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Uint8 [H, W, 3], upright: EXIF orientation applied; grey, palette, CMYK, alpha and 16 bits
+    become RGB.
+
+    Unreadable for anything that cannot be decoded whole.
+    """
+    return opened(data).pixels()
+
+
+def _markers(jpeg: bytes) -> tuple[bool, int]:
+    """Whether a JPEG has a segment that may tell of an orientation (EXIF, XMP), and where its frame
+    header begins if it is a baseline one; 0 if not.
+    """
+    tagged, frame, at = False, 0, 2
+    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
+        marker = jpeg[at + 1]
+        if marker == 0xFF:  # any number of these may come before a marker
+            at += 1
+            continue
+        tagged = tagged or marker == 0xE1
+        frame = at if marker == 0xC0 else frame
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return tagged, frame
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether Pillow would turn or mirror a picture upright."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:
+        return True  # for Pillow to say what is wrong
+
+
+def _ends(jpeg: bytes) -> bool:
+    """Whether a JPEG has its end: it was not cut short."""
+    return jpeg.endswith(b"\xff\xd9") or b"\xff\xd9" in jpeg[-64:]
+
+
+def _refuse_bomb(width: int, height: int) -> None:
+    if width * height > MAXIMUM_PIXELS:
+        raise Unreadable(f"{width} x {height} pixels are more than {MAXIMUM_PIXELS}")
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _refuse_bomb(image.width, image.height)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                # Pillow's own conversion would clip 16 bits to white.
+                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                upright = Image.fromarray(grey)
+            return np.asarray(upright.convert("RGB"))
+    except Unreadable:
+        raise
+    except Exception as error:
+        # Decoders raise whatever a broken file provokes (OSError, SyntaxError, struct.error, ...).
+        raise Unreadable(f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,96 @@
+"""Images as evaluation sees them: each once, in their order, cut the same way every time."""
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from proteus_jax.data import decode
+from proteus_jax.data.sources.base import Source
+from proteus_jax.data.workers import assembled, edges_of, in_parallel
+from proteus_jax.errors import Unreadable
+
+# Slots of an incomplete batch, and images that cannot be read.
+NOTHING = -1
+
+
+class CentreCrop(NamedTuple):
+    """The shorter side resized to `resize` pixels (Pillow's antialiased bicubic), then the centre
+    square of `crop`.
+
+    Source: torchvision's Resize and CenterCrop, which DINOv2 and Proteus evaluate with.
+    """
+
+    resize: int
+    crop: int
+
+    def __call__(self, picture: decode.Picture) -> np.ndarray:
+        """Uint8 [crop, crop, 3]; Unreadable where a file turns out to be broken."""
+        height, width = picture.height, picture.width
+        pixels = picture.pixels()[:height, :width]
+        shorter = min(height, width)
+        if shorter != self.resize:
+            # In whole numbers, as torchvision rounds down.
+            sides = [self.resize * side // shorter for side in (height, width)]
+            if sides[0] * sides[1] > decode.MAXIMUM_PIXELS:
+                raise Unreadable(f"{width} x {height} pixels are too thin to be resized")
+            image = Image.fromarray(pixels)
+            pixels = np.asarray(image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC))
+        top, left = (round((side - self.crop) / 2) for side in pixels.shape[:2])
+        return pixels[top : top + self.crop, left : left + self.crop]
+
+
+class Batch(NamedTuple):
+    """Images uint8 [b, crop, crop, 3], and the number of each in its source, or NOTHING."""
+
+    images: np.ndarray
+    numbers: np.ndarray
+
+
+class _Pieces(NamedTuple):
+    """Makes this host's share of one batch after the other, piece by piece."""
+
+    source: Source
+    view: CentreCrop
+    chosen: Sequence[int] | np.ndarray
+    batch: int
+    first: int
+    edges: tuple[int, ...]
+
+    def __call__(self, position: int) -> Batch:
+        number, piece = divmod(position, len(self.edges) - 1)
+        low, high = self.edges[piece : piece + 2]
+        first = number * self.batch + self.first + low
+        side, count = self.view.crop, high - low
+        made = Batch(np.zeros((count, side, side, 3), np.uint8), np.full(count, NOTHING, np.int32))
+        for slot, image in enumerate(self.chosen[first : first + count]):
+            try:
+                made.images[slot] = self.view(decode.opened(self.source.read(int(image))))
+                made.numbers[slot] = image
+            except Unreadable:
+                continue
+        return made
+
+
+def evaluation_batches(
+    source: Source,
+    view: CentreCrop,
+    *,
+    batch: int,
+    chosen: Sequence[int] | np.ndarray | None = None,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+    threads: int = 2,
+) -> Generator[Batch]:
+    """This host's share of each batch; every image, or every chosen one, is in one of them. All
+    batches are of one size: what is missing from the last one is zeros, its number NOTHING, as that
+    of an image that cannot be read. To be closed.
+    """
+    picked = range(len(source)) if chosen is None else np.asarray(chosen)
+    share = batch // hosts
+    edges = edges_of(share)
+    make = _Pieces(source, view, picked, batch, host * share, edges)
+    pieces = -(-len(picked) // batch) * (len(edges) - 1)
+    return assembled(in_parallel(make, pieces, workers, threads), edges)

@@ -1,0 +1,271 @@
+"""A tree of image files, or a text file of paths: no labels, no index to write by hand.
+
+The listing of a large tree is kept in one file of the cache and used again while the tree's
+directories are unchanged; processes share it through the memory of the machine.
+"""
+
+import functools
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from proteus_jax.data import decode
+from proteus_jax.data.mmap_table import Names, Table, read_table, write_table
+from proteus_jax.data.splits import told
+from proteus_jax.errors import InputError
+from proteus_jax.runtime import remote_fs
+from proteus_jax.runtime.download import cache_directory
+
+# Enough of a file to tell it from every other.
+HASHED_BYTES = 1 << 16
+# A tree of no more files than this is looked at file by file, each time; of a larger one only names
+# and sizes are known. (The beginnings of 1.28 million files are 84 GB.)
+SMALL = 10_000
+
+
+class FileSource:
+    """Image files, known by the table of their names."""
+
+    def __init__(self, root: str, table: Table, digests: Sequence[bytes] | None = None):
+        self._root, self._table, self._digests = root, table, digests
+        self._names = Names(table.columns["text"], table.columns["ends"])
+        self.fingerprint: str = table.facts["fingerprint"]
+
+    def __reduce__(self) -> tuple:
+        return FileSource, (self._root, self._table)
+
+    def __len__(self) -> int:
+        return len(self._names.ends)
+
+    def name(self, index: int) -> str:
+        """The path below the root."""
+        return self._names[index]
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        return os.path.join(self._root, self._names[index])
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
+        return remote_fs.read(self._root, self._names[index])
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        parents = [PurePosixPath(self.name(index)).parent.as_posix() for index in range(len(self))]
+        return np.unique(parents, return_inverse=True)[1]
+
+    def labels(self) -> np.ndarray | None:
+        """The directory that holds an image is its class; None where one directory holds all."""
+        return self._labels if self._labels.max(initial=0) else None
+
+    def digests(self) -> Sequence[bytes] | None:
+        """Hashes of size and beginning, for a small tree."""
+        return self._digests
+
+
+def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
+    """Every JPEG, PNG, WebP and BMP of a tree, in the order of the names, and what was passed over:
+    directories that cannot be read, and, of a small tree, files with such a name that are no
+    images.
+
+    InputError where there is no folder or no image in it.
+    """
+    if remote_fs.is_remote(root):
+        found = (
+            e for e in remote_fs.remote_listing(root) if e[0].lower().endswith(decode.SUFFIXES)
+        )
+        return _source(root, sorted(found)), ()
+    folder = remote_fs.local(root)
+    if not os.path.isdir(folder):
+        raise InputError(f"{root}: no such folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{root}: no permission to read it")
+    path = cache_directory() / "listings" / _key(folder)
+    known = _known(path, folder)
+    if known is not None:
+        return FileSource(str(folder.resolve()), known), ()
+    walk = _Walk(str(folder))
+    entries = sorted(walk.files(""))
+    if len(entries) <= SMALL:
+        source, skipped = _looked_at(root, folder, entries)
+        return source, (*walk.unreadable, *skipped)
+    source = _source(str(folder.resolve()), entries, walk.directories)
+    try:
+        write_table(path, source._table.facts, source._table.columns)
+    except OSError:
+        # Without a place to keep it the listing is made again next time, and copied to workers.
+        return source, tuple(walk.unreadable)
+    return FileSource(str(folder.resolve()), read_table(path)), tuple(walk.unreadable)
+
+
+def open_list(path: str) -> FileSource:
+    """The images that a text file names, one path a line, from the file's own folder where they
+    are relative; empty lines and those that begin with # do not count.
+
+    InputError where it names none, one twice, or what is no image.
+    """
+    file = remote_fs.local(path)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if b"\0" in content:
+        raise InputError(f"{path}: expected text with one path a line, found bytes of zero")
+    lines = (line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+    names = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
+    if not names:
+        raise InputError(f"{path}: names no image")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path}: names {name} twice")
+    root = file.parent
+    if len(names) > SMALL:
+        return _source(str(root.resolve()), [(name, 0) for name in names])
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of its files are missing, as {missing[0]}")
+    source, skipped = _looked_at(path, root, [(name, 0) for name in names])
+    if skipped:
+        raise InputError(f"{path}: {len(skipped)} of its files are no images, as {skipped[0]}")
+    return source
+
+
+def open_names(folder: Path, names: Sequence[str]) -> FileSource:
+    """Files below a folder, in the order given; one may be named more than once."""
+    return _source(str(folder.resolve()), [(name, 0) for name in names])
+
+
+def open_single(path: str) -> FileSource:
+    """One image file. InputError where it is none."""
+    file = remote_fs.local(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such file")
+    return _looked_at(path, file.parent, [(file.name, 0)])[0]
+
+
+class _Walk:
+    """Every file of a tree with the name of an image; links are followed, loops are not."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self._seen: set[tuple[int, int]] = set()
+        # Each directory and its time of change; and what could not be read.
+        self.directories: list[tuple[str, int]] = []
+        self.unreadable: list[str] = []
+
+    def files(self, below: str) -> Iterator[tuple[str, int]]:
+        """Names and sizes in bytes, in no order."""
+        here, prefix, inside = os.path.join(self._root, below), f"{below}/" if below else "", []
+        try:
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in self._seen:
+                return
+            self._seen.add((status.st_dev, status.st_ino))
+            self.directories.append((below, status.st_mtime_ns))
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if _is_directory(entry):
+                        inside.append(prefix + entry.name)
+                    elif entry.name.lower().endswith(decode.SUFFIXES):
+                        yield prefix + entry.name, _size(entry)
+        except OSError:
+            self.unreadable.append(below or self._root)
+        # In a fixed order: which of two links to one directory is met first must not depend on the
+        # disk.
+        for name in sorted(inside):
+            yield from self.files(name)
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return -1
+
+
+def _key(folder: Path) -> str:
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+
+
+def _known(path: Path, folder: Path) -> Table | None:
+    """The listing in the cache, where no directory has changed since."""
+    try:
+        table = read_table(path)
+        directories = Names(table.columns["directories"], table.columns["directory_ends"])
+        for index, time in enumerate(table.columns["times"].tolist()):
+            if os.stat(folder / directories[index]).st_mtime_ns != time:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return table
+
+
+def _source(
+    root: str,
+    entries: Sequence[tuple[str, int]],
+    directories: Sequence[tuple[str, int]] = (),
+) -> FileSource:
+    """Files known by names and sizes."""
+    if not entries:
+        raise InputError(f"{root}: no image ({', '.join(decode.SUFFIXES)}) below it")
+    names = Names.of([name for name, _ in entries])
+    sizes = np.fromiter((size for _, size in entries), np.int64, len(entries))
+    joined = hashlib.sha256()
+    for column in (names.text, names.ends, sizes):
+        joined.update(column.data)
+    columns = {"text": names.text, "ends": names.ends}
+    if directories:
+        places = Names.of([name for name, _ in directories])
+        times = np.fromiter((time for _, time in directories), np.int64, len(directories))
+        columns |= {"directories": places.text, "directory_ends": places.ends, "times": times}
+    return FileSource(root, Table({"fingerprint": joined.hexdigest()}, columns))
+
+
+def _looked_at(
+    asked: str, root: Path, entries: Sequence[tuple[str, int]]
+) -> tuple[FileSource, tuple[str, ...]]:
+    """Files each of which begins like an image, known by their content; and the others."""
+    names, digests, skipped = [], [], []
+    for name, _ in entries:
+        digest = _digest(root / name)
+        if digest is None:
+            skipped.append(name)
+        else:
+            names.append(name)
+            digests.append(digest)
+    if not names:
+        raise InputError(
+            f"{asked}: no image ({', '.join(decode.SUFFIXES)}) below it" + told(skipped)
+        )
+    joined = hashlib.sha256()
+    for name, digest in zip(names, digests, strict=True):
+        joined.update(os.fsencode(name) + b"\0" + digest)
+    packed = Names.of(names)
+    table = Table({"fingerprint": joined.hexdigest()}, {"text": packed.text, "ends": packed.ends})
+    return FileSource(str(root.resolve()), table, digests), tuple(skipped)
+
+
+def _digest(path: Path) -> bytes | None:
+    """A hash of a file's size and beginning; None where it cannot be read or does not begin like an
+    image.
+    """
+    try:
+        with remote_fs.open_regular(path) as file:
+            head = file.read(HASHED_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return None
+    if not decode.looks_like_image(head):
+        return None
+    return hashlib.sha256(size.to_bytes(8, "little") + head).digest()

@@ -1,0 +1,192 @@
+"""Images in ArrayRecord files: one's own, or a tensorflow-datasets builder's, read without
+TensorFlow.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from proteus_jax.data import decode
+from proteus_jax.data.mmap_table import read_table, write_table
+from proteus_jax.errors import InputError, Unreadable
+from proteus_jax.runtime import remote_fs
+from proteus_jax.runtime.download import cache_directory
+
+PREFIX = "tfds:"
+
+
+class RecordSource:
+    """ArrayRecord files each of whose records is the bytes of an image."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = list(paths)
+        try:
+            self._records = grain.sources.ArrayRecordDataSource(self._paths)
+            self._length = len(self._records)  # pyright: ignore[reportArgumentType]
+        except Exception as error:
+            # The reader raises whatever its C++ part says.
+            raise InputError(f"{paths[0]}: expected ArrayRecord files: {error}") from None
+        if not self._length:
+            raise InputError(f"{paths[0]}: no record")
+        head = self._records[0][:16]
+        if not decode.looks_like_image(head):
+            raise InputError(
+                f"{paths[0]}: expected records that are image files, found one that begins with "
+                f"{head!r}; a data set that tensorflow-datasets prepared is named as "
+                f"{PREFIX}NAME or {PREFIX}DIRECTORY"
+            )
+        joined = hashlib.sha256()
+        for path in self._paths:
+            joined.update(os.fsencode(f"{Path(path).name} {remote_fs.size_and_time(path)[0]}"))
+        self.fingerprint = joined.hexdigest()
+
+    def __reduce__(self) -> tuple:
+        return RecordSource, (self._paths,)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, index: int) -> str:
+        """The number of the record."""
+        return f"{self._paths[0]}: record {index}"
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        return remote_fs.absolute(self.name(index))
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
+        try:
+            return self._records[index]
+        except Exception as error:
+            raise Unreadable(str(error)) from None
+
+    def labels(self) -> None:
+        """Records have no classes."""
+
+    def digests(self) -> None:
+        """Not known without reading everything."""
+
+
+class TfdsSource:
+    """A split of a tensorflow-datasets builder prepared as ArrayRecord."""
+
+    def __init__(self, name: str, split: str, data_dir: str | None):
+        self._asked = (name, split, data_dir)
+        self._builder = _builder(name, data_dir)
+        where = f"{PREFIX}{name}"
+        if split not in self._builder.info.splits:
+            known = ", ".join(self._builder.info.splits) or "none that is prepared"
+            raise InputError(f"{where}: expected a split out of {known}, found {split}")
+        features = self._builder.info.features
+        keys = [key for key, feature in features.items() if type(feature).__name__ == "Image"]
+        if not keys:
+            raise InputError(f"{where}: no image among its features {', '.join(features)}")
+        self._image = "image" if "image" in keys else keys[0]
+        self._label = "label" if "label" in features else None
+        info = self._builder.info
+        part = info.splits[split]
+        told = f"{info.full_name} {split} {part.num_examples} {part.num_bytes}"
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+
+    def __reduce__(self) -> tuple:
+        return TfdsSource, self._asked
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        from tensorflow_datasets.core import decode
+
+        return self._builder.as_data_source(
+            self._asked[1], decoders={self._image: decode.SkipDecoding()}
+        )
+
+    def __len__(self) -> int:
+        return self._builder.info.splits[self._asked[1]].num_examples
+
+    def name(self, index: int) -> str:
+        """The number of the example."""
+        return f"{PREFIX}{self._asked[0]}: example {index} of {self._asked[1]}"
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        return f"{self._builder.info.full_name} {self._asked[1]} {index}"
+
+    def read(self, index: int) -> bytes:
+        """See Source."""
+        try:
+            return self._records[index][self._image]
+        except Exception as error:
+            raise Unreadable(str(error)) from None
+
+    def class_names(self) -> list[str]:
+        """By number; none where the builder does not know them."""
+        return list(getattr(self._builder.info.features[self._label], "names", None) or ())
+
+    def labels(self) -> np.ndarray | None:
+        """The feature `label`; read once from every example, and kept in the cache."""
+        if self._label is None:
+            return None
+        place = cache_directory() / "listings" / f"{self.fingerprint[:32]}-labels"
+        try:
+            return read_table(place).columns["label"]
+        except (OSError, ValueError, KeyError):
+            pass
+        found = np.array(list(self.values(self._label)))
+        with contextlib.suppress(OSError):  # read again next time
+            write_table(place, {}, {"label": found})
+        return found
+
+    def values(self, feature: str) -> Iterator[Any]:
+        """A feature of every example, in order; no image is decoded."""
+        return (self._records[index][feature] for index in range(len(self)))
+
+    def digests(self) -> None:
+        """Not known without reading everything."""
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    # Only where it is asked for: it takes a second to import and memory in every worker.
+    import tensorflow_datasets as tfds
+
+    where = f"{PREFIX}{name}"
+    try:
+        if remote_fs.local(name).is_dir():
+            builder = tfds.builder_from_directory(remote_fs.local(name))
+        else:
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{where}: tensorflow-datasets cannot open it: {first}") from None
+    found = builder.info.file_format
+    if found is None or found.value != "array_record":
+        raise InputError(
+            f"{where}: expected it prepared as array_record, found "
+            f"{found.value if found else 'nothing'}; prepare it where TensorFlow is installed with "
+            'download_and_prepare(file_format="array_record")'
+        )
+    return builder
+
+
+def open_tfds(root: str) -> TfdsSource:
+    """tfds:NAME, tfds:NAME:SPLIT or tfds:DIRECTORY:SPLIT; the split is train where none is named.
+    The data sets lie in $TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    InputError for what is not prepared as ArrayRecord.
+    """
+    name, _, split = root[len(PREFIX) :].partition(":")
+    return TfdsSource(name, split or "train", os.environ.get("TFDS_DATA_DIR"))
+
+
+def open_records(paths: Sequence[str]) -> RecordSource:
+    """ArrayRecord files of one's own. InputError for other files, and for files on a store."""
+    remote = [path for path in paths if remote_fs.is_remote(path)]
+    if remote:
+        raise InputError(f"{remote[0]}: ArrayRecord files are read from a disk; copy them to one")
+    return RecordSource([str(Path(path)) for path in paths])

@@ -1,0 +1,148 @@
+"""A frozen model over a set of images, once: on every device, each image exactly once."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from proteus_jax.data.eval_loader import CentreCrop, evaluation_batches
+from proteus_jax.data.sources.base import Source
+from proteus_jax.errors import InputError
+from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention, in_precision
+from proteus_jax.models.normalization import Normalisation
+from proteus_jax.runtime import sharding
+from proteus_jax.weights.model_dir import Model
+
+# (backbone, parameters, normalised images [b, h, w, 3]) -> arrays whose first axis is the batch's.
+Function = Callable[[BackboneFunction, Params, jax.Array], Any]
+# What `compiled_pass` makes.
+Compiled = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
+
+
+class Reading(NamedTuple):
+    """How images are read: how many at a time over all devices, by whom on this host."""
+
+    batch: int
+    workers: int = 0
+    threads: int = 2
+
+
+class Table(NamedTuple):
+    """What a pass found: arrays [n, ...] on the host, the number of each row's image, and how many
+    images had to be left out.
+    """
+
+    values: Any
+    numbers: np.ndarray
+    unreadable: int
+
+
+class Frozen:
+    """A model whose weights lie on the devices and do not change."""
+
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        dtype: DTypeLike = jnp.float32,
+        normalisation: Normalisation | None = None,
+    ):
+        self.spec, self.mesh = model.spec, mesh
+        self.backbone = BackboneFunction(model.spec, dtype, fastest_attention(model.spec, dtype))
+        self.normalisation = normalisation or model.card.normalisation
+        params = jax.tree.map(np.asarray, model.params)
+        self.params = sharding.place_tree(in_precision(params, dtype), mesh)
+
+        self._compiled: dict[Function, Compiled] = {}
+
+    def table(
+        self,
+        function: Function,
+        source: Source,
+        view: CentreCrop,
+        reading: Reading,
+        *,
+        chosen: Sequence[int] | np.ndarray | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Table:
+        """`function` of all images of a source, or of the chosen ones, in their order; compiled
+        once. See feature_pass.
+        """
+        if function not in self._compiled:
+            self._compiled[function] = compiled_pass(
+                lambda params, images: function(self.backbone, params, self.normalisation(images)),
+                self.mesh,
+            )
+        compiled = self._compiled[function]
+        return feature_pass(
+            compiled, self.params, source, view, reading, self.mesh, chosen, progress
+        )
+
+
+def compiled_pass(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Compiled:
+    """A function of (parameters, images uint8 [b, h, w, 3]) for `feature_pass`."""
+
+    def all_of(params: Any, images: jax.Array, numbers: jax.Array) -> tuple[Any, jax.Array]:
+        return function(params, images), numbers
+
+    return jax.jit(sharding.traced_on(mesh, all_of), out_shardings=sharding.replicated(mesh))
+
+
+def feature_pass(
+    compiled: Compiled,
+    params: Any,
+    source: Source,
+    view: CentreCrop,
+    reading: Reading,
+    mesh: Mesh,
+    chosen: Sequence[int] | np.ndarray | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Table:
+    """What a `compiled_pass` says of every image of a source, or of the chosen ones, whole on every
+    host.
+
+    InputError where none of the images can be read.
+    """
+    total = len(source) if chosen is None else len(chosen)
+    # A batch has a share for every device.
+    batch = -(-min(reading.batch, total) // mesh.size) * mesh.size
+    batches = evaluation_batches(
+        source,
+        view,
+        batch=batch,
+        chosen=chosen,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        workers=reading.workers,
+        threads=reading.threads,
+    )
+    parts, pending = [], None
+    with contextlib.closing(batches):
+        for number, made in enumerate(batches):
+            found = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
+            if pending is not None:
+                # Fetched while the device is busy with the next batch.
+                parts.append(_readable(*jax.device_get(pending)))
+            pending = found
+            progress(f"{min((number + 1) * batch, total)} of {total} images")
+    parts.append(_readable(*jax.device_get(pending)))
+    values = jax.tree.map(lambda *rows: np.concatenate(rows), *[part for part, _ in parts])
+    numbers = np.concatenate([part for _, part in parts])
+    if not len(numbers):
+        raise InputError(f"none of the {total} images can be read, as {source.name(0)}")
+    return Table(values, numbers, total - len(numbers))
+
+
+def _readable(values: Any, numbers: np.ndarray) -> tuple[Any, np.ndarray]:
+    kept = numbers >= 0
+    return jax.tree.map(lambda rows: rows[kept], values), numbers[kept]
+
+
+def class_token(backbone: BackboneFunction, params: Params, images: jax.Array) -> jax.Array:
+    """The class token after the final LayerNorm, float32 [b, d]."""
+    return backbone(params, images).cls.astype(jnp.float32)

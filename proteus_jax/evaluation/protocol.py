@@ -1,0 +1,25 @@
+"""What every protocol is given."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.evaluation.feature_extraction import Frozen, Reading
+from proteus_jax.weights.model_dir import Model
+
+
+class Context(NamedTuple):
+    """A configuration, the model that it names, where it runs, and to whom it speaks."""
+
+    config: Any
+    model: Model
+    frozen: Frozen
+    mesh: Mesh
+    workdir: Path
+    view: CentreCrop
+    reading: Reading
+    say: Callable[[str], None]
+    progress: Callable[[str], None]

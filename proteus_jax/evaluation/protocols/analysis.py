@@ -1,0 +1,258 @@
+"""The protocol analysis: a student beside its teacher, on images without labels.
+
+Linear CKA between all layers, spectrum and effective rank of features, the nearest images by
+either, and, where the model is a run that still has a checkpoint, its losses by image and by
+position.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proteus_jax.data.dataset import open_source
+from proteus_jax.data.decode import opened
+from proteus_jax.data.sources.base import Source
+from proteus_jax.errors import InputError, Unreadable, collecting
+from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
+from proteus_jax.evaluation.feature_extraction import Frozen, Table, compiled_pass, feature_pass
+from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.reporting import figures
+from proteus_jax.evaluation.results import describe
+from proteus_jax.evaluation.teacher_agreement import nearest
+from proteus_jax.loading import Heads, load_any, load_heads
+from proteus_jax.methods.feature_standardization import standardised
+from proteus_jax.methods.resample import regridded, renormalised, resized
+from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.models.normalization import Normalisation
+from proteus_jax.weights.model_dir import Model
+
+QUERIES, NEIGHBOURS = 6, 5
+# So many shares of the spectrum are written down.
+SHARES = 64
+# The share of patches that is hidden to measure the patch head, as in training.
+HIDDEN = 0.5
+
+
+class Data(NamedTuple):
+    """Images, the teacher, and the student's heads where its checkpoint is at hand."""
+
+    source: Source
+    chosen: np.ndarray
+    teacher: Model
+    heads: Heads | None
+
+
+class Layers(NamedTuple):
+    """Of each block the class token [b, blocks, d] and the mean patch token [b, blocks, d], and the
+    features after the final LayerNorm: class [b, d] and mean patch token [b, d].
+    """
+
+    cls: Any
+    patches: Any
+    final: Any
+    final_patches: Any
+
+
+def open_data(config: Any) -> Data:
+    """The images of --config.data.root and the teacher."""
+    problems, source, teacher, heads = [], None, None, None
+    with collecting(problems, "--config.data.root"):
+        if not config.data.root:
+            raise InputError("expected a place of images, found nothing")
+        source, _ = open_source(config.data.root)
+        if len(source) < 2:
+            raise InputError(f"expected two images or more, found {len(source)}")
+    with collecting(problems, "--config.analysis.teacher"):
+        if not config.analysis.teacher:
+            raise InputError("expected a model, found nothing")
+        teacher = load_any(config.analysis.teacher)
+        _refuse_crop(config, teacher)
+        heads = load_heads(config.model)
+        _refuse_other_teacher(heads, teacher)
+    if problems or source is None or teacher is None:
+        raise InputError(problems)
+    count = min(config.analysis.images, len(source))
+    chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
+    return Data(source, chosen, teacher, heads)
+
+
+def _refuse_crop(config: Any, teacher: Model) -> None:
+    patch = teacher.spec.patch_size
+    if config.data.crop % patch:
+        raise InputError(f"its patch size {patch} does not divide data.crop {config.data.crop}")
+
+
+def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
+    if heads is None:
+        return
+    learnt = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
+    found = teacher.spec.width, teacher.spec.patch_size
+    if learnt != found:
+        raise InputError(
+            f"expected a teacher as the run had, {learnt[0]} wide with patches of {learnt[1]} px, "
+            f"found {found[0]} and {found[1]}"
+        )
+
+
+def check(config: Any, model: Model) -> list[str]:
+    """Every model fits."""
+    return []
+
+
+def layers(backbone: BackboneFunction, params: Params, images: jax.Array) -> Layers:
+    """What is compared, float32."""
+    depth = backbone.spec.depth
+    blocks = backbone.intermediates(params, images, range(depth), normalise=False)
+    final = backbone(params, images)
+    parts = (
+        jnp.stack([block.cls for block in blocks], axis=1),
+        jnp.stack([block.patches.mean(axis=1) for block in blocks], axis=1),
+        final.cls,
+        final.patches.mean(axis=1),
+    )
+    return Layers(*(part.astype(jnp.float32) for part in parts))
+
+
+def measure(context: Context, data: Data) -> dict[str, Any]:
+    """`cka` is {tokens: [student's blocks][teacher's blocks]}; `effective_rank` and `spectrum` are
+    {model: ...}; `errors` null where the heads are not at hand. Pictures lie beside the results.
+    """
+    teacher = Frozen(data.teacher, context.mesh, context.frozen.backbone.dtype)
+    tables = {
+        name: _table(context, frozen, data, name)
+        for name, frozen in (("student", context.frozen), ("teacher", teacher))
+    }
+    student, taught = (Layers(*table.values) for table in tables.values())
+    cka = {
+        "class": _alignment(student.cls, taught.cls),
+        "patches": _alignment(student.patches, taught.patches),
+        "final": linear_cka(student.final, taught.final),
+    }
+    numbers = tables["student"].numbers
+    views = _views(context, data, numbers)
+    for name, tokens in (("student", student.final), ("teacher", taught.final)):
+        if len(numbers) > 1 and jax.process_index() == 0:
+            found = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
+            queries = np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers)))
+            sheet = figures.neighbour_sheet(views, queries.round().astype(int).tolist(), found)
+            figures.save_picture(sheet, context.workdir / f"neighbours-{name}.png")
+    errors = None if data.heads is None else _errors(context, data, data.heads, teacher)
+    ranks = {
+        name: {"class": effective_rank(of.final), "patches": effective_rank(of.final_patches)}
+        for name, of in (("student", student), ("teacher", taught))
+    }
+    context.say(f"  linear CKA of class tokens, final   {cka['final']:.3f}")
+    for name, rank in ranks.items():
+        context.say(f"  effective rank of class tokens, {name}   {rank['class']:.1f}")
+    if errors is None:
+        context.say("  errors: absent, as the model is no run with a checkpoint: it has no heads")
+    return {
+        "cka": cka,
+        "effective_rank": ranks,
+        "spectrum": {
+            "student": spectrum(student.final)[:SHARES].tolist(),
+            "teacher": spectrum(taught.final)[:SHARES].tolist(),
+        },
+        "errors": errors,
+        "teacher": describe(context.config.analysis.teacher, data.teacher),
+        "data": {
+            "root": context.config.data.root,
+            "images": len(numbers),
+            "unreadable": tables["student"].unreadable,
+        },
+    }
+
+
+def _table(context: Context, frozen: Frozen, data: Data, name: str) -> Table:
+    return frozen.table(
+        layers,
+        data.source,
+        context.view,
+        context.reading,
+        chosen=data.chosen,
+        progress=lambda text: context.progress(f"{name}: {text}"),
+    )
+
+
+def _alignment(student: np.ndarray, teacher: np.ndarray) -> list[list[float]]:
+    """CKA of every block of one with every block of the other."""
+    return [
+        [linear_cka(student[:, row], teacher[:, column]) for column in range(teacher.shape[1])]
+        for row in range(student.shape[1])
+    ]
+
+
+def _views(context: Context, data: Data, numbers: np.ndarray) -> np.ndarray:
+    """The images as the models saw them."""
+    found = []
+    for number in numbers.tolist():
+        try:
+            found.append(context.view(opened(data.source.read(number))))
+        except Unreadable:  # between the pass and now
+            found.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
+    return np.stack(found)
+
+
+def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict[str, Any]:
+    """The three losses by image, and those of patches by position as a grid."""
+    mesh, student = context.mesh, heads.student
+    side = context.config.data.crop // student.spec.patch_size
+    # The teacher gets its images as it got them in training.
+    side_seen = heads.teacher["side"] or context.config.data.crop
+    given = Normalisation(*(tuple(part) for part in heads.teacher["normalisation"]))
+    ranks = np.random.default_rng(0).permutation(side * side)
+    mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
+
+    def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        pixels = heads.normalisation(images)
+        seen = renormalised(resized(pixels, side_seen), heads.normalisation, given)
+        target = regridded(teacher.backbone(params[1], seen), side)
+        if heads.moments is not None:
+            target = standardised(target, heads.moments)
+        masks = jnp.broadcast_to(mask, (len(images), len(mask)))
+        said = student(params[0], pixels, pixels, masks).answers[FIRST]
+        assert said.patch is not None
+        return {
+            "token": jnp.mean((said.token - target.cls) ** 2, axis=-1),
+            "feature": jnp.mean((said.feature - target.patches) ** 2, axis=-1),
+            "patch": jnp.mean((said.patch - target.patches) ** 2, axis=-1),
+        }
+
+    table = feature_pass(
+        compiled_pass(losses, mesh),
+        (heads.params, teacher.params),
+        data.source,
+        context.view,
+        context.reading,
+        mesh,
+        data.chosen,
+        lambda text: context.progress(f"errors: {text}"),
+    )
+    found, hidden = table.values, np.asarray(mask)
+    names = [data.source.name(number) for number in table.numbers.tolist()]
+    patch = found["patch"][:, hidden].mean(axis=1)
+    position = np.where(hidden, found["patch"].mean(axis=0), np.nan)
+    if jax.process_index() == 0:
+        tile = figures.number_tile(found["feature"].mean(axis=0).reshape(side, side))
+        figures.save_picture(tile, context.workdir / "errors-by-position.png")
+    return {
+        "step": heads.step,
+        "by_image": {
+            name: {
+                "token": float(found["token"][row]),
+                "feature": float(found["feature"][row].mean()),
+                "patch": float(patch[row]),
+            }
+            for row, name in enumerate(names)
+        },
+        "by_position": {
+            "feature": found["feature"].mean(axis=0).reshape(side, side).tolist(),
+            "patch": [
+                [None if np.isnan(value) else float(value) for value in row]
+                for row in position.reshape(side, side)
+            ],
+        },
+    }

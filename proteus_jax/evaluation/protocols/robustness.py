@@ -1,0 +1,234 @@
+"""The protocol robustness: a linear head of ImageNet on ImageNet-A, -R, -Sketch, -V2 and -C.
+
+The head is one that the protocol linear has trained and chosen. Sets that show only some of the
+classes are scored among those classes alone, as their authors do. mCE: errors over five severities,
+relative to AlexNet's, mean of the 15 corruptions (Hendrycks and Dietterich 2019, arXiv 1903.12261).
+"""
+
+import functools
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proteus_jax.data.datasets.labeled import Labelled, open_labelled
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.errors import InputError, about, collecting
+from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
+from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocols.linear import HEAD, Kind, last_tokens
+from proteus_jax.evaluation.results import describe
+from proteus_jax.weights.model_dir import Model
+
+PLAIN = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2")
+CORRUPTED, SEVERITIES = "imagenet-c", range(1, 6)
+# Published: AlexNet's mean error over the severities.
+ALEXNET = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+
+
+class Head(NamedTuple):
+    """A linear head: what it sees, weights [f, classes], biases, its classes' names, the digest of
+    the model that it was trained on, and the protocol that trained it.
+    """
+
+    kind: Kind
+    weight: np.ndarray
+    bias: np.ndarray
+    classes: tuple[str, ...]
+    model: str
+    protocol: str
+
+
+class Data(NamedTuple):
+    """The head, the sets that are there (those of corruptions by severity), and what is absent."""
+
+    head: Head
+    plain: dict[str, Labelled]
+    corrupted: dict[str, dict[int, Labelled]]
+    absent: dict[str, str]
+
+
+def open_head(directory: str) -> Head:
+    """Of the workdir of a linear evaluation; InputError where there is none."""
+    path = Path(directory).expanduser() / HEAD
+    if not path.is_file():
+        raise InputError(
+            f"expected the workdir of a linear evaluation, which holds {HEAD}, found {directory!r}"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            head = Head(
+                Kind(int(found["blocks"]), bool(found["pooled"])),
+                found["weight"].astype(np.float32),
+                found["bias"].astype(np.float32),
+                tuple(str(name) for name in found["classes"]),
+                str(found["model"]),
+                str(found["protocol"]),
+            )
+        classes = (len(head.classes),)
+        if head.weight.ndim != 2 or not head.weight.shape[1:] == head.bias.shape == classes:
+            raise ValueError(f"weights {head.weight.shape}, {len(head.classes)} classes")
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: no linear head: {error}") from None
+    return head
+
+
+def open_data(config: Any) -> Data:
+    """The head of --config.robustness.head, and what of the sets lies below --config.data.root."""
+    problems, head = [], None
+    with collecting(problems, "--config.robustness.head"):
+        head = open_head(config.robustness.head)
+    root = Path(config.data.root).expanduser()
+    if not config.data.root or not root.is_dir():
+        problems.append(
+            f"--config.data.root: expected a folder with one or more of {', '.join(PLAIN)} and "
+            f"{CORRUPTED}, found {config.data.root!r}"
+        )
+    if problems or head is None:
+        raise InputError(problems)
+    plain, corrupted, absent = {}, {}, {}
+    with about("--config.data.root"):
+        for name in PLAIN:
+            if (root / name).is_dir():
+                plain[name] = _matched(open_labelled(str(root / name)), head, name)
+            else:
+                absent[name] = f"no folder {name}"
+        for name in ALEXNET:
+            place = root / CORRUPTED / name
+            missing = [level for level in SEVERITIES if not (place / str(level)).is_dir()]
+            if missing:
+                absent[f"{CORRUPTED}/{name}"] = f"no folder of severity {missing[0]}"
+                continue
+            corrupted[name] = {
+                level: _matched(open_labelled(str(place / str(level))), head, f"{name}/{level}")
+                for level in SEVERITIES
+            }
+    if not plain and not corrupted:
+        raise InputError(f"--config.data.root: {root}: none of {', '.join(PLAIN)}, {CORRUPTED}")
+    return Data(head, plain, corrupted, absent)
+
+
+def _matched(found: Labelled, head: Head, name: str) -> Labelled:
+    """Labels as numbers of the head's classes: by name, or where folders are numbers (-V2) by the
+    place among the sorted names.
+    """
+    number = {kind: at for at, kind in enumerate(head.classes)}
+    if not number.keys() & set(found.classes) and all(kind.isdecimal() for kind in found.classes):
+        number = {str(at): at for at in range(len(head.classes))}
+    strange = [kind for kind in found.classes if kind not in number]
+    if strange:
+        raise InputError(
+            f"{name}: {len(strange)} of its classes are none of the head's, as {strange[0]}; the "
+            f"head has {len(head.classes)}, as {head.classes[0]}"
+        )
+    own = np.array([number[kind] for kind in found.classes])
+    return Labelled(found.source, own[found.labels], head.classes)
+
+
+def check(config: Any, model: Model) -> list[str]:
+    """The head must be one of this model."""
+    try:
+        head = open_head(config.robustness.head)
+    except InputError:
+        return []
+    digest = describe(config.model, model)["weights_sha256"]
+    if head.model != digest:
+        return [
+            "--config.robustness.head: was trained on another model, whose weights have the digest "
+            f"{head.model}; those of {config.model} have {digest}"
+        ]
+    return []
+
+
+def measure(context: Context, data: Data) -> dict[str, Any]:
+    """`top1` is {set: percent}; `mce` the mean corruption error in percent where all fifteen are
+    there, null otherwise.
+    """
+    top1, unreadable = {}, 0
+    for name, part in data.plain.items():
+        share, lost = _accuracy(context, data.head, part, name, context.view)
+        top1[name], unreadable = 100 * share, unreadable + lost
+        context.say(f"  {name:18}{top1[name]:6.2f} %")
+    errors = {}
+    for name, levels in data.corrupted.items():
+        errors[name] = {}
+        for level, part in levels.items():
+            title = f"{name}, severity {level}"
+            # Its files are cut to 224 px already: to resize them again would soften the noise.
+            whole = CentreCrop(context.view.crop, context.view.crop)
+            share, lost = _accuracy(context, data.head, part, title, whole)
+            errors[name][str(level)], unreadable = 1 - share, unreadable + lost
+        context.say(f"  {name:18}{100 * np.mean([*errors[name].values()]):6.2f} % wrong")
+    mce = None
+    if len(errors) == len(ALEXNET):
+        mce = mean_corruption_error(errors)
+        context.say(f"  {'mCE':18}{mce:6.2f}")
+    for name, reason in data.absent.items():
+        context.say(f"  {name:18}absent: {reason}")
+    return {
+        "top1": top1,
+        "mce": mce,
+        "corruptions": errors,
+        "absent": data.absent,
+        "data": {
+            "root": context.config.data.root,
+            "images": {name: len(part.labels) for name, part in data.plain.items()},
+            "unreadable": unreadable,
+        },
+        "constants": {
+            "alexnet": ALEXNET,
+            "resize_of_corrupted": context.view.crop,
+            "head": data.head.kind._asdict() | {"protocol": data.head.protocol},
+        },
+    }
+
+
+def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float:
+    """In percent, of errors from 0 to 1 by corruption and severity."""
+    relative = [np.mean([*levels.values()]) / ALEXNET[name] for name, levels in errors.items()]
+    return 100 * float(np.mean(relative))
+
+
+def _accuracy(
+    context: Context, head: Head, part: Labelled, title: str, view: CentreCrop
+) -> tuple[float, int]:
+    """Share right, among the classes that the set shows, and how many images could not be read."""
+    frozen = context.frozen
+    shown = np.unique(part.labels)
+    tokens = functools.partial(last_tokens, blocks=head.kind.blocks)
+
+    def predict(params: Any, images: jax.Array) -> jax.Array:
+        seen = head.kind.of(tokens(frozen.backbone, params[0], frozen.normalisation(images)))
+        scores = jnp.matmul(seen, params[1], precision=jax.lax.Precision.HIGHEST) + params[2]
+        return scores.argmax(axis=1).astype(jnp.int32)
+
+    table = feature_pass(
+        compiled_pass(predict, context.mesh),
+        (frozen.params, head.weight[:, shown], head.bias[shown]),
+        part.source,
+        view,
+        context.reading,
+        context.mesh,
+        progress=lambda text: context.progress(f"{title}: {text}"),
+    )
+    right = shown[table.values] == part.labels[table.numbers]
+    return float(np.mean(right)), table.unreadable

@@ -1,0 +1,159 @@
+"""One evaluation: everything is checked, then the protocol runs, then its results are written."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import proteus_jax
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.workers import makers
+from proteus_jax.errors import InputError, about, collecting
+from proteus_jax.evaluation.feature_extraction import Frozen, Reading
+from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocols import analysis, fine_grained, knn, linear, robustness
+from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
+from proteus_jax.loading import load_any
+from proteus_jax.runtime import sharding
+from proteus_jax.runtime.cluster_env import unseen_gpus
+from proteus_jax.runtime.compilation_cache import FOLDER as COMPILED
+from proteus_jax.runtime.compilation_cache import keep_compiled_programs
+from proteus_jax.runtime.console import Console
+from proteus_jax.runtime.filesystem import write_atomically
+from proteus_jax.runtime.metric_writer import FILE as METRICS
+from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, first_of, is_remote, why_no_workdir
+from proteus_jax.training.builder import dtype_of
+from proteus_jax.weights.model_dir import WEIGHTS, Model
+
+HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)
+
+
+class Protocol(NamedTuple):
+    """`open` finds what is measured on, InputError where something is wrong; `check` says what of a
+    model does not fit; `measure` gives what results.json holds beside the model, and prints it.
+    """
+
+    open: Callable[[Any], Any]
+    check: Callable[[Any, Model], list[str]]
+    measure: Callable[[Context, Any], dict[str, Any]]
+
+
+PROTOCOLS = {
+    "knn": Protocol(knn.open_data, knn.check, knn.measure),
+    "finegrained": Protocol(fine_grained.open_data, fine_grained.check, fine_grained.measure),
+    "robustness": Protocol(robustness.open_data, robustness.check, robustness.measure),
+    "analysis": Protocol(analysis.open_data, analysis.check, analysis.measure),
+    "linear": Protocol(linear.open_data, linear.check, linear.measure),
+}
+
+
+class Inputs(NamedTuple):
+    """A model, and the data of the protocol."""
+
+    model: Model
+    data: Any
+
+
+def open_inputs(config: Any, workdir: str, known: Sequence[str] = ()) -> Inputs:
+    """InputError lists all that is wrong, with the problems that are known already first."""
+    problems = list(known)
+    reason = why_no_workdir(workdir)
+    if reason:
+        problems.append(f"--workdir: {reason}")
+    else:
+        problems += _check_place(config, workdir)
+    return _found(config, problems)
+
+
+def prepare(config: Any, known: Sequence[str] = ()) -> None:
+    """Finds model and images before there is a workdir; what has to be fetched is."""
+    _found(config, list(known))
+
+
+def _found(config: Any, problems: list[str]) -> Inputs:
+    protocol = PROTOCOLS[config.protocol]
+    data = model = None
+    try:
+        data = protocol.open(config)
+    except InputError as error:
+        problems += error.problems
+    with collecting(problems, "--config.model"):
+        model = load_any(config.model)
+    if model is not None:
+        problems += _check_model(config, model) + protocol.check(config, model)
+    if problems or model is None:
+        raise InputError(problems)
+    return Inputs(model, data)
+
+
+def _check_place(config: Any, workdir: str) -> list[str]:
+    """A model's or a run's folder would lose its config.json, another evaluation its results."""
+    there = first_of(workdir, HOLDS_A_MODEL_OR_RUN)
+    if there:
+        return [f"--workdir: {workdir} holds a model or a run ({there}); give another folder"]
+    if not is_remote(workdir) and (Path(workdir).expanduser() / FILE).exists():
+        problems: list[str] = []
+        with collecting(problems, "--workdir"):
+            protocol = read_results(Path(workdir).expanduser())["protocol"]
+        if problems:
+            return problems
+        if protocol.partition(",")[0] != config.protocol:
+            return [f"--workdir: {workdir} holds the results of {protocol}; give another folder"]
+    return []
+
+
+def _check_model(config: Any, model: Model) -> list[str]:
+    patch = model.spec.patch_size
+    if config.data.crop % patch:
+        return [
+            f"--config.data.crop: expected a multiple of the model's patch size {patch}, found "
+            f"{config.data.crop}"
+        ]
+    return []
+
+
+def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
+    """Measures, and writes results.json; returns the exit code."""
+    place.compare(jax.process_index(), sharding.of_all_hosts)
+    keep_compiled_programs(place.address_of(place.local / COMPILED))
+    workdir, leads = place.local, jax.process_index() == 0
+    with about("--workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    console.quiet = not leads
+    console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
+    mesh = sharding.make_mesh()
+    dtype = dtype_of(config.precision, jax.default_backend())
+    readers = makers(config.data.workers, config.data.threads, config.data.crop)
+    context = Context(
+        config=config,
+        model=inputs.model,
+        frozen=Frozen(inputs.model, mesh, dtype),
+        mesh=mesh,
+        workdir=workdir,
+        view=CentreCrop(config.data.resize, config.data.crop),
+        reading=Reading(config.batch, readers.workers, readers.threads),
+        say=console.line,
+        progress=console.progress,
+    )
+    console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
+    for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
+        console.line(remark)
+    found = PROTOCOLS[config.protocol].measure(context, inputs.data)
+    results = {"protocol": config.protocol} | found
+    results["constants"] = _constants(config) | results.get("constants", {})
+    results["model"] = describe(config.model, inputs.model)
+    if leads:
+        text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+        write_atomically(workdir / "config.json", text)
+        write_results(workdir, results)
+    console.line(f"written to {place.named(Path(workdir / FILE))}")
+    return 0
+
+
+def _constants(config: Any) -> dict[str, Any]:
+    """All that shapes the numbers, beside the model and the images."""
+    own = config.get(config.protocol, {})
+    shared = {name: config.data[name] for name in ("resize", "crop")}
+    return json.loads(json.dumps(shared | {"precision": config.precision} | dict(own)))

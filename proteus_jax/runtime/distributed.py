@@ -1,0 +1,125 @@
+"""From one process to many: meet, start JAX on all hosts, and end without hanging."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+
+from proteus_jax.errors import DEFECT, InputError, exit_code
+from proteus_jax.runtime.cluster_env import Place
+from proteus_jax.runtime.rendezvous import GRACE, Company, meet
+
+# A failed collective is often the first sign of a lost host; its name follows.
+NEWS_TIMEOUT = 15.0
+# What C may call has to live as long as the process.
+_HANDLERS: list[object] = []
+
+
+@contextlib.contextmanager
+def joined(
+    place: Place,
+    about: Mapping[str, str],
+    *,
+    timeout: float,
+    progress: Callable[[str], None],
+    say: Callable[[str], None],
+) -> Iterator[Company | None]:
+    """The block runs once all hosts have met and JAX knows them, and is given their company; alone
+    it just runs.
+
+    `progress` tells what is waited for, `say` of a host that is lost meanwhile: this process then
+    ends with the exit code of the one that failed, or 75 where that is gone without a word.
+    Interrupted where not all hosts came within `timeout` seconds.
+    """
+    if place.hosts == 1:
+        _start_devices()
+        yield None
+        return
+    if place.host == 0:
+        progress(f"waiting for {place.hosts} hosts to meet here, at port {place.port + 1}")
+    company = meet(place, about, timeout=timeout, say=say)
+    try:
+        with _exit_in_place_of_abort(company):
+            # It would take SIGTERM from us and keep it to itself.
+            jax.config.update("jax_enable_preemption_service", False)
+            jax.distributed.initialize(
+                f"{place.address}:{place.port}",
+                num_processes=place.hosts,
+                process_id=place.host,
+                local_device_ids=place.local_devices,
+                # JAX's own detection would take one device of each node under SLURM.
+                cluster_detection_method="deactivate",
+            )
+            _start_devices()
+            _refuse_uneven_hosts()
+            yield company
+            jax.distributed.shutdown()
+    except BaseException as error:
+        # What ends one host ends all of them, with the same code: a launcher must not start them
+        # again where that would be the same.
+        code = exit_code(error)
+        if code == DEFECT and company.lost_one(NEWS_TIMEOUT):
+            # The company says who, and ends this process.
+            threading.Event().wait(2 * GRACE)
+        company.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
+        raise
+    company.leave()
+
+
+def _start_devices() -> None:
+    """InputError where JAX cannot start the devices that are asked for, or that are in use."""
+    try:
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        what = f"JAX_PLATFORMS={asked}" if asked else "the devices of this machine"
+        reason = (str(error).strip().splitlines() or ["its plugin is not installed"])[0][:300]
+        raise InputError(
+            f"{what}: JAX cannot start it ({reason}); launch/setup.sh installs JAX for the devices "
+            "that are here, and JAX_PLATFORMS=cpu does without them"
+        ) from None
+
+
+def _refuse_uneven_hosts() -> None:
+    """InputError, on all hosts alike, where they do not have as many devices of one kind."""
+    found: dict[int, list[str]] = {}
+    for device in jax.devices():
+        found.setdefault(device.process_index, []).append(device.device_kind)
+    if len({tuple(kinds) for kinds in found.values()}) > 1:
+        told = [f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(found.items())]
+        raise InputError(
+            f"expected as many devices of one kind on each host, found {', '.join(told)}"
+        )
+
+
+@contextlib.contextmanager
+def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
+    """JAX's client aborts the process when its coordinator is gone, perhaps before we have said so.
+
+    abort() calls the handler of SIGABRT on the thread that it runs on, outside Python: there it can
+    wait for the news of a lost host and exit as that does. Without news the abort goes on.
+    """
+
+    def exit_with_news(_: int) -> None:
+        if company.lost_one(NEWS_TIMEOUT):
+            os._exit(company.exit_code)
+
+    library, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_with_news)
+    library.signal(signal.SIGABRT, handler)
+    _HANDLERS.append(handler)
+    # Not in a finally: on the way out of a failure this process may be aborted as well, and shall
+    # have the time to say what it failed of.
+    yield
+    library.signal(signal.SIGABRT, None)
+
+
+def end_at_once_if_several(code: int) -> None:
+    """After a failure on one of several hosts: JAX would wait for the others when Python ends."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)

@@ -1,0 +1,246 @@
+"""A configuration and a teacher's sizes become the functions that train; nothing runs yet."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from proteus_jax.errors import InputError
+from proteus_jax.methods.teacher_config import FIRST, Lesson, lessons, masks
+from proteus_jax.models import flops
+from proteus_jax.models.attention import choose
+from proteus_jax.models.config import ViTSpec, student_spec
+from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
+from proteus_jax.models.normalization import Normalisation
+from proteus_jax.runtime import sharding
+from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
+from proteus_jax.training.train_step import (
+    Metrics,
+    Teacher,
+    TrainState,
+    init_state,
+    make_train_step,
+)
+
+# A warm-up that would take all of a run takes this part of it.
+SHORTENED = 10
+# Channels of a head of nearly every ViT: what is asked of a platform before its models are known.
+HEAD = 64
+
+
+class Length(NamedTuple):
+    """How long a run is, in steps; `remark` says where its warm-up is shorter than was asked for,
+    and is empty where it is not.
+    """
+
+    total: int
+    warmup: int
+    remark: str = ""
+
+
+class Assembly(NamedTuple):
+    """The models, and the two functions that a run compiles."""
+
+    teachers: dict[str, Teacher]
+    students: dict[str, StudentFunction]
+    # Of the images that students see.
+    normalisation: Normalisation
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
+    # What there is to say of how it came out.
+    remarks: tuple[str, ...] = ()
+
+    def work(self, config: Any) -> flops.Work:
+        """What an image of the batch costs."""
+        specs = [student.spec for student in self.students.values()]
+        teachers = [
+            (each.backbone.spec, each.side or config.data.crop) for each in self.teachers.values()
+        ]
+        return flops.training(teachers, specs, config.data.crop, masked=masks(config))
+
+    def state_shapes(self) -> TrainState:
+        """The train state without its numbers."""
+        return jax.eval_shape(self.init)
+
+    def compiled_on(self, mesh: Mesh) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+        """`init` and `train_step` for a mesh, compiled at first use; the state is born sharded, and
+        donated.
+        """
+        places = sharding.shardings(self.state_shapes(), mesh)
+        outputs = (places, sharding.replicated(mesh))
+        return (
+            jax.jit(self.init, out_shardings=places),
+            jax.jit(
+                sharding.traced_on(mesh, self.train_step), donate_argnums=0, out_shardings=outputs
+            ),
+        )
+
+
+def dtype_of(precision: str, platform: str) -> Any:
+    """float32, bfloat16, float16, or what `auto` means on a platform."""
+    if precision == "auto":
+        precision = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def length(config: Any, images: int) -> Length:
+    """Steps of a run over so many images an epoch."""
+    total = config.steps or max(1, round(config.epochs * images / config.batch))
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_epochs * images / config.batch)
+    if not warmup or warmup < total:
+        return Length(total, warmup)
+    # The learning rate would never be reached.
+    shorter = total // SHORTENED
+    return Length(
+        total,
+        shorter,
+        f"warm-up of {shorter} steps in place of {warmup}, as the run has {total} in all "
+        "(--config.warmup_steps, --config.warmup_epochs)",
+    )
+
+
+class Known(NamedTuple):
+    """What there is to know of a model before its weights."""
+
+    spec: ViTSpec
+    normalisation: Normalisation
+
+
+def assemble(
+    config: Any,
+    teachers: Mapping[str, Known],
+    steps: Length,
+    platform: str,
+    start: ViTSpec | None = None,
+) -> Assembly:
+    """The models and the step that a configuration describes, for "cpu", "gpu" or "tpu"; teachers
+    by the names of `lessons`, `start` is what the students start from.
+    """
+    precision = dtype_of(config.teacher_precision, platform)
+    remarks = []
+
+    def attention(spec: ViTSpec, dtype: Any) -> str:
+        try:
+            choice = choose(config.attention, platform, dtype, spec.width // spec.heads)
+        except ValueError as error:
+            raise InputError(f"--config.attention: {error}") from None
+        remarks.append(choice.remark)
+        return choice.implementation
+
+    taught = {
+        name: _teacher(
+            lesson,
+            teachers[name],
+            config.data.crop,
+            precision,
+            attention(teachers[name].spec, precision),
+        )
+        for name, lesson in lessons(config).items()
+    }
+    widths = {name: teacher.backbone.spec.width for name, teacher in taught.items()}
+    dtype = dtype_of(config.precision, platform)
+    specs = {name: student_spec(name, config.data.crop, start) for name in config.student}
+    students = {
+        name: StudentFunction(
+            spec,
+            widths,
+            dtype=dtype,
+            drop_path=config.drop_path,
+            remat=config.remat,
+            attention=attention(spec, dtype),
+        )
+        for name, spec in specs.items()
+    }
+    peak = config.learning_rate or scaled_learning_rate(config.batch)
+    schedule = warmup_cosine(peak, steps.warmup, steps.total)
+    optimizer = adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
+    # Students see images as the first teacher does.
+    normalisation = taught[FIRST].normalisation
+    step = make_train_step(
+        teachers=taught,
+        students=students,
+        optimizer=optimizer,
+        schedule=schedule,
+        normalisation=normalisation,
+        mask_ratio=config.mask_ratio,
+        ema_decay=config.ema_decay,
+        seed=config.seed,
+        erasing=config.data.erasing,
+        accumulate=config.accumulate,
+    )
+    standardise = {name: widths[name] for name, each in taught.items() if each.standardise}
+
+    def init() -> TrainState:
+        return init_state(
+            students,
+            optimizer,
+            ema=config.ema_decay > 0,
+            seed=config.seed,
+            standardise=standardise,
+        )
+
+    said = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
+    return Assembly(taught, students, normalisation, init, step, said)
+
+
+def unsuited(config: Any, platform: str) -> list[str]:
+    """What a platform does not have of what is asked for, in words."""
+    problems = []
+    if config.teacher_precision == "float16" and platform == "tpu":
+        problems.append(
+            "--config.teacher_precision: expected auto, bfloat16 or float32 on a TPU, which has no "
+            "float16"
+        )
+    for precision in dict.fromkeys([config.precision, config.teacher_precision]):
+        try:
+            choose(config.attention, platform, dtype_of(precision, platform), HEAD)
+        except ValueError as error:
+            problems.append(f"--config.attention: {error}")
+    return list(dict.fromkeys(problems))
+
+
+def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None) -> list[str]:
+    """What the sizes of the models make wrong, in words. Students without a model to start from
+    have been checked with the configuration.
+    """
+    problems = []
+    for name, lesson in lessons(config).items():
+        side = lesson.crop or config.data.crop
+        if name in teachers and side % teachers[name].patch_size:
+            own = "teacher_crop" if name == FIRST else f"more_teachers.{name}.crop"
+            problems.append(
+                f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
+                f"{teachers[name].patch_size} px, which do not divide images of {side} px"
+            )
+    for name in config.student if start is not None else ():
+        try:
+            spec = student_spec(name, config.data.crop, start)
+        except ValueError as error:
+            problems.append(f"--config.student: {error}")
+            continue
+        if masks(config) and int(spec.grid**2 * config.mask_ratio) < 1:
+            problems.append(
+                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
+                f"{config.data.crop} px crop"
+            )
+    return problems
+
+
+def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
+    """With its position table made for the size of images that it sees, and its LayerScale in its
+    weights.
+    """
+    grid = (lesson.crop or crop) // known.spec.patch_size
+    spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)
+    return Teacher(
+        BackboneFunction(spec, dtype, attention),
+        lesson.statistics(known.normalisation),
+        lesson.weights,
+        lesson.crop,
+        lesson.standardise,
+    )

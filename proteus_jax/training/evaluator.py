@@ -1,0 +1,219 @@
+"""What a run learns of its students while it trains: agreement with the teacher, scores on images
+with classes, pictures, and the report that shows them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.loader import held_out_views
+from proteus_jax.data.sources.base import Source
+from proteus_jax.data.workers import makers
+from proteus_jax.evaluation import teacher_agreement
+from proteus_jax.evaluation.feature_extraction import (
+    Compiled,
+    Reading,
+    Table,
+    compiled_pass,
+    feature_pass,
+)
+from proteus_jax.evaluation.online_probes import Scores, scores
+from proteus_jax.evaluation.reporting import figures, snapshots
+from proteus_jax.evaluation.reporting.html_report import write_report
+from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.models.functional import Params
+from proteus_jax.runtime.console import Console
+from proteus_jax.training.setup import Experiment
+from proteus_jax.training.train_step import TrainState
+
+# Before the key of what is measured of the average of a student's weights.
+AVERAGE = "ema_"
+PICTURE, PICTURE_ROWS = "agreement.png", 8
+# The shorter side of a test image over its centre crop, as in 256 to 224.
+MARGIN = 8 / 7
+
+
+class Examination:
+    """The held-out views, the labelled images, and what the teacher says of them."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, console: Console):
+        self.experiment, self.config = experiment, experiment.config
+        self.workdir, self.console = workdir, console
+        self.leads = jax.process_index() == 0
+        self.views: np.ndarray | None = None
+        self._target: teacher_agreement.TeacherTokens | None = None
+        self._scene: snapshots.Scene | None = None
+        self._taught: Scores | None = None
+        self._passes: dict[str, Compiled] = {}
+        if experiment.split.held_out is not None:
+            self.views = self._held_out_views(experiment.split.held_out)
+
+    def _held_out_views(self, source: Source) -> np.ndarray:
+        """The fixed views that agreement is measured on; what of it cannot be read is named."""
+        data = self.config.data
+        views, unreadable = held_out_views(
+            source, count=data.held_out.views, size=self.experiment.side
+        )
+        for index in unreadable:
+            self.console.line(f"{source.name(index)} cannot be read; it is not measured on")
+        return views
+
+    def measure(self, step: int, state: TrainState) -> dict[str, float]:
+        """All there is to measure, by key, the student's name first; pictures are drawn meanwhile.
+        Empty where nothing is held out and no labelled images are given.
+        """
+        values = {}
+        if self.views is not None:
+            values |= self._agreement(step, state, self.views)
+        if self.experiment.labelled is not None:
+            values |= self._scores(step, state, self.experiment.labelled)
+        return values
+
+    def _agreement(self, step: int, state: TrainState, views: np.ndarray) -> dict[str, float]:
+        self.console.progress(f"step {step}: measuring agreement on {len(views)} held-out views")
+        batch, values = self.config.batch, {}
+        if self._target is None:
+            self._target = teacher_agreement.teacher_tokens(
+                self.experiment.teacher_features, views, batch
+            )
+            self._scene = snapshots.scene(views, self._target, self.config.mask_ratio, batch)
+            if self.leads:
+                with self._writing("a picture"):
+                    snapshots.draw_teacher(self._scene, self.workdir)
+        assert self._scene is not None
+        for name in state.params:
+
+            def predict(images: np.ndarray, name: str = name) -> teacher_agreement.Said:
+                return self.experiment.said(name, state, images)
+
+            tokens = teacher_agreement.student_tokens(predict, views, batch)
+            found = teacher_agreement.measure(tokens, self._target)
+            values[f"{name}/agreement_class"] = found.cls
+            if self._says_patches:
+                values[f"{name}/agreement_patch"] = found.patch
+            values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
+            values |= self._agreement_of_average(name, state, views)
+            guessed = self._guessed(name, state, self._scene)
+            if self.leads:
+                with self._writing("a picture"):
+                    snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
+        return values
+
+    def _agreement_of_average(
+        self, name: str, state: TrainState, views: np.ndarray
+    ) -> dict[str, float]:
+        """What can be said of the average of a student's weights, which has no heads."""
+        if state.ema is None or self._target is None:
+            return {}
+        averaged = state.params[name] | {"backbone": state.ema[name]}
+        at = state._replace(params=state.params | {name: averaged})
+        tokens = teacher_agreement.student_tokens(
+            lambda images: self.experiment.said(name, at, images), views, self.config.batch
+        )
+        found = teacher_agreement.measure(tokens, self._target)
+        return {
+            f"{name}/{AVERAGE}neighbour_overlap": found.neighbours,
+            f"{name}/{AVERAGE}cka": found.cka,
+        }
+
+    @property
+    def _says_patches(self) -> bool:
+        """Whether the feature head is trained: CLIP's student answers with its class token only."""
+        return self.config.loss.feature > 0
+
+    def _guessed(self, name: str, state: TrainState, scene: snapshots.Scene) -> np.ndarray | None:
+        """What the patch head says where the scene hides patches; None where it is not trained."""
+        if not self.config.loss.patch or not scene.hidden.any():
+            return None
+        shown = len(scene.hidden)
+        # As many as in a step, so that any number of devices has its share.
+        rows = np.arange(self.config.batch) % shown
+        found = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
+        return np.asarray(found, np.float32)[:shown]
+
+    def _scores(self, step: int, state: TrainState, pair: Pair) -> dict[str, float]:
+        if self._taught is None:
+            self._taught = self._scored(FIRST, self.experiment.teacher_params[FIRST], pair, step)
+        values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
+        for name, params in state.params.items():
+            found = self._scored(name, params["backbone"], pair, step)
+            values |= {f"{name}/{key}_top1": value for key, value in found._asdict().items()}
+            if state.ema is not None:
+                found = self._scored(name, state.ema[name], pair, step)
+                values |= {
+                    f"{name}/{AVERAGE}{key}_top1": value for key, value in found._asdict().items()
+                }
+        return values
+
+    def _scored(self, name: str, params: Params, pair: Pair, step: int) -> Scores:
+        """Of the teacher, or of a student's backbone."""
+        experiment, data = self.experiment, self.config.data
+        compiled = self._pass(name)
+        view = CentreCrop(round(experiment.side * MARGIN), experiment.side)
+        found = makers(data.workers, max(data.threads, 1), experiment.side)
+        reading = Reading(self.config.batch, found.workers, found.threads)
+
+        def tokens(part: Labelled) -> Table:
+            return feature_pass(
+                compiled,
+                params,
+                part.source,
+                view,
+                reading,
+                experiment.mesh,
+                progress=lambda text: self.console.progress(
+                    f"step {step}: {name} on labelled images, {text}"
+                ),
+            )
+
+        return scores(pair, tokens, experiment.mesh)
+
+    def _pass(self, name: str) -> Compiled:
+        """Class tokens of the teacher, or of a student; compiled once."""
+        if name not in self._passes:
+            experiment = self.experiment
+            tokens = experiment.class_tokens[name]
+            self._passes[name] = compiled_pass(tokens, experiment.mesh)
+        return self._passes[name]
+
+    def report(self) -> None:
+        """Renews the report, on the first host; where nothing is measured there is one as well."""
+        if self.leads:
+            experiment = self.experiment
+            with self._writing("the report"):
+                write_report(self.workdir, list(experiment.students), experiment.total_steps)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Training goes on without what the disk has no room for."""
+        try:
+            yield
+        except OSError as error:
+            self.console.line(f"{what} could not be written: {error.strerror or error}")
+
+    def draw(self, state: TrainState, *, anew: bool) -> None:
+        """Patch tokens of some held-out views as colours: the teacher's and each student's; where
+        there is such a picture only if `anew`.
+        """
+        path = self.workdir / PICTURE
+        if self.views is None or (path.is_file() and not anew):
+            return
+        # The students before are no part of a checkpoint: the seed makes them again.
+        moments = (("before", self.experiment.init()), ("after", state))
+        batch = self.views[np.arange(self.config.batch) % len(self.views)]
+        rows = min(PICTURE_ROWS, len(batch))
+        taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
+        said = [
+            (f"{name} {moment}", self.experiment.said(name, at, batch).feature)
+            for name in self.experiment.students
+            for moment, at in moments
+        ]
+        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
+        if self.leads:
+            with self._writing("a picture"):
+                figures.save_picture(figures.agreement_picture(batch[:rows], taught, columns), path)

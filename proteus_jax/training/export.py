@@ -1,0 +1,98 @@
+"""What a run leaves: each student as a model directory, with its card and README."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import proteus_jax
+from proteus_jax.methods.teacher_config import FIRST, lessons
+from proteus_jax.runtime import sharding
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.training.setup import Experiment
+from proteus_jax.training.train_step import TrainState
+from proteus_jax.weights.model_card import text_of
+from proteus_jax.weights.model_dir import ModelCard, save_model
+
+
+def export_students(experiment: Experiment, state: TrainState, workdir: Path) -> list[Path]:
+    """Writes the backbones alone, as model directories; the averaged ones beside them where there
+    are any; returns where the students lie.
+    """
+    several, step = len(experiment.students) > 1, int(state.step)
+    directories = []
+    for name in experiment.students:
+        card = _card(experiment, name, step)
+        copies = {"student": state.params[name]["backbone"]}
+        results = _results(experiment, name, workdir)
+        if state.ema is not None:
+            copies["student_ema"] = state.ema[name]
+        for folder, params in copies.items():
+            # Nothing is measured of averages.
+            readme = _readme(experiment, name, card, step, results if folder == "student" else {})
+            target = workdir / folder / name if several else workdir / folder
+            # Of all hosts: each may hold a part.
+            whole = sharding.gather(params, experiment.mesh)
+            if jax.process_index() == 0:
+                save_model(target, whole, card, replace=True, readme=readme)
+        directories.append(workdir / "student" / name if several else workdir / "student")
+    return directories
+
+
+def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
+    """What config.json says of a student."""
+    config = experiment.config
+    taught = {key: lesson.source for key, lesson in lessons(config).items()}
+    digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
+    several = {"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}
+    return ModelCard(
+        spec=experiment.students[name].spec,
+        family=experiment.facts["card"]["families"][name],
+        normalisation=experiment.normalisation,
+        licence=experiment.facts["card"]["licence"],
+        source={
+            "student": name,
+            "teacher": taught[FIRST],
+            "teacher_sha256": digests[FIRST],
+            **several,
+            **_recipe(experiment, step),
+        },
+    )
+
+
+def _recipe(experiment: Experiment, step: int) -> dict[str, Any]:
+    config = experiment.config
+    recipe = {
+        "steps": step,
+        "batch": config.batch,
+        "crop": config.data.crop,
+        "images": ", ".join(config.data.root),
+        "proteus_jax": proteus_jax.__version__,
+    }
+    if config.start:
+        recipe |= {"start": config.start, "start_sha256": experiment.facts["start"]}
+    return recipe
+
+
+def _results(experiment: Experiment, name: str, workdir: Path) -> dict[str, float]:
+    """The newest value of each key of a student's metrics; nothing on other hosts than the
+    first.
+    """
+    if jax.process_index():
+        return {}
+    prefix = f"{name}/" if len(experiment.students) > 1 else ""
+    return {
+        key.removeprefix(prefix): value
+        for row in read_metrics(workdir)
+        for key, value in row.items()
+    }
+
+
+def _readme(
+    experiment: Experiment, name: str, card: ModelCard, step: int, results: dict[str, float]
+) -> str:
+    teachers = {
+        key: (lesson.source, experiment.cards[key])
+        for key, lesson in lessons(experiment.config).items()
+    }
+    return text_of(card, name, teachers, _recipe(experiment, step), results)

@@ -1,0 +1,144 @@
+"""What a run says at its beginning and at its end."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import proteus_jax
+from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
+from proteus_jax.methods.teacher_config import OWN, Lesson, lessons
+from proteus_jax.runtime.console import Console
+from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.training.setup import Experiment, found_devices
+
+# Percent by which accuracy and balanced accuracy differ where both are said.
+WORTH_A_WORD = 1.0
+
+
+def introduce(
+    experiment: Experiment,
+    workdir: str,
+    resumed: int | None,
+    remarks: Sequence[str],
+    console: Console,
+) -> None:
+    """Who teaches whom with which images, how far it is, and what there is to say of where it goes
+    on.
+    """
+    config = experiment.config
+    kind = jax.devices()[0].device_kind
+    console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
+    for name, lesson in lessons(config).items():
+        spec = experiment.cards[name].spec
+        size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params[name]))
+        console.line(
+            f"teacher  {lesson.source}: {spec.depth} blocks, {spec.width} wide, "
+            f"{size / 1e6:.1f} M parameters{_given(lesson)}"
+        )
+    for name, shapes in experiment.state_shapes.params.items():
+        size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
+        spec = experiment.students[name].spec
+        console.line(
+            f"student  {name}: {spec.depth} blocks, {spec.width} wide, {size / 1e6:.1f} M "
+            "parameters"
+        )
+    split, roots = experiment.split, ", ".join(config.data.root)
+    console.line(f"images   {len(split.training)} to train on, from {roots}")
+    if split.skipped:
+        console.line(
+            f"         {len(split.skipped)} files are no images and are skipped, as "
+            f"{split.skipped[0]}"
+        )
+    console.line(
+        f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} "
+        f"px, in {workdir}"
+    )
+    for remark in remarks:
+        console.line(remark)
+    if resumed is not None:
+        at_its_end = resumed >= experiment.total_steps
+        console.line(
+            f"resuming at step {resumed}" + (", where nothing is left to train" * at_its_end)
+        )
+
+
+def _given(lesson: Lesson) -> str:
+    """What of its images and tokens is not as usual."""
+    facts = []
+    if lesson.crop is not None:
+        facts.append(f"images of {lesson.crop} px")
+    if lesson.normalisation != OWN:
+        facts.append(f"{lesson.normalisation} statistics")
+    if lesson.standardise:
+        facts.append("standardised")
+    return f" ({', '.join(facts)})" if facts else ""
+
+
+def conclude(
+    experiment: Experiment, workdir: Path, directories: Sequence[str], console: Console
+) -> None:
+    """What was learnt, where it lies, and how to load it."""
+    rows = list(read_metrics(workdir))
+    for name, directory in zip(experiment.students, directories, strict=True):
+        prefix = f"{name}/" if len(directories) > 1 else ""
+        console.line()
+        console.line(f"what {name} learnt")
+        for text in _learnt(rows, prefix):
+            console.line("  " + text)
+        console.line(f"it lies in {directory}; to use it:")
+        console.line()
+        console.line("  import proteus_jax")
+        console.line(f'  model = proteus_jax.load("{directory}")')
+        side = experiment.config.data.crop
+        console.line(
+            f"  features = model(images)  # uint8 [B, {side}, {side}, 3] -> .cls [B, D], "
+            ".patches [B, N, D]"
+        )
+
+
+def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+    steps = [row for row in rows if prefix + "loss" in row]
+    if steps:
+        yield f"{'':38}{'first step':>12}{'last 10':>10}"
+        for key in ("token_loss", "feature_loss", "patch_loss"):
+            last = np.mean([row[prefix + key] for row in steps[-10:]])
+            yield f"{key.replace('_', ' '):38}{steps[0][prefix + key]:12.3f}{last:10.3f}"
+    measured = [row for row in rows if prefix + "agreement_class" in row]
+    if measured:
+        yield f"{'on held-out views':38}{'before':>12}{'after':>10}"
+        labels = {
+            "agreement_class": "centred cosine, class token",
+            "agreement_patch": "centred cosine, patch tokens",
+            "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
+            "cka": "linear CKA, class token",
+            "ema_neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours, average",
+            "ema_cka": "linear CKA, class token, average",
+        }
+        for key, label in labels.items():
+            first, last = (row.get(prefix + key) for row in (measured[0], measured[-1]))
+            # Without a feature head nothing is said of patches, without an average nothing of it.
+            if first is not None and last is not None:
+                yield f"{label:38}{first:12.3f}{last:10.3f}"
+    yield from _scored(rows, prefix)
+
+
+def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+    """Percent right on labelled images, student and teacher side by side."""
+    measured = [row for row in rows if prefix + "knn_top1" in row]
+    for key, label in (("knn_top1", "nearest neighbours"), ("ridge_top1", "ridge probe")):
+        if measured:
+            before, after = measured[0][prefix + key], measured[-1][prefix + key]
+            taught = measured[-1][f"teacher_{key}"]
+            share = f": {after / taught:.0%}" if taught else ""
+            average = measured[-1].get(f"{prefix}ema_{key}")
+            also = "" if average is None else f", average {average:.1f}"
+            even = measured[-1].get(prefix + key.replace("_top1", "_balanced_top1"), after)
+            if abs(even - after) > WORTH_A_WORD:
+                also = f" (balanced {even:.1f}){also}"
+            yield (
+                f"{label}: student {after:.1f}{also}, teacher {taught:.1f}{share} "
+                f"(before {before:.1f})"
+            )

@@ -1,0 +1,110 @@
+"""A weight file, or a directory of another library, becomes a model directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from proteus_jax.errors import InputError, refusing
+from proteus_jax.models.config import ViTSpec
+from proteus_jax.models.normalization import Normalisation
+from proteus_jax.runtime.filesystem import sha256
+from proteus_jax.weights import state_dict
+from proteus_jax.weights.convert.families import Recognised, find_prefix, recognise
+from proteus_jax.weights.convert.hf_directory import read_directory
+from proteus_jax.weights.convert.name_maps import DINOV2
+from proteus_jax.weights.convert.readers import Arrays, read_weights
+from proteus_jax.weights.model_dir import NO_LICENCE, OPTIONAL, ModelCard, save_model
+
+
+def read_model(
+    source: Path,
+    *,
+    prefix: str | None = None,
+    family: str | None = None,
+    heads: int | None = None,
+) -> tuple[Recognised, dict[str, Any]]:
+    """The ViT of a weight file or directory under canonical names, and where it is from.
+
+    With a `prefix` only the names below it belong to the ViT; without one it is found, where there
+    is one ViT alone. InputError says what does not fit.
+    """
+    source = Path(source).expanduser()
+    settings: dict[str, Any] = {}
+    if source.is_dir():
+        settings, weights, files = read_directory(source)
+    else:
+        weights, files = read_weights(source), (source,)
+    digests = {file.name: sha256(file) for file in files}
+    (digest, *more) = digests.values()
+    facts: dict[str, Any] = {"file": source.name, "sha256": digests if more else digest}
+    if weights.precision != "float32":
+        facts["stored_as"] = weights.precision
+    try:
+        before = find_prefix(list(weights.arrays)) if prefix is None else prefix
+        arrays = {
+            name.removeprefix(before): array
+            for name, array in weights.arrays.items()
+            if name.startswith(before)
+        }
+        if not arrays:
+            raise InputError(f"no name begins with {before!r}")
+        if weights.card:
+            found, facts["licence"] = _of_card(weights.card, arrays)
+        else:
+            with refusing("its arrays are those of no ViT"):
+                found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
+    except InputError as error:
+        raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
+    if before:
+        facts["prefix"] = before
+    if found.left_out:
+        facts["left_out"] = list(found.left_out)
+    return found, facts
+
+
+def _of_card(text: str, arrays: Arrays) -> tuple[Recognised, str]:
+    """What a file of this project says of itself, and its licence."""
+    with refusing("its card makes no sense"):
+        card = ModelCard.from_json(json.loads(text))
+    found = Recognised(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
+    return found, card.licence
+
+
+def import_weights(
+    file: Path,
+    target: Path,
+    *,
+    heads: int | None = None,
+    prefix: str | None = None,
+    family: str | None = None,
+    normalisation: Normalisation | None = None,
+    licence: str = NO_LICENCE,
+    source: dict[str, Any] | None = None,
+    expected: ViTSpec | None = None,
+    replace: bool = False,
+) -> ModelCard:
+    """Reads weights and writes a model directory; InputError lists all that does not fit.
+
+    A mask token alone may be absent: a teacher does not need it. It becomes zeros, and the card
+    says so. What is `expected` must be what is found.
+    """
+    found, facts = read_model(file, prefix=prefix, family=family, heads=heads)
+    try:
+        params = state_dict.to_params(found.arrays, found.spec, optional=OPTIONAL)
+    except InputError as error:
+        raise InputError([f"{file}: {problem}" for problem in error.problems]) from None
+    if expected is not None and found.spec != expected:
+        raise InputError(f"{file}: expected {expected}, found {found.spec}")
+    own_licence = facts.pop("licence", NO_LICENCE)
+    card = ModelCard(
+        spec=found.spec,
+        family=found.family,
+        normalisation=normalisation or found.normalisation,
+        licence=own_licence if licence == NO_LICENCE else licence,
+        source=facts
+        | ({"left_out": list(found.left_out)} if found.left_out else {})
+        | (source or {}),
+        absent=tuple(name for name in OPTIONAL if name not in found.arrays),
+    )
+    save_model(target, params, card, replace=replace)
+    return card

@@ -1,0 +1,107 @@
+"""What a student's folder says of it to people: README.md beside its weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from proteus_jax.weights.model_dir import ModelCard
+
+# Rows of the last measurement that the card shows, and what they are.
+MEASURED = {
+    "agreement_class": "cosine of class tokens with the teacher's, its mean subtracted",
+    "agreement_patch": "the same of patch tokens",
+    "cka": "linear CKA of class tokens",
+    "neighbour_overlap": "share of nearest neighbours in common with the teacher",
+    "knn_top1": "k-NN on labelled images, percent",
+    "teacher_knn_top1": "the teacher's",
+    "ridge_top1": "linear probe on labelled images, percent",
+    "teacher_ridge_top1": "the teacher's",
+}
+
+
+def licence_of(cards: Mapping[str, ModelCard], start: ModelCard | None = None) -> str:
+    """A student's: those of all its teachers, and of the weights that it started from."""
+    licences = "; ".join(dict.fromkeys(card.licence for card in cards.values()))
+    whose = "its teacher" if len(cards) == 1 else "its teachers"
+    begun = "" if start is None else f"; and that of the weights it started from: {start.licence}"
+    return f"that of {whose}: {licences}{begun}"
+
+
+def text_of(
+    card: ModelCard,
+    name: str,
+    teachers: Mapping[str, tuple[str, ModelCard]],
+    recipe: Mapping[str, Any],
+    results: Mapping[str, float],
+) -> str:
+    """README.md in Markdown; `teachers` as they are named in the configuration, with their cards;
+    `results` by the keys of metrics.jsonl.
+    """
+    return "\n".join(_lines(card, name, teachers, recipe, results)) + "\n"
+
+
+def _lines(
+    card: ModelCard,
+    name: str,
+    teachers: Mapping[str, tuple[str, ModelCard]],
+    recipe: Mapping[str, Any],
+    results: Mapping[str, float],
+) -> Iterator[str]:
+    spec, first = card.spec, next(iter(teachers.values()))[0]
+    yield from _front_matter(card)
+    yield f"# {name} from {first}"
+    yield ""
+    yield (
+        f"A vision transformer of {spec.depth} blocks, {spec.width} wide, patches of "
+        f"{spec.patch_size} px, distilled with Proteus (arXiv 2407.10366) by proteus_jax."
+    )
+    yield ""
+    yield "```python"
+    yield "import proteus_jax"
+    yield ""
+    yield 'model = proteus_jax.load("this directory")'
+    yield "features = model(images)  # uint8 [batch, height, width, 3]"
+    yield "```"
+    yield ""
+    mean, deviation = (", ".join(f"{value:.6g}" for value in part) for part in card.normalisation)
+    yield f"Images, from 0 to 1, are normalised with mean {mean} and deviation {deviation}."
+    yield ""
+    yield from _table("Teachers", [(source, _told(taught)) for source, taught in teachers.values()])
+    yield from _table("Recipe", [(key, _plain(value)) for key, value in recipe.items()])
+    measured = [(told, f"{results[key]:.4g}") for key, told in MEASURED.items() if key in results]
+    if measured:
+        yield from _table("Measured at the end, on held-out images", measured)
+    yield "## Licence"
+    yield ""
+    yield f"The weights carry on {card.licence}."
+
+
+def _front_matter(card: ModelCard) -> Iterator[str]:
+    """What Hugging Face's hub reads."""
+    yield "---"
+    yield "library_name: proteus_jax"
+    yield "pipeline_tag: image-feature-extraction"
+    yield "license: other"
+    yield f"license_name: {_plain(card.licence)!r}"
+    yield "---"
+
+
+def _told(card: ModelCard) -> str:
+    digest = card.source.get("sha256", "")
+    note = card.source.get("note", "")
+    facts = [card.licence, *([f"sha256 {digest}"] if isinstance(digest, str) and digest else [])]
+    return _plain("; ".join([*facts, *([note] if note else [])]))
+
+
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield f"## {title}"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for left, right in rows:
+        yield f"| {_plain(left)} | {right} |"
+    yield ""
+
+
+def _plain(value: Any) -> str:
+    """On one line, and no markup of a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

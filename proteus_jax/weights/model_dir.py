@@ -1,0 +1,281 @@
+"""Model directories: `model.safetensors` in DINOv2's official names, and `config.json` that says
+what it is.
+
+A teacher's converted weights and a student's exported ones are the same kind of directory.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from proteus_jax.errors import InputError
+from proteus_jax.models.config import ViTSpec
+from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention
+from proteus_jax.models.normalization import IMAGENET, Normalisation
+from proteus_jax.models.vit import Features
+from proteus_jax.runtime.filesystem import atomic_directory, sha256, write_atomically
+from proteus_jax.weights import state_dict
+
+FORMAT = "proteus_jax model 1"
+FAMILY_NAMES = ("dinov2", "dinov3", "synclr", "clip", "openclip", "siglip", "timm")
+# What a teacher does not need, so that many files go without.
+OPTIONAL = ("mask_token",)
+WEIGHTS, CARD = "model.safetensors", "config.json"
+README, NO_LICENCE = "README.md", "not stated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What config.json says: sizes, normalisation, and where the weights come from.
+
+    `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the
+    source did not have and that are zeros here. `verified` is what the last comparison with other
+    code found.
+    """
+
+    spec: ViTSpec
+    family: str = "dinov2"
+    normalisation: Normalisation = IMAGENET
+    licence: str = NO_LICENCE
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    verified: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as JSON values."""
+        return {
+            "format": FORMAT,
+            "family": self.family,
+            "spec": self.spec.to_json(),
+            "patch_size": self.spec.patch_size,
+            "registers": self.spec.registers,
+            "normalisation": {
+                "mean": list(self.normalisation.mean),
+                "std": list(self.normalisation.std),
+            },
+            "licence": self.licence,
+            "source": self.source,
+            "absent": list(self.absent),
+            "verified": self.verified,
+        }
+
+    @classmethod
+    def from_json(cls, card: dict[str, Any]) -> "ModelCard":
+        """The inverse of `to_json`; ValueError where it is no such card."""
+        if card.get("format") != FORMAT:
+            raise ValueError(f"format should be {FORMAT!r}, found {card.get('format')!r}")
+        statistics = card["normalisation"]
+        found = cls(
+            spec=ViTSpec.from_json(card["spec"]),
+            family=card["family"],
+            normalisation=Normalisation.checked(statistics["mean"], statistics["std"]),
+            licence=card["licence"],
+            source=card["source"],
+            absent=tuple(card["absent"]),
+            # Cards of before it was kept have none.
+            verified=card.get("verified", {}),
+        )
+        kinds = (("family", str), ("licence", str), ("source", dict), ("verified", dict))
+        wrong = [name for name, kind in kinds if not isinstance(getattr(found, name), kind)]
+        wrong += ["family"] if found.family not in FAMILY_NAMES else []
+        wrong += ["absent"] if not set(found.absent) <= set(OPTIONAL) else []
+        if wrong:
+            raise ValueError(f"{wrong[0]}: {card[wrong[0]]!r}")
+        return found
+
+
+def save_model(
+    directory: Path,
+    params: Params,
+    card: ModelCard,
+    *,
+    replace: bool = False,
+    readme: str | None = None,
+) -> None:
+    """Writes a model directory, whole or not at all; `readme` is what README.md says of it."""
+    arrays = state_dict.from_params(jax.device_get(params), card.spec)
+    with atomic_directory(directory, replace=replace) as temporary:
+        weights = temporary / WEIGHTS
+        try:
+            safetensors.numpy.save_file(
+                {k: v.astype(np.float32) for k, v in arrays.items()}, weights
+            )
+        except safetensors.SafetensorError as error:
+            system = re.search(r"os error (\d+)", str(error))
+            if system is None:
+                raise
+            number = int(system.group(1))
+            raise OSError(number, os.strerror(number), str(directory / WEIGHTS)) from None
+        text = json.dumps(card.to_json() | {"weights_sha256": sha256(weights)}, indent=2)
+        (temporary / CARD).write_text(text + "\n")
+        if readme is not None:
+            (temporary / README).write_text(readme)
+
+
+def update_card(directory: Path, **changes: Any) -> None:
+    """Changes what a model directory says of itself; its weights stay."""
+    card, digest = _read_card(Path(directory))
+    card = dataclasses.replace(card, **changes)
+    text = json.dumps(card.to_json() | {"weights_sha256": digest}, indent=2)
+    write_atomically(Path(directory) / CARD, text + "\n")
+
+
+def load_card(directory: Path) -> ModelCard:
+    """The card of a model directory; InputError where there is none that makes sense."""
+    return _read_card(Path(directory))[0]
+
+
+def load_model(directory: Path) -> tuple[Params, ModelCard]:
+    """Nested float32 numpy arrays and the card; InputError where anything is missing, changed or
+    misshapen.
+    """
+    directory = Path(directory)
+    card, digest = _read_card(directory)
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{directory}: {WEIGHTS} is missing")
+    found = sha256(weights)
+    if found != digest:
+        raise InputError(
+            f"{weights}: changed since it was written: its sha256 should be {digest}, found {found}"
+        )
+    try:
+        arrays = safetensors.numpy.load_file(weights)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{weights}: not a readable safetensors file ({error})") from None
+    try:
+        return state_dict.to_params(arrays, card.spec), card
+    except InputError as error:
+        raise InputError([f"{weights}: {problem}" for problem in error.problems]) from None
+
+
+def _read_card(directory: Path) -> tuple[ModelCard, str]:
+    path = directory / CARD
+    if not path.is_file():
+        raise InputError(f"{directory}: not a model directory: it has no {CARD}")
+    try:
+        text = json.loads(path.read_text())
+        return ModelCard.from_json(text), text["weights_sha256"]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise InputError(f"{path}: not a model's card: {error!r}"[:500]) from None
+
+
+class Model:
+    """A loaded backbone: images in, features out. It can be pickled and copied."""
+
+    def __init__(self, params: Params, card: ModelCard, dtype: DTypeLike = jnp.float32):
+        self.card = card
+        self.spec = card.spec
+        self.params = jax.device_put(params)
+        self._backbone = BackboneFunction(card.spec, dtype, fastest_attention(card.spec, dtype))
+
+    def __repr__(self) -> str:
+        return f"<proteus_jax model {self.spec}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is compiled stays with the process that compiled it.
+        return Model, (jax.device_get(self.params), self.card, self._backbone.dtype)
+
+    def __call__(self, images: np.ndarray | jax.Array) -> Features:
+        """Class token [B, D], patch tokens [B, N, D] and registers [B, R, D], float32.
+
+        Images are uint8 [B, H, W, 3]; H and W are multiples of the patch size. Compiled once a
+        shape. InputError for anything else; `of_unit_range` takes floats.
+        """
+        self._refuse_floats(images)
+        with _promoting():
+            return self._features(self.params, images)
+
+    def of_unit_range(self, images: np.ndarray | jax.Array) -> Features:
+        """The same of float32 images [B, H, W, 3] with values from 0 to 1, with respect to which it
+        can be differentiated. InputError for other shapes and values.
+        """
+        self._refuse_shape(images, "float")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"images should be float32 from 0 to 1, found {images.dtype}")
+        # Under a transformation there are no values to look at. Who follows a gradient may leave
+        # the range; who forgets to divide by 255, or normalises, is further away.
+        if not isinstance(images, Tracer):
+            least, most = float(images.min()), float(images.max())
+            if not (least >= -1 and most <= 2):
+                raise InputError(f"images should be from 0 to 1, found from {least} to {most}")
+        with _promoting():
+            return self._features_of_floats(self.params, images)
+
+    def _refuse_floats(self, images: np.ndarray | jax.Array) -> None:
+        self._refuse_shape(images, "uint8")
+        if images.dtype != np.uint8:
+            raise InputError(
+                f"images should be uint8 [batch, height, width, 3], found {images.dtype} "
+                f"{images.shape}; model.of_unit_range takes floats from 0 to 1"
+            )
+
+    def _refuse_shape(self, images: np.ndarray | jax.Array, dtype: str) -> None:
+        shape = getattr(images, "shape", None)
+        if shape is None or len(shape) != 4 or shape[-1] != 3:
+            found = f"{getattr(images, 'dtype', type(images).__name__)} {shape or ''}"
+            raise InputError(f"images should be {dtype} [batch, height, width, 3], found {found}")
+        patch = self.spec.patch_size
+        if shape[1] % patch or shape[2] % patch or 0 in shape:
+            raise InputError(
+                f"image sides should be multiples of {patch}, found {shape[1]} x {shape[2]}"
+            )
+
+    def attention(self, images: np.ndarray | jax.Array) -> jax.Array:
+        """What the class token attends to in the last block, [B, heads, N]; images as in a call."""
+        self._refuse_floats(images)
+        with _promoting():
+            return self._attention(self.params, images)
+
+    @functools.cached_property
+    def _attention(self):
+        return jax.jit(
+            lambda params, images: self._backbone.class_attention(
+                params, self.card.normalisation(images)
+            )
+        )
+
+    @functools.cached_property
+    def _features(self):
+        def features(params: Params, images: jax.Array) -> Features:
+            return self._backbone(params, self.card.normalisation(images))
+
+        return jax.jit(features)
+
+    @functools.cached_property
+    def _features_of_floats(self):
+        def features(params: Params, images: jax.Array) -> Features:
+            pixels = self.card.normalisation.of_unit_range(images.astype(jnp.float32))
+            return self._backbone(params, pixels)
+
+        return jax.jit(features)
+
+
+@contextlib.contextmanager
+def _promoting() -> Iterator[None]:
+    """Shapes and dtypes are promoted as NumPy does, whatever a caller has JAX refuse of its own
+    code.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
