@@ -11,10 +11,9 @@ from proteus_jax.methods.losses import LossWeights
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.training.optimizer import adamw, warmup_cosine
+from proteus_jax.training.train_state import TrainState, init_state
 from proteus_jax.training.train_step import (
     Teacher,
-    TrainState,
-    init_state,
     make_train_step,
     random_masks,
     student_losses,

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.checkpoint.checkpointer import Checkpoints
+from proteus_jax.checkpoint.items import PARAMS, STATISTICS
 from proteus_jax.checkpoint.store import Shelf
 from proteus_jax.errors import InputError
-from proteus_jax.methods.feature_standardization import Moments, restored
+from proteus_jax.methods.feature_standardization import Moments, no_moments, restored
 from proteus_jax.methods.teacher_config import FIRST
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params, StudentFunction, in_precision
@@ -131,13 +132,19 @@ def load_heads(source: str | Path) -> Heads | None:
         spec = ViTSpec.from_json(facts["student_specs"][name])
         student = StudentFunction(spec, facts["teacher_widths"])
         mean, deviation = (tuple(part) for part in facts["normalisation"])
-        widths = {key: facts["teacher_widths"][key] for key in facts["standardised"]}
+        wanted: dict[str, Any] = {PARAMS: {name: student.shapes}}
+        if facts["standardised"]:
+            wanted[STATISTICS] = {
+                key: no_moments(facts["teacher_widths"][key])._asdict()
+                for key in facts["standardised"]
+            }
+        items = checkpoints.restore(step, wanted)
         return Heads(
             student,
-            checkpoints.params(step, {name: student.shapes})[name],
+            items[PARAMS][name],
             step,
             Normalisation(mean, deviation),
-            checkpoints.statistics(step, widths),
+            {name: Moments(**each) for name, each in items.get(STATISTICS, {}).items()},
             facts,
         )
 

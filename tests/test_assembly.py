@@ -18,7 +18,7 @@ from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET
 from proteus_jax.training import builder
 from proteus_jax.training.builder import Known, assemble, dtype_of, length, unsuited
-from proteus_jax.training.train_step import Skipped, TrainState
+from proteus_jax.training.train_state import Skipped, TrainState
 
 SECOND = ViTSpec(width=24, depth=1, heads=2, patch_size=7, grid=4)
 

@@ -23,7 +23,8 @@ from proteus_jax.models.layers import LayerNorm, Mlp, SwiGLU, Unscaled
 from proteus_jax.models.normalization import CLIP, IMAGENET, Normalisation
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.training.optimizer import adamw, decay_mask
-from proteus_jax.training.train_step import Teacher, init_state, make_train_step, random_masks
+from proteus_jax.training.train_state import init_state
+from proteus_jax.training.train_step import Teacher, make_train_step, random_masks
 
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
 # Every choice that a family makes, in as few models as hold them.

@@ -28,6 +28,7 @@ from test_plain import training
 
 from proteus_jax.checkpoint import checksums
 from proteus_jax.checkpoint.checkpointer import Checkpoints
+from proteus_jax.checkpoint.items import PARAMS
 from proteus_jax.checkpoint.store import Keep, Shelf
 from proteus_jax.data.loader import Batch
 from proteus_jax.engine.checkpointing import Saving
@@ -41,7 +42,7 @@ from proteus_jax.runtime.process import REQUESTS
 from proteus_jax.runtime.workdir import Workdir
 from proteus_jax.training.resume import changes
 from proteus_jax.training.setup import Experiment
-from proteus_jax.training.train_step import Skipped, TrainState
+from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
 from proteus_jax.training.trainer import _resumed
 
 
@@ -62,7 +63,7 @@ def saved(folder: Path, *steps: int, **more: Any) -> list[int]:
     checkpoints = Checkpoints(str(folder), saved=lambda step, _: told.append(step), **more)
     with contextlib.closing(checkpoints):
         for step in steps:
-            checkpoints.save(step, state(step), {"seed": 1})
+            checkpoints.save(step, to_items(state(step)), {"seed": 1})
     return told
 
 
@@ -75,11 +76,11 @@ def test_a_checkpoint_is_told_of_when_it_is_sealed(folder: Path) -> None:
     told: list[int] = []
     with contextlib.closing(Checkpoints(str(folder), keep=Keep(2, every=3), saved=look)) as each:
         for step in (1, 2, 3, 4, 5):
-            each.save(step, state(step), {"seed": 1})
+            each.save(step, to_items(state(step)), {"seed": 1})
         each.wait()
         assert sorted(each.shelf.steps()) == [3, 4, 5]
-        shardings = jax.tree.map(lambda array: array.sharding, state(0))
-        restored = each.restore(4, jax.eval_shape(lambda: state(0)), shardings)
+        shapes = to_items(jax.eval_shape(lambda: state(0)))
+        restored = from_items(each.restore(4, shapes))
     assert told == [1, 2, 3, 4, 5]
     np.testing.assert_array_equal(restored.params["a"]["weights"], np.full(300, 4.0))
 
@@ -98,18 +99,16 @@ def test_a_checkpoint_brings_back_all_of_a_state(folder: Path) -> None:
     state = state._replace(step=state.step + 5, skipped=counted)
     state.statistics["another"] = Moments(*(jnp.arange(3.0) + at for at in range(4)))
     with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
-        checkpoints.save(7, state, {"seed": 1, "names": ["ä"]})
+        checkpoints.save(7, to_items(state), {"seed": 1, "names": ["ä"]})
         checkpoints.wait()
         places = jax.tree.map(lambda array: array.sharding, state)
-        restored = checkpoints.restore(7, jax.eval_shape(lambda: state), places)
-        alone = checkpoints.params(7, jax.eval_shape(lambda: state.params))
-        moments = checkpoints.statistics(7, {"odd": 12, "another": 3})
+        shapes = to_items(jax.eval_shape(lambda: state))
+        restored = from_items(checkpoints.restore(7, shapes, to_items(places)))
+        alone = checkpoints.restore(7, {PARAMS: shapes[PARAMS]})[PARAMS]
         assert checkpoints.facts(7) == {"seed": 1, "names": ["ä"]}
-        assert checkpoints.statistics(7, {}) == {}
     for found, expected in (
         (restored, state),
         (alone, state.params),
-        (moments, state.statistics),
     ):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -139,7 +138,7 @@ def test_a_save_that_fails_in_the_background_is_no_save(
                 raise OSError(errno.ENOSPC, "full")
 
             patch.setattr(checkpoints.shelf, "complete", full)
-            checkpoints.save(2, state(2), {})
+            checkpoints.save(2, to_items(state(2)), {})
             checkpoints.wait()
         assert told == ["failed"]
         assert checkpoints.failed_in_a_row == 1
@@ -165,13 +164,13 @@ def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) ->
     saving = Saving(settings, Workdir(tmp_path), console=Heard())
     with contextlib.closing(saving.checkpoints):
         full = OSError(errno.ENOSPC, "full")
-        saving.save(1, state(1), {}, lambda: full)
+        saving.save(1, to_items(state(1)), {}, lambda: full)
         saving.checkpoints.wait()
         assert saving.checkpoints.failed_in_a_row == 1
         assert saving.checkpoints.shelf.steps() == []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding, "from_first_host", lambda _: 0)
-            saving.save(1, state(1), {}, lambda: None)
+            saving.save(1, to_items(state(1)), {}, lambda: None)
         assert saving.checkpoints.failed_in_a_row == 2
         assert saving.checkpoints.shelf.steps() == []
 
@@ -320,13 +319,13 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> Non
         (folder / "2").mkdir()
         (folder / "2" / "seal.json").touch()
         # What has a seal is nobody's to replace.
-        checkpoints.save(2, state(2), {})
+        checkpoints.save(2, to_items(state(2)), {})
         checkpoints.wait()
         assert checkpoints.failed_in_a_row == 1
         assert told[0][0] == 2
         assert "already exists" in told[0][1]
         assert (folder / "2" / "seal.json").exists()
-        checkpoints.save(3, state(3), {})
+        checkpoints.save(3, to_items(state(3)), {})
         checkpoints.wait()
         assert checkpoints.failed_in_a_row == 0
         assert checkpoints.shelf.newest().step == 3
@@ -337,14 +336,14 @@ def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
 ) -> None:
     keep = Keep(1)
     with contextlib.closing(Checkpoints(str(folder), keep=keep)) as checkpoints:
-        checkpoints.save(5, state(5), {})
+        checkpoints.save(5, to_items(state(5)), {})
         checkpoints.wait()
         # As a removal that was cut short leaves it; and what somebody else put there.
         shutil.copytree(folder / "5", folder / "2")
         (folder / "2" / "seal.json").unlink()
         (folder / "3").mkdir()
         (folder / "3" / "notes.txt").write_text("mine")
-        checkpoints.save(6, state(6), {})
+        checkpoints.save(6, to_items(state(6)), {})
         checkpoints.wait()
         assert sorted(checkpoints.shelf.steps()) == [3, 6]
         checkpoints.shelf.make_way(checkpoints.shelf.newest())

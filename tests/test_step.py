@@ -15,12 +15,11 @@ from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, decay_mask, scaled_learning_rate, warmup_cosine
+from proteus_jax.training.train_state import TrainState, init_state
 from proteus_jax.training.train_step import (
     Teacher,
-    TrainState,
     _mean_over_parts,
     _Part,
-    init_state,
     make_train_step,
     ramp,
     random_masks,

@@ -34,7 +34,8 @@ from proteus_jax.models.vit import Features
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.initialization import adapted
 from proteus_jax.training.optimizer import adamw
-from proteus_jax.training.train_step import Teacher, TrainState, init_state, make_train_step
+from proteus_jax.training.train_state import TrainState, init_state
+from proteus_jax.training.train_step import Teacher, make_train_step
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 

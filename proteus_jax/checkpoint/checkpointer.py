@@ -11,24 +11,22 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from proteus_jax.checkpoint.store import FACTS, PARAMS, PROGRESS, STATISTICS, Keep, Shelf
+from proteus_jax.checkpoint.items import FACTS, PARAMS, PROGRESS, STATISTICS
+from proteus_jax.checkpoint.store import Keep, Shelf
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.methods.feature_standardization import Moments, no_moments
-from proteus_jax.training.train_step import Skipped, TrainState
 
 # Hosts wait for each other so long in a save before it fails, in seconds.
 PATIENCE = 600
 
 
 class Checkpoints:
-    """The checkpoints of a run: the train state, and the facts that a resumed run must agree
-    with.
+    """The checkpoints of a run: pytrees by name, and the facts that a resumed run must agree with.
 
     `saved` hears of every step that is complete on the disk, `failed` of every one that could not
     be saved and why; both from another thread.
@@ -63,25 +61,22 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
-        """Waits for the save before, starts this one, and returns as soon as the state may change
-        again.
+    def save(self, step: int, items: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        """Waits for the save before, starts this one, and returns as soon as the arrays of `items`
+        may change again.
         """
         self.wait()
         if self.failed_in_a_row and jax.process_index() == 0:
             # The threads of the save that failed may have written on after it had.
             with contextlib.suppress(Exception):
                 self.shelf.clear()
-        items = {
-            PARAMS: ocp.args.StandardSave(state.params),
-            PROGRESS: ocp.args.StandardSave(_progress(state)),
-            FACTS: ocp.args.JsonSave(facts),
+        written: dict[str, Any] = {
+            name: ocp.args.StandardSave(item) for name, item in items.items()
         }
-        if state.statistics:
-            items[STATISTICS] = ocp.args.StandardSave(_named(state.statistics))
+        written[FACTS] = ocp.args.JsonSave(facts)
         start = time.monotonic()
         try:
-            self._orbax.save(self.shelf.place(step), args=ocp.args.Composite(**items))
+            self._orbax.save(self.shelf.place(step), args=ocp.args.Composite(**written))
         except Exception as error:
             self.fail(step, error)
             if jax.process_count() > 1:
@@ -117,8 +112,15 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self.shelf.discard(step)
 
-    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The state of a step, born on the given shardings."""
+    def restore(
+        self, step: int, shapes: Mapping[str, Any], shardings: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The named items of a step, born on the given shardings, or else whole on the first
+        device.
+        """
+        if shardings is None:
+            first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = jax.tree.map(lambda _: first, shapes)
         wanted = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(
                 shape.shape, shape.dtype, sharding=sharding
@@ -126,44 +128,9 @@ class Checkpoints:
             shapes,
             shardings,
         )
-        items = {
-            PARAMS: ocp.args.StandardRestore(wanted.params),
-            PROGRESS: ocp.args.StandardRestore(_progress(wanted)),
-        }
-        if wanted.statistics:
-            items[STATISTICS] = ocp.args.StandardRestore(_named(wanted.statistics))
-        restored = self._restore(step, items)
-        progress = restored[PROGRESS]
-        return TrainState(
-            progress["step"],
-            restored[PARAMS],
-            progress["optimizer"],
-            progress.get("ema"),
-            _moments(restored.get(STATISTICS)),
-            Skipped(**progress["skipped"]),
+        return self._restore(
+            step, {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
         )
-
-    def statistics(self, step: int, widths: dict[str, int]) -> dict[str, Moments]:
-        """The moments of those teachers whose tokens are standardised, whole on the first
-        device.
-        """
-        if not widths:
-            return {}
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device),
-            {name: no_moments(width)._asdict() for name, width in widths.items()},
-        )
-        restored = self._restore(step, {STATISTICS: ocp.args.StandardRestore(wanted)})
-        return _moments(restored[STATISTICS])
-
-    def params(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
-        """The parameters alone, whole on the first device."""
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=device), shapes
-        )
-        return self._restore(step, {PARAMS: ocp.args.StandardRestore(wanted)})[PARAMS]
 
     def facts(self, step: int) -> dict[str, Any]:
         """The facts of a step."""
@@ -199,21 +166,3 @@ def _in_words(error: Exception) -> str:
         return os.strerror(int(system.group(1)))
     lines = text.splitlines()
     return lines[0][:300] if lines else type(error).__name__
-
-
-def _progress(state: TrainState) -> dict[str, Any]:
-    """All of a state but its parameters."""
-    progress = {
-        "step": state.step,
-        "optimizer": state.optimizer,
-        "skipped": state.skipped._asdict(),
-    }
-    return progress if state.ema is None else progress | {"ema": state.ema}
-
-
-def _named(statistics: dict[str, Moments]) -> dict[str, dict[str, Any]]:
-    return {name: moments._asdict() for name, moments in statistics.items()}
-
-
-def _moments(named: dict[str, dict[str, Any]] | None) -> dict[str, Moments]:
-    return {name: Moments(**each) for name, each in (named or {}).items()}

@@ -14,11 +14,9 @@ from typing import NamedTuple
 from etils import epath
 
 from proteus_jax.checkpoint.checksums import SEAL, damage, is_sealed, seal, there, write_whole
+from proteus_jax.checkpoint.items import FACTS, PARAMS, PROGRESS, STATISTICS
 from proteus_jax.errors import InputError
 
-# What lies in a directory. Parameters are an item of their own: who only wants the model need not
-# know the optimizer.
-PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts"
 # Every directory that orbax finished has the one; and the other, where it says so by a file.
 ORBAXS, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 UNFINISHED = ".orbax-checkpoint-tmp"

@@ -1,6 +1,6 @@
 """When a run saves, what it says of it, and when failed saves are a reason to stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.workdir import Workdir
-from proteus_jax.training.train_step import TrainState
 
 
 class Saving:
@@ -50,7 +49,7 @@ class Saving:
     def save(
         self,
         step: int,
-        state: TrainState,
+        items: Mapping[str, Any],
         facts: dict[str, Any],
         rows_written: Callable[[], OSError | None],
     ) -> None:
@@ -63,7 +62,7 @@ class Saving:
         if failure is None and jax.process_index() == 0:
             failure = self.checkpoints.shelf.why_not(step)
         if sharding.from_first_host(int(failure is None)):
-            self.checkpoints.save(step, state, facts)
+            self.checkpoints.save(step, items, facts)
         else:
             self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))
 

@@ -17,13 +17,8 @@ from proteus_jax.models.functional import BackboneFunction, Params, StudentFunct
 from proteus_jax.models.normalization import Normalisation
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
-from proteus_jax.training.train_step import (
-    Metrics,
-    Teacher,
-    TrainState,
-    init_state,
-    make_train_step,
-)
+from proteus_jax.training.train_state import TrainState, init_state
+from proteus_jax.training.train_step import Metrics, Teacher, make_train_step
 
 # A warm-up that would take all of a run takes this part of it.
 SHORTENED = 10

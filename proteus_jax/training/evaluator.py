@@ -29,7 +29,7 @@ from proteus_jax.methods.teacher_config import FIRST
 from proteus_jax.models.functional import Params
 from proteus_jax.runtime.console import Console
 from proteus_jax.training.setup import Experiment
-from proteus_jax.training.train_step import TrainState
+from proteus_jax.training.train_state import TrainState
 
 # Before the key of what is measured of the average of a student's weights.
 AVERAGE = "ema_"

@@ -10,7 +10,7 @@ from proteus_jax.methods.teacher_config import FIRST, lessons
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.setup import Experiment
-from proteus_jax.training.train_step import TrainState
+from proteus_jax.training.train_state import TrainState
 from proteus_jax.weights.model_card import text_of
 from proteus_jax.weights.model_dir import ModelCard, save_model
 

@@ -31,7 +31,8 @@ from proteus_jax.runtime.workdir import is_remote
 from proteus_jax.training.builder import Assembly, Known, assemble, length
 from proteus_jax.training.resume import changes
 from proteus_jax.training.setup import Experiment, images_together, placed_teacher, teacher_facts
-from proteus_jax.training.train_step import Skipped, TrainState, one_grid, seen_by
+from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
+from proteus_jax.training.train_step import one_grid, seen_by
 from proteus_jax.weights.fetch import obtain_teacher
 from proteus_jax.weights.model_dir import load_card
 
@@ -79,7 +80,7 @@ def write_dump(
             # Without its seal first: half of a dump is none.
             (folder / SEAL).unlink(missing_ok=True)
             checkpoints.shelf.forget()
-        checkpoints.save(moment.step, before, experiment.facts)
+        checkpoints.save(moment.step, to_items(before), experiment.facts)
     if failures:
         raise OSError(failures[0])
     if jax.process_index() == 0:
@@ -125,7 +126,8 @@ def replay(source: str, console: Console) -> None:
         found = checkpoints.shelf.newest()
         if found.step is None:
             raise InputError(f"{folder / STATE}: expected the state of a step, found none")
-        state = checkpoints.restore(found.step, shapes, sharding.shardings(shapes, mesh))
+        places = sharding.shardings(shapes, mesh)
+        state = from_items(checkpoints.restore(found.step, to_items(shapes), to_items(places)))
         facts = checkpoints.facts(found.step)
     step = found.step
     taught = (facts["teachers"], teacher_facts(assembly, directories))

@@ -54,7 +54,8 @@ from proteus_jax.training.builder import (
 )
 from proteus_jax.training.initialization import adapted
 from proteus_jax.training.resume import CARD, CONFIGURATION
-from proteus_jax.training.train_step import Metrics, Teacher, TrainState, one_grid, seen_by
+from proteus_jax.training.train_state import TrainState
+from proteus_jax.training.train_step import Metrics, Teacher, one_grid, seen_by
 from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.weights.model_card import licence_of
 from proteus_jax.weights.model_dir import WEIGHTS, ModelCard, load_card, load_model

@@ -16,7 +16,6 @@ from proteus_jax.methods.feature_standardization import (
     Moments,
     known_at,
     moments_of,
-    no_moments,
     standardised,
     updated,
 )
@@ -26,6 +25,7 @@ from proteus_jax.models.functional import BackboneFunction, Params, StudentFunct
 from proteus_jax.models.normalization import Normalisation
 from proteus_jax.models.vit import Features
 from proteus_jax.training.random_erasing import erase
+from proteus_jax.training.train_state import Skipped, TrainState, updates_made
 
 Metrics = dict[str, jax.Array]
 
@@ -42,29 +42,6 @@ class Teacher(NamedTuple):
     weights: LossWeights = LossWeights()
     side: int | None = None
     standardise: bool = False
-
-
-class Skipped(NamedTuple):
-    """How many updates were not made: in all, and the last ones without a good one between."""
-
-    total: jax.Array
-    in_a_row: jax.Array
-
-
-class TrainState(NamedTuple):
-    """All that a checkpoint keeps. Teachers are not in it; `ema` is None where it is off.
-
-    Params, optimizer and averages are dicts by student name; `statistics` has the running moments
-    of each teacher whose tokens are standardised. `skipped` counts the updates that were not made,
-    as a loss or gradient was not finite: int32, all of them and those in a row until now.
-    """
-
-    step: jax.Array
-    params: dict[str, Params]
-    optimizer: dict[str, Any]
-    ema: dict[str, Params] | None
-    statistics: dict[str, Moments]
-    skipped: Skipped
 
 
 def random_masks(key: jax.Array, count: int, patches: int, ratio: float) -> Bool[Array, "m n"]:
@@ -164,7 +141,7 @@ def make_train_step(
             said = seen_by(teacher, teacher_params[name], pixels, normalisation, crop, grid)
             if teacher.standardise:
                 moments[name] = moments_of(said)
-                known = known_at(_updates(state), state.statistics[name], moments[name])
+                known = known_at(updates_made(state), state.statistics[name], moments[name])
                 said = standardised(said, known)
             targets[name] = said
         return targets, moments
@@ -202,7 +179,7 @@ def make_train_step(
 
         good = _finite(found)
         params, optimizer_state, ema = {}, {}, {}
-        metrics: Metrics = {"learning_rate": jnp.asarray(schedule(_updates(state)))}
+        metrics: Metrics = {"learning_rate": jnp.asarray(schedule(updates_made(state)))}
         for name, (gradients, losses) in found.students.items():
             updates, optimizer_state[name] = optimizer.update(
                 gradients, state.optimizer[name], state.params[name]
@@ -211,12 +188,12 @@ def make_train_step(
             # In the configuration's order: JAX sorts a dict that goes through it.
             metrics |= _named(name, {teacher: losses[teacher] for teacher in teachers})
             if state.ema is not None:
-                decay = jnp.minimum(ema_decay, ramp(_updates(state)))
+                decay = jnp.minimum(ema_decay, ramp(updates_made(state)))
                 ema[name] = optax.incremental_update(
                     params[name]["backbone"], state.ema[name], 1.0 - decay
                 )
         statistics = {
-            name: updated(_updates(state), state.statistics[name], moments)
+            name: updated(updates_made(state), state.statistics[name], moments)
             for name, moments in found.moments.items()
         }
         averages = ema if state.ema is not None else None
@@ -235,11 +212,6 @@ def ramp(updates: jax.Array) -> jax.Array:
     with a constant one a run that is short beside 1 / (1 - decay) would keep its random start.
     """
     return (1.0 + updates) / (10.0 + updates)
-
-
-def _updates(state: TrainState) -> jax.Array:
-    """How many were made, as AdamW counts them too."""
-    return state.step - state.skipped.total
 
 
 def _finite(found: Any) -> Bool[Array, ""]:
@@ -316,27 +288,3 @@ def _mean_over_parts(function: Callable[[_Part], Any], whole: _Part, count: int)
 
     total, _ = jax.lax.scan(add, nothing, parts)
     return jax.tree.map(lambda value: value / count, total)
-
-
-def init_state(
-    students: Mapping[str, StudentFunction],
-    optimizer: optax.GradientTransformation,
-    *,
-    ema: bool,
-    seed: int,
-    standardise: Mapping[str, int] | None = None,
-) -> TrainState:
-    """Step 0: every student from the same seed, so that one among several equals one alone.
-    `standardise` has the widths of the teachers whose tokens are.
-    """
-    key = jax.random.key(seed)
-    params = {name: student.init(key) for name, student in students.items()}
-    averages = {name: jax.tree.map(jnp.copy, values["backbone"]) for name, values in params.items()}
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        optimizer={name: optimizer.init(values) for name, values in params.items()},
-        ema=averages if ema else None,
-        statistics={name: no_moments(width) for name, width in (standardise or {}).items()},
-        skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
-    )

@@ -51,7 +51,7 @@ from proteus_jax.training.export import export_students
 from proteus_jax.training.resume import changes
 from proteus_jax.training.setup import Experiment, Inputs, build
 from proteus_jax.training.summary import conclude, introduce
-from proteus_jax.training.train_step import TrainState
+from proteus_jax.training.train_state import TrainState, from_items, to_items
 
 DONE = 0
 
@@ -222,8 +222,9 @@ class _Run:
             self.console.log(parameter_table(state.params))
         else:
             self.saving.resumed(resumed)
-            state = self.saving.checkpoints.restore(
-                resumed, experiment.state_shapes, experiment.state_shardings
+            shapes, places = experiment.state_shapes, experiment.state_shardings
+            state = from_items(
+                self.saving.checkpoints.restore(resumed, to_items(shapes), to_items(places))
             )
             step = resumed
         trains = step < total
@@ -354,7 +355,7 @@ class _Run:
         self.write_row()
         self.skipped.settle()
         with self.heartbeat.standing(), jax.transfer_guard("allow"):
-            self.saving.save(step, state, self.experiment.facts, self.rows_written)
+            self.saving.save(step, to_items(state), self.experiment.facts, self.rows_written)
 
     def rows_written(self) -> OSError | None:
         """Why the rows until now are not where a resumed run would look for them; on host 0."""
