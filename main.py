@@ -169,9 +169,10 @@ def distil(arguments: list[str], console: Console) -> int:
     from proteus_jax.runtime import distributed
     from proteus_jax.runtime.workdir import is_remote, opened_workdir
     from proteus_jax.training import setup, trainer
+    from proteus_jax.training.schema import schema_of
 
     overrides = [config.Override(*override) for override in read.overrides]
-    configuration, problems = config.load(read.paths["--config"], overrides)
+    configuration, problems = config.load(read.paths["--config"], overrides, schema_of)
     workdir = read.paths.get("--workdir") or "."
     if "--doctor" in read.flags and "protocol" not in configuration:
         output = read.paths.get("--output") or f"{workdir}/{doctor.MANIFEST}"

@@ -30,6 +30,7 @@ from proteus_jax.training.builder import Known, assemble, length
 from proteus_jax.training.planning import plan
 from proteus_jax.training.planning.floors import FILE, Floor, table
 from proteus_jax.training.planning.topology import named_topology
+from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import KNOWN
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,9 @@ def compiled(name: str, topology_name: str) -> Floor | None:
     limit = topology.device.memory * plan.USABLE
     for settings in PLANS:
         overrides = [config.Override(field, str(value)) for field, value in settings.items()]
-        configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), overrides)
+        configuration, problems = config.load(
+            str(ROOT / "configs" / f"{name}.py"), overrides, schema_of
+        )
         assert not problems, problems
         known = Known(KNOWN[configuration.teacher].spec, IMAGENET)
         steps = length(configuration, plan.IMAGENET_IMAGES)

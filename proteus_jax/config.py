@@ -5,16 +5,15 @@ wrong.
 import ast
 import difflib
 import importlib.util
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from proteus_jax.errors import InputError, about
-from proteus_jax.schema import NUMBERS, OPTIONAL, Schema, fault, schema_of
+from proteus_jax.schema import Schema
 
 _TYPE_NAMES = {
     int: "a whole number",
@@ -33,12 +32,13 @@ class Override(NamedTuple):
 
 
 def load(
-    path: str, overrides: Sequence[Override]
+    path: str, overrides: Sequence[Override], schema_of: Callable[[Any], Schema]
 ) -> tuple[ml_collections.FrozenConfigDict, list[str]]:
     """The configuration of a file with overrides, and everything that is wrong with them.
 
-    A wrong override changes nothing, so that the rest can still be looked at. InputError where the
-    file itself gives no configuration with sensible values.
+    `schema_of` says which rules a configuration keeps. A wrong override changes nothing, so that
+    the rest can still be looked at. InputError where the file itself gives no configuration with
+    sensible values.
     """
     config = _run_file(path)
     schema, problems = schema_of(config), []
@@ -62,10 +62,9 @@ def fields_of(path: str) -> list[str]:
     return _fields(_run_file(path))
 
 
-def complete(values: dict[str, Any]) -> ml_collections.FrozenConfigDict:
+def complete(values: dict[str, Any], schema: Schema) -> ml_collections.FrozenConfigDict:
     """A configuration that was written as JSON; InputError where a field is missing or wrong."""
     config = ml_collections.ConfigDict(values)
-    schema = schema_of(config)
     faults = _check_fields(config, schema) or schema.together(config)
     if faults:
         raise InputError(faults)
@@ -112,17 +111,16 @@ def _assign(
     kind = parent.get_type(name)
     if text is None and kind is not bool:
         raise InputError(f"--config.{field}: expected {_TYPE_NAMES[kind]} after it, found nothing")
-    optional = field in OPTIONAL or re.fullmatch(r"more_teachers\.\w+\.crop", field)
-    absent = optional and text in ("None", "none")
+    absent = schema.optional(field) and text in ("None", "none")
     try:
         value = None if absent else _parse(kind, text)
-        if field in NUMBERS:
+        if field in schema.numbers:
             value = tuple(float(part) for part in value or ())
     except (ValueError, SyntaxError, KeyError, RecursionError, MemoryError):
         raise InputError(
             f"--config.{field}: expected {_TYPE_NAMES[kind]}, found {text!r}"
         ) from None
-    wrong = fault(field, value, schema.rules)
+    wrong = schema.fault(field, value)
     if wrong:
         raise InputError(wrong)
     parent[name] = value
@@ -166,7 +164,7 @@ def _check_fields(config: ml_collections.ConfigDict, schema: Schema) -> list[str
     for field in schema.rules:
         try:
             parent, name = _parent(config, field)
-            wrong = fault(field, parent[name], schema.rules)
+            wrong = schema.fault(field, parent[name])
         except (KeyError, TypeError):
             wrong = (
                 f"--config.{field}: missing or of another type; a configuration starts from "

@@ -19,9 +19,9 @@ from proteus_jax.methods.teacher_config import FIRST
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params, StudentFunction, in_precision
 from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
-from proteus_jax.training.builder import dtype_of
 from proteus_jax.weights.convert.hf_directory import wanted_files
 from proteus_jax.weights.fetch import obtain_teacher
 from proteus_jax.weights.model_dir import CARD, WEIGHTS, Model, ModelCard, load_model

@@ -18,6 +18,7 @@ from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET
 from proteus_jax.training import builder
 from proteus_jax.training.builder import Known, assemble, dtype_of, length, unsuited
+from proteus_jax.training.schema import schema_of
 from proteus_jax.training.train_state import Skipped, TrainState
 
 SECOND = ViTSpec(width=24, depth=1, heads=2, patch_size=7, grid=4)
@@ -42,7 +43,7 @@ def configuration(tmp_path: Path) -> Any:
         "    second.loss.token, second.loss.patch = 3.0, 0.25\n"
         "    return config\n"
     )
-    found, problems = config.load(str(file), [])
+    found, problems = config.load(str(file), [], schema_of)
     assert not problems
     return found
 
@@ -53,7 +54,7 @@ KNOWN = {"teacher": Known(TINY, CLIP), "another": Known(SECOND, IMAGENET)}
 
 def test_a_further_teachers_crop_may_be_unset(tmp_path: Path, configuration: Any) -> None:
     overrides = [config.Override("more_teachers.another.crop", "None")]
-    found, problems = config.load(str(tmp_path / "two.py"), overrides)
+    found, problems = config.load(str(tmp_path / "two.py"), overrides, schema_of)
     assert not problems
     assert side_of_images(found) == 56
 
@@ -108,7 +109,7 @@ def test_precisions_by_platform() -> None:
 def test_a_kernel_that_a_precision_does_not_have_is_refused(field: str) -> None:
     """For the student and for the teacher."""
     overrides = [config.Override("attention", "cudnn"), config.Override(field, "float32")]
-    found, problems = config.load(str(ROOT / "configs" / "vitb14.py"), overrides)
+    found, problems = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
     assert not problems
     (problem,) = unsuited(found, "gpu")
     assert problem == "--config.attention: expected auto or xla on a gpu in float32, found cudnn"
@@ -116,7 +117,7 @@ def test_a_kernel_that_a_precision_does_not_have_is_refused(field: str) -> None:
 
 def test_a_warm_up_as_long_as_its_run_is_shortened() -> None:
     overrides = [config.Override("steps", "100"), config.Override("warmup_steps", "100")]
-    found, _ = config.load(str(ROOT / "configs" / "vitb14.py"), overrides)
+    found, _ = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
     assert length(found, 1000).warmup == 10
 
 

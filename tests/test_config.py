@@ -12,6 +12,7 @@ from proteus_jax.errors import InputError
 from proteus_jax.methods.teacher_config import lessons
 from proteus_jax.models.config import SPECS
 from proteus_jax.training.builder import Known, Length, assemble
+from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import KNOWN
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -20,7 +21,9 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 
 def problems(*overrides: tuple[str, str | None]) -> list[str]:
     try:
-        return config.load(QUICKSTART, [Override(*override) for override in overrides])[1]
+        return config.load(QUICKSTART, [Override(*override) for override in overrides], schema_of)[
+            1
+        ]
     except InputError as error:
         return error.problems
 
@@ -28,7 +31,7 @@ def problems(*overrides: tuple[str, str | None]) -> list[str]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds(name: str) -> None:
     """Shapes only: the whole step, with a teacher of the size that the config names."""
-    loaded, faults = config.load(str(ROOT / "configs" / f"{name}.py"), [])
+    loaded, faults = config.load(str(ROOT / "configs" / f"{name}.py"), [], schema_of)
     settings: Any = loaded
     assert faults == []
     assert settings.teacher in KNOWN
@@ -50,7 +53,7 @@ def test_every_config_builds(name: str) -> None:
 
 
 def test_the_papers_constants() -> None:
-    settings: Any = config.load(str(ROOT / "configs" / "vits14.py"), [])[0]
+    settings: Any = config.load(str(ROOT / "configs" / "vits14.py"), [], schema_of)[0]
     assert (settings.batch, settings.epochs, settings.warmup_epochs) == (1024, 300, 5)
     assert (settings.weight_decay, settings.mask_ratio, settings.drop_path) == (0.05, 0.5, 0)
     assert (settings.loss.token, settings.loss.feature, settings.loss.patch) == (1, 1, 1)
@@ -72,6 +75,7 @@ def test_overrides_take_the_fields_type() -> None:
             Override("student", "vit_tiny, vit_small"),
             Override("data.root", "~/my photos=1"),
         ],
+        schema_of,
     )
     settings: Any = loaded
     assert faults == []
@@ -79,7 +83,7 @@ def test_overrides_take_the_fields_type() -> None:
     assert settings.learning_rate == 1e-4
     assert settings.student == ("vit_tiny", "vit_small")
     assert settings.data.root == ("~/my photos=1",)
-    again: Any = config.load(QUICKSTART, [Override("student", "('vit_base',)")])[0]
+    again: Any = config.load(QUICKSTART, [Override("student", "('vit_base',)")], schema_of)[0]
     assert again.student == ("vit_base",)
 
 
@@ -166,9 +170,9 @@ def test_files_that_give_no_configuration(tmp_path: Path, text: str, complaint: 
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(InputError, match=complaint):
-        config.load(str(file), [])
+        config.load(str(file), [], schema_of)
     with pytest.raises(InputError, match="no such file"):
-        config.load(str(tmp_path / "absent.py"), [])
+        config.load(str(tmp_path / "absent.py"), [], schema_of)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_more_teachers_that_are_none(line: str, complaint: str, tmp_path: Path) 
     body = "".join(f"    {each}\n" for each in lines)
     (tmp_path / "c.py").write_text(f"from configs import base\n\n\ndef get_config():\n{body}")
     try:
-        found = config.load(str(tmp_path / "c.py"), [])[1]
+        found = config.load(str(tmp_path / "c.py"), [], schema_of)[1]
     except InputError as error:
         found = error.problems
     assert any(complaint in problem for problem in found), found

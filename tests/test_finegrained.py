@@ -23,8 +23,8 @@ from proteus_jax.errors import InputError
 from proteus_jax.evaluation.feature_extraction import Frozen, Table
 from proteus_jax.evaluation.protocols import fine_grained
 from proteus_jax.evaluation.protocols.fine_grained import Features, average_precision, evaluate
+from proteus_jax.evaluation.schema import FINEGRAINED
 from proteus_jax.models.normalization import CLIP, Normalisation
-from proteus_jax.schema import FINEGRAINED
 from proteus_jax.weights.model_dir import Model, load_model
 
 

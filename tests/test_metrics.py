@@ -11,7 +11,6 @@ from tensorboardX.proto import event_pb2
 from proteus_jax.engine.metrics_logger import Rows
 from proteus_jax.runtime.console import duration
 from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics, read_metrics
-from proteus_jax.training.setup import Experiment
 
 messages: Any = event_pb2  # its classes are made at run time
 
@@ -84,15 +83,11 @@ def test_rows_of_two_students(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not finite is left out; the live line shows the first student, and how long it is
     from here on; a device's share is that of all devices.
     """
-    experiment = Experiment.__new__(Experiment)
-    facts = {"students": {"a": None, "b": None}, "total_steps": 30, "peak": 4e12, "work": 1e10}
-    for name, value in facts.items():
-        object.__setattr__(experiment, name, value)
     now = [50.0]
     monkeypatch.setattr("proteus_jax.engine.metrics_logger.time.monotonic", lambda: now[0])
     monkeypatch.setattr("proteus_jax.engine.metrics_logger.jax.device_count", lambda: 16)
     writer, console = Written(), Heard()
-    rows = Rows(experiment, writer, console)
+    rows = Rows(writer, console, students=("a", "b"), total_steps=30, work=1e10, peak=4e12)
     rows.begin(10)
     now[0] += 20.0
     losses = {

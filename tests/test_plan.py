@@ -27,6 +27,7 @@ from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.training.builder import Known, assemble, length
 from proteus_jax.training.planning import floors, plan
 from proteus_jax.training.planning.topology import named_topology
+from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import KNOWN
 
 
@@ -157,7 +158,9 @@ def test_a_batch_divides_by_devices_parts_and_pairs(overrides: tuple[str, ...], 
     topology = named_topology("v5e:4x4")
     for batch, fits in ((unit * 3, True), (unit * 3 + unit // 2, False)):
         changes = [config.Override(*text.split("=")) for text in (*overrides, f"batch={batch}")]
-        configuration, problems = config.load(str(ROOT / "configs" / "vitb14.py"), changes)
+        configuration, problems = config.load(
+            str(ROOT / "configs" / "vitb14.py"), changes, schema_of
+        )
         assert not problems
         if fits:
             plan._check(configuration, topology)
@@ -189,7 +192,7 @@ def assembled(*overrides: str) -> tuple:
 def assembled_as(name: str, *overrides: str) -> tuple:
     changes = [config.Override(*text.split("=")) for text in overrides]
     configuration: Any
-    configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes)
+    configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes, schema_of)
     assert not problems
     known = Known(KNOWN[configuration.teacher].spec, IMAGENET)
     steps = length(configuration, plan.IMAGENET_IMAGES)
@@ -275,7 +278,7 @@ def lines_of(monkeypatch: pytest.MonkeyPatch) -> Lines:
     def printed_lines(*arguments: str) -> dict[str, str]:
         read = main.parse([f"--config={ROOT / 'configs' / 'vitti14.py'}", "--plan", *arguments])
         overrides = [config.Override(*override) for override in read.overrides]
-        configuration, problems = config.load(read.paths["--config"], overrides)
+        configuration, problems = config.load(read.paths["--config"], overrides, schema_of)
         console = Heard()
         main._plan(configuration, read.planning, [*read.problems, *problems], console)
         return dict(line.split(": ", 1) for line in console.lines)
@@ -330,7 +333,9 @@ def test_the_table_of_compiled_steps() -> None:
     made, rows = floors.table()
     assert {"commit", "jax", "libtpu"} <= made.keys()
     for each in rows:
-        configuration, problems = config.load(str(ROOT / "configs" / f"{each.config}.py"), [])
+        configuration, problems = config.load(
+            str(ROOT / "configs" / f"{each.config}.py"), [], schema_of
+        )
         assert not problems
         topology = named_topology(each.topology)
         assert topology.device is not None

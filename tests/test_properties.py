@@ -25,7 +25,7 @@ from proteus_jax.data.splits import HeldOut, split
 from proteus_jax.data.transforms.random_resized_crop import crop_box
 from proteus_jax.data.transforms.resize import resized
 from proteus_jax.errors import InputError
-from proteus_jax.schema import schema_of
+from proteus_jax.training.schema import TRAINING, schema_of
 from proteus_jax.weights.convert import torch_file
 from proteus_jax.weights.convert.readers import read_weights
 
@@ -175,15 +175,15 @@ def test_a_configuration_is_whole_or_says_what_is_wrong(fields: list[tuple[str, 
     brings back.
     """
     overrides = [config.Override(*field) for field in fields]
-    found, problems = config.load(str(ROOT / "configs" / "vitb14.py"), overrides)
+    found, problems = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
     for problem in problems:
         assert problem.startswith("--config")
         assert "\n" not in problem
     if not problems:
         content: dict[str, Any] = json.loads(found.to_json())
-        again = config.complete(content)
+        again = config.complete(content, TRAINING)
         assert json.loads(again.to_json()) == content
-        assert not schema_of(again).together(again)
+        assert not TRAINING.together(again)
 
 
 DTYPES = ["float32", "float16", "int64", "uint8", "bool", "float64", ml_dtypes.bfloat16]

@@ -30,6 +30,7 @@ from proteus_jax.runtime.filesystem import atomic_directory
 from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.workdir import Workdir, opened_workdir, why_no_workdir
 from proteus_jax.training import setup
+from proteus_jax.training.schema import schema_of
 from proteus_jax.training.setup import open_inputs
 
 # main.py with a bucket that is a folder: orbax has its own way to the real ones.
@@ -343,7 +344,7 @@ def test_nothing_is_fetched_before_a_misspelt_path_is_said(
 
 def refused(workdir: Path, photographs: Path, teacher: Path) -> list[str]:
     overrides = [Override("data.root", str(photographs)), Override("teacher", str(teacher))]
-    configuration, problems = load(str(ROOT / "configs" / "quickstart.py"), overrides)
+    configuration, problems = load(str(ROOT / "configs" / "quickstart.py"), overrides, schema_of)
     with pytest.raises(InputError) as error:
         open_inputs(configuration, str(workdir), problems)
     return error.value.problems

@@ -1,7 +1,7 @@
 """The numbers of logged steps, from the device to metrics.jsonl and the terminal."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,6 @@ import numpy as np
 
 from proteus_jax.runtime.console import Console, duration
 from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics
-from proteus_jax.training.setup import Experiment
 
 LOSSES = ("loss", "token_loss", "feature_loss", "patch_loss")
 
@@ -32,10 +31,24 @@ class _Pending(NamedTuple):
 
 
 class Rows:
-    """One row waits: its numbers are fetched when the device is busy with the next logged step."""
+    """One row waits: its numbers are fetched when the device is busy with the next logged step.
 
-    def __init__(self, experiment: Experiment, writer: MetricsWriter | NoMetrics, console: Console):
-        self._experiment, self._writer, self._console = experiment, writer, console
+    `work` is in FLOPs an image, `peak` in FLOPs a second of all devices, None where it is unknown.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | NoMetrics,
+        console: Console,
+        *,
+        students: Sequence[str],
+        total_steps: int,
+        work: float,
+        peak: float | None,
+    ):
+        self._writer, self._console = writer, console
+        self._students, self._total_steps = students, total_steps
+        self._work, self._peak = work, peak
         self._pending: _Pending | None = None
         self.sync, self.close = writer.sync, writer.close
         self.begin(0)
@@ -65,8 +78,8 @@ class Rows:
         """
         rate = measured["images_per_second"]
         measured["images_per_second_per_device"] = rate / jax.device_count()
-        if self._experiment.peak is not None:
-            measured["mfu"] = rate * self._experiment.work / self._experiment.peak
+        if self._peak is not None:
+            measured["mfu"] = rate * self._work / self._peak
         return measured
 
     def write(self) -> Written | None:
@@ -84,16 +97,16 @@ class Rows:
 
     def _renamed(self, values: dict[str, float]) -> dict[str, float]:
         """With one student its name is left out of the keys."""
-        if len(self._experiment.students) > 1:
+        if len(self._students) > 1:
             return values
         return {key.rpartition("/")[2]: value for key, value in values.items()}
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         """The live line."""
-        total = self._experiment.total_steps
+        total = self._total_steps
         used = f"MFU {values['mfu']:.0%}  " if "mfu" in values else ""
         pace = (time.monotonic() - self._began) / max(step - self._began_at, 1)
-        first = next(iter(self._experiment.students))
+        first = self._students[0]
         own = {key.removeprefix(f"{first}/"): value for key, value in values.items()}
         losses = "  ".join(
             f"{key.removesuffix('_loss')} {own.get(key, float('nan')):.3f}" for key in LOSSES

@@ -16,6 +16,7 @@ from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import analysis, fine_grained, knn, linear, robustness
 from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
 from proteus_jax.loading import load_any
+from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.cluster_env import unseen_gpus
 from proteus_jax.runtime.compilation_cache import FOLDER as COMPILED
@@ -24,7 +25,6 @@ from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, first_of, is_remote, why_no_workdir
-from proteus_jax.training.builder import dtype_of
 from proteus_jax.weights.model_dir import WEIGHTS, Model
 
 HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)

@@ -15,6 +15,7 @@ from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec, student_spec
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
@@ -72,13 +73,6 @@ class Assembly(NamedTuple):
                 sharding.traced_on(mesh, self.train_step), donate_argnums=0, out_shardings=outputs
             ),
         )
-
-
-def dtype_of(precision: str, platform: str) -> Any:
-    """float32, bfloat16, float16, or what `auto` means on a platform."""
-    if precision == "auto":
-        precision = "float32" if platform == "cpu" else "bfloat16"
-    return jnp.dtype(precision)
 
 
 def length(config: Any, images: int) -> Length:

@@ -30,6 +30,7 @@ from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import is_remote
 from proteus_jax.training.builder import Assembly, Known, assemble, length
 from proteus_jax.training.resume import changes
+from proteus_jax.training.schema import TRAINING
 from proteus_jax.training.setup import Experiment, images_together, placed_teacher, teacher_facts
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
 from proteus_jax.training.train_step import one_grid, seen_by
@@ -167,7 +168,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
         if not (isinstance(said["images_an_epoch"], int) and said["images_an_epoch"] > 0):
             raise ValueError(f"{ABOUT}: expected a number of images_an_epoch")
         said["metrics"] = {key: float(value) for key, value in metrics.items()}
-        config = said["configuration"] = complete(said["configuration"])
+        config = said["configuration"] = complete(said["configuration"], TRAINING)
         expected = (config.batch, side_of_images(config), side_of_images(config), 3)
         if images.dtype != np.uint8 or images.shape != expected:
             found = f"{images.dtype} {list(images.shape)}"

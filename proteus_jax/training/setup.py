@@ -38,6 +38,7 @@ from proteus_jax.models.functional import (
     without_layer_scale,
 )
 from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import sha256
@@ -47,7 +48,6 @@ from proteus_jax.training.builder import (
     Assembly,
     Known,
     assemble,
-    dtype_of,
     length,
     misfits,
     unsuited,

@@ -229,7 +229,14 @@ class _Run:
             step = resumed
         trains = step < total
         writer = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
-        self.rows = Rows(experiment, writer, self.console)
+        self.rows = Rows(
+            writer,
+            self.console,
+            students=tuple(experiment.students),
+            total_steps=total,
+            work=experiment.work,
+            peak=experiment.peak,
+        )
         with contextlib.closing(self.rows):
             if resumed is None:
                 self.rows.measure(step, self.examination.measure(step, state))

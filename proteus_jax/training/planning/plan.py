@@ -25,13 +25,13 @@ from proteus_jax.methods.teacher_config import lessons, masks, side_of_images
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction, stored_shapes
 from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.training.builder import (
     Assembly,
     Known,
     assemble,
-    dtype_of,
     length,
     misfits,
     unsuited,
