@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.methods.losses import LossWeights
+from proteus_jax.methods.masking import random_masks
+from proteus_jax.methods.proteus import Proteus, student_losses
+from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.training.optimizer import adamw, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import (
-    Teacher,
-    make_train_step,
-    random_masks,
-    student_losses,
-)
+from proteus_jax.training.train_step import make_train_step
 
 
 def recipe(
@@ -29,12 +27,12 @@ def recipe(
     schedule = warmup_cosine(1e-3, 5, 1000)
     optimizer = adamw(schedule)
     step = make_train_step(
+        method=Proteus(loss_weights={"teacher": LossWeights()}, mask_ratio=0.5),
         teachers={"teacher": Teacher(teacher, IMAGENET)},
         students=students,
         optimizer=optimizer,
         schedule=schedule,
         normalisation=IMAGENET,
-        mask_ratio=0.5,
         ema_decay=0.0,
         seed=0,
         erasing=erasing,

@@ -26,11 +26,11 @@ if __name__ == "__main__":
 from proteus_jax.data.transforms import randaugment
 from proteus_jax.errors import InputError
 from proteus_jax.methods.losses import Losses, LossWeights
+from proteus_jax.methods.proteus import student_losses
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
 from proteus_jax.models.normalization import Normalisation
 from proteus_jax.models.vit import Features
 from proteus_jax.training.optimizer import adamw, decay_mask
-from proteus_jax.training.train_step import student_losses
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert.families import Recognised, recognise
 from proteus_jax.weights.convert.readers import read_weights

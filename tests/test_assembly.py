@@ -88,8 +88,10 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
     monkeypatch.setattr(builder, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
-    names = ("mask_ratio", "ema_decay", "seed", "erasing", "accumulate", "normalisation")
-    assert tuple(asked[name] for name in names) == (0.25, 0.75, 5, 0.4, 2, CLIP)
+    assert asked["method"].mask_ratio == 0.25
+    assert asked["method"].loss_weights["another"] == LossWeights(3.0, 1.0, 0.25)
+    names = ("ema_decay", "seed", "erasing", "accumulate", "normalisation")
+    assert tuple(asked[name] for name in names) == (0.75, 5, 0.4, 2, CLIP)
     assert list(asked["teachers"]) == ["teacher", "another"]
     assert list(asked["students"]) == ["vit_tiny_2blocks", "vit_small_1blocks"]
     # 5e-4 for each 512 images of the whole batch, whatever parts it is taken in.

@@ -15,6 +15,9 @@ from flax import nnx
 
 from proteus_jax.methods.feature_standardization import Moments, moments_of, standardised, updated
 from proteus_jax.methods.losses import LossWeights, token_loss
+from proteus_jax.methods.masking import random_masks
+from proteus_jax.methods.proteus import Proteus
+from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.attention import attention
 from proteus_jax.models.config import CLIP as CLIPS
 from proteus_jax.models.config import SPECS, SYNCLR, ViTSpec
@@ -24,7 +27,7 @@ from proteus_jax.models.normalization import CLIP, IMAGENET, Normalisation
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.training.optimizer import adamw, decay_mask
 from proteus_jax.training.train_state import init_state
-from proteus_jax.training.train_step import Teacher, make_train_step, random_masks
+from proteus_jax.training.train_step import make_train_step
 
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
 # Every choice that a family makes, in as few models as hold them.
@@ -297,17 +300,18 @@ def training() -> tuple[Any, Any, Any, Any]:
         for name, backbone in backbones.items()
     }
     teachers = {
-        name: Teacher(backbones[name], statistics, LossWeights(*factors), standardise=standard)
-        for name, (_, statistics, factors, standard) in TEACHERS.items()
+        name: Teacher(backbones[name], statistics, standardise=standard)
+        for name, (_, statistics, _, standard) in TEACHERS.items()
     }
+    weights = {name: LossWeights(*factors) for name, (_, _, factors, _) in TEACHERS.items()}
     optimizer = optax.sgd(RATE)
     step = make_train_step(
+        method=Proteus(loss_weights=weights, mask_ratio=RATIO),
         teachers=teachers,
         students=students,
         optimizer=optimizer,
         schedule=lambda count: RATE + 0.0 * count,
         normalisation=IMAGENET,
-        mask_ratio=RATIO,
         ema_decay=DECAY,
         seed=SEED,
     )

@@ -9,22 +9,18 @@ import pytest
 from conftest import TINY
 from jax.sharding import NamedSharding, PartitionSpec
 
+from proteus_jax.methods.base import Batch
 from proteus_jax.methods.losses import Losses, LossWeights
+from proteus_jax.methods.masking import random_masks
+from proteus_jax.methods.proteus import Proteus, student_losses
+from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, decay_mask, scaled_learning_rate, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import (
-    Teacher,
-    _mean_over_parts,
-    _Part,
-    make_train_step,
-    ramp,
-    random_masks,
-    student_losses,
-)
+from proteus_jax.training.train_step import _mean_over_parts, make_train_step, ramp
 
 TEACHER = BackboneFunction(TINY)
 STUDENTS = {
@@ -40,12 +36,12 @@ def make(names: tuple[str, ...] = ("small",), **changes):
     schedule = warmup_cosine(1e-2, 2, 10)
     optimizer = adamw(schedule)
     settings = {
+        "method": Proteus(loss_weights={"teacher": LossWeights()}, mask_ratio=0.5),
         "teachers": {"teacher": Teacher(TEACHER, IMAGENET)},
         "students": students,
         "optimizer": optimizer,
         "schedule": schedule,
         "normalisation": IMAGENET,
-        "mask_ratio": 0.5,
         "ema_decay": 0.0,
         "seed": 3,
     } | changes
@@ -194,26 +190,25 @@ def test_parts_of_a_batch_drop_other_branches() -> None:
     """
     pixels = jnp.arange(12.0)[:, None, None, None] * jnp.ones((1, 2, 2, 3))
     mask = jnp.arange(6)[:, None] == jnp.arange(6)
-    whole = _Part(pixels, mask, jax.random.key(0))
+    whole = Batch(pixels, mask, jax.random.key(0))
 
-    def seen(part: _Part) -> dict[str, jax.Array]:
-        assert part.mask is not None
+    def seen(part: Batch) -> dict[str, jax.Array]:
         drawn = jax.random.uniform(part.key)
         numbers = part.pixels[:, 0, 0, 0]
         return {
             "drawn": drawn,
             "squared": drawn**2,
             # The mask of a pair is that of its first image.
-            "apart": jnp.sum(jnp.abs(numbers[::2] / 2 - part.mask.argmax(axis=1))),
+            "apart": jnp.sum(jnp.abs(numbers[::2] / 2 - part.draws.argmax(axis=1))),
             "pairs": jnp.sum(numbers[1::2] - numbers[::2]),
             "sum": jnp.sum(numbers),
         }
 
-    found = _mean_over_parts(seen, whole, 3)
+    found = _mean_over_parts(seen, whole, 3, 2)
     assert float(found["squared"] - found["drawn"] ** 2) > 1e-4
     assert (float(found["apart"]), float(found["pairs"])) == (0.0, 2.0)
     assert float(found["sum"]) == pytest.approx(66 / 3)
-    assert float(_mean_over_parts(seen, whole, 1)["sum"]) == 66
+    assert float(_mean_over_parts(seen, whole, 1, 2)["sum"]) == 66
 
 
 def test_precisions(batches: np.ndarray) -> None:
@@ -349,7 +344,8 @@ def test_an_averages_decay_grows_to_its_own() -> None:
 
 
 def test_without_a_patch_loss_nothing_is_masked(teacher_params: dict, batches: np.ndarray) -> None:
-    step, init = make(teachers={"teacher": Teacher(TEACHER, IMAGENET, LossWeights(1.0, 1.0, 0.0))})
+    weights = {"teacher": LossWeights(1.0, 1.0, 0.0)}
+    step, init = make(method=Proteus(loss_weights=weights, mask_ratio=0.5))
     # An odd batch: nothing is halved.
     state, (row,) = run(step, init(), teacher_params, batches[:1, :15])
     assert row["small/patch_loss"] == 0

@@ -26,7 +26,9 @@ from proteus_jax.methods.feature_standardization import (
     updated,
 )
 from proteus_jax.methods.losses import LossWeights
+from proteus_jax.methods.proteus import Proteus
 from proteus_jax.methods.resample import regridded, renormalised, resized
+from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.config import SPECS, ViTSpec, named_spec, student_spec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
@@ -35,7 +37,7 @@ from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.initialization import adapted
 from proteus_jax.training.optimizer import adamw
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import Teacher, make_train_step
+from proteus_jax.training.train_step import make_train_step
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 
@@ -64,10 +66,12 @@ def trained(
     students = {"small": StudentFunction(changes.pop("spec", SMALL), widths)}
     optimizer = adamw(1e-3)
     normalisation = next(iter(teachers.values())).normalisation
+    weights = {name: LossWeights() for name in teachers} | changes.pop("weights", {})
     step = make_train_step(
+        method=Proteus(loss_weights=weights, mask_ratio=0.5),
         teachers=teachers, students=students, optimizer=optimizer,
         schedule=lambda updates: 1e-3 / (1 + updates),
-        normalisation=normalisation, mask_ratio=0.5, ema_decay=0.0, seed=3, **changes,
+        normalisation=normalisation, ema_decay=0.0, seed=3, **changes,
     )  # fmt: skip
     params = {
         name: teacher.backbone.init(jax.random.key(number))
@@ -97,7 +101,7 @@ def test_what_is_there_already_is_not_touched() -> None:
 def test_the_plain_path_is_bit_for_bit_the_same(images: np.ndarray) -> None:
     backbone = BackboneFunction(TINY)
     plain, rows, _ = trained({"teacher": Teacher(backbone, IMAGENET)}, images, steps=2)
-    stated = Teacher(backbone, IMAGENET, LossWeights(), side=CROP)
+    stated = Teacher(backbone, IMAGENET, side=CROP)
     again, same, _ = trained({"teacher": stated}, images, steps=2)
     assert rows == same
     jax.tree.map(np.testing.assert_array_equal, plain, again)
@@ -137,8 +141,9 @@ def test_grids_are_resampled_antialiased() -> None:
 
 def test_a_finer_grid_with_registers_teaches_a_coarser_one(images: np.ndarray) -> None:
     """The losses of the first step against the same written out by hand."""
-    teacher = Teacher(BackboneFunction(OTHER), CLIP, LossWeights(1.0, 1.0, 0.0))
-    _, (row,), params = trained({"teacher": teacher}, images)
+    teacher = Teacher(BackboneFunction(OTHER), CLIP)
+    weights = {"teacher": LossWeights(1.0, 1.0, 0.0)}
+    _, (row,), params = trained({"teacher": teacher}, images, weights=weights)
     student = StudentFunction(SMALL, {"teacher": OTHER.width})
     values = student.init(jax.random.key(3))
     said = student(values, CLIP(jnp.asarray(images))).answers["teacher"]
@@ -172,9 +177,10 @@ def test_a_teacher_of_larger_images(images: np.ndarray) -> None:
 def test_several_teachers(images: np.ndarray) -> None:
     """Each has its heads and factors; the first learns as it does alone."""
     first = Teacher(BackboneFunction(TINY), IMAGENET)
-    second = Teacher(BackboneFunction(OTHER), HALF, LossWeights(2.0, 0.5, 0.0))
+    second = Teacher(BackboneFunction(OTHER), HALF)
+    weights = {"other": LossWeights(2.0, 0.5, 0.0)}
     _, (alone,), _ = trained({"teacher": first}, images)
-    state, (row,), _ = trained({"teacher": first, "other": second}, images)
+    state, (row,), _ = trained({"teacher": first, "other": second}, images, weights=weights)
     for key in ("token_loss", "feature_loss", "patch_loss"):
         assert row[f"small/{key}"] == pytest.approx(alone[f"small/{key}"], rel=1e-6)
     assert row["small/other_patch_loss"] == 0
@@ -347,7 +353,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     # Another factor, another teacher or another start is another run.
     other = finish([*arguments, "--config.more_teachers.other.loss.token=2"], tmp_path)
     assert other.returncode == 2
-    assert "teachers.other.factors: the checkpoint has" in other.stderr
+    assert "teachers.other.loss_weights" in other.stderr
 
 
 def test_a_start_is_where_training_begins(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from proteus_jax.errors import InputError
+from proteus_jax.methods.proteus import Proteus
+from proteus_jax.methods.teacher import Teacher
 from proteus_jax.methods.teacher_config import FIRST, Lesson, lessons, masks
 from proteus_jax.models import flops
 from proteus_jax.models.attention import choose
@@ -19,7 +21,7 @@ from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import Metrics, Teacher, make_train_step
+from proteus_jax.training.train_step import Metrics, make_train_step
 
 # A warm-up that would take all of a run takes this part of it.
 SHORTENED = 10
@@ -40,6 +42,7 @@ class Length(NamedTuple):
 class Assembly(NamedTuple):
     """The models, and the two functions that a run compiles."""
 
+    method: Proteus
     teachers: dict[str, Teacher]
     students: dict[str, StudentFunction]
     # Of the images that students see.
@@ -150,13 +153,17 @@ def assemble(
     optimizer = adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
     # Students see images as the first teacher does.
     normalisation = taught[FIRST].normalisation
+    method = Proteus(
+        loss_weights={name: lesson.weights for name, lesson in lessons(config).items()},
+        mask_ratio=config.mask_ratio,
+    )
     step = make_train_step(
+        method=method,
         teachers=taught,
         students=students,
         optimizer=optimizer,
         schedule=schedule,
         normalisation=normalisation,
-        mask_ratio=config.mask_ratio,
         ema_decay=config.ema_decay,
         seed=config.seed,
         erasing=config.data.erasing,
@@ -174,7 +181,7 @@ def assemble(
         )
 
     said = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
-    return Assembly(taught, students, normalisation, init, step, said)
+    return Assembly(method, taught, students, normalisation, init, step, said)
 
 
 def unsuited(config: Any, platform: str) -> list[str]:
@@ -229,7 +236,6 @@ def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any, attention: str
     return Teacher(
         BackboneFunction(spec, dtype, attention),
         lesson.statistics(known.normalisation),
-        lesson.weights,
         lesson.crop,
         lesson.standardise,
     )

@@ -22,6 +22,7 @@ from proteus_jax.checkpoint.checksums import SEAL, damage, seal
 from proteus_jax.config import complete
 from proteus_jax.errors import Diverged, InputError, about, refusing
 from proteus_jax.methods.resample import resized
+from proteus_jax.methods.teacher import common_grid_size, teacher_features
 from proteus_jax.methods.teacher_config import FIRST, lessons, side_of_images
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
@@ -33,7 +34,6 @@ from proteus_jax.training.resume import changes
 from proteus_jax.training.schema import TRAINING
 from proteus_jax.training.setup import Experiment, images_together, placed_teacher, teacher_facts
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
-from proteus_jax.training.train_step import one_grid, seen_by
 from proteus_jax.weights.fetch import obtain_teacher
 from proteus_jax.weights.model_dir import load_card
 
@@ -214,14 +214,16 @@ def _not_finite(
         patches = jnp.isfinite(features.patches).all((1, 2))
         return patches & jnp.isfinite(features.cls).all(1)
 
-    normalise, grid = assembly.normalisation, one_grid(assembly.students)
+    normalise, grid = assembly.normalisation, common_grid_size(assembly.students)
 
     @jax.jit
     @functools.partial(sharding.traced_on, mesh)
     def look(params: dict[str, Any], students: dict[str, Any], images: jax.Array) -> dict:
         pixels = normalise(images)
         seen = {
-            name: finite(seen_by(teacher, params[name], pixels, normalise, config.data.crop, grid))
+            name: finite(
+                teacher_features(teacher, params[name], pixels, normalise, config.data.crop, grid)
+            )
             for name, teacher in assembly.teachers.items()
         }
         small = resized(pixels, config.data.crop)

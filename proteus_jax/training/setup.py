@@ -29,6 +29,7 @@ from proteus_jax.evaluation.results import FILE as RESULTS
 from proteus_jax.evaluation.teacher_agreement import Said
 from proteus_jax.methods.feature_standardization import Moments, restored
 from proteus_jax.methods.resample import resized
+from proteus_jax.methods.teacher import Teacher, common_grid_size, teacher_features
 from proteus_jax.methods.teacher_config import FIRST, lessons, masks, side_of_images
 from proteus_jax.models.flops import known_device
 from proteus_jax.models.functional import (
@@ -55,7 +56,7 @@ from proteus_jax.training.builder import (
 from proteus_jax.training.initialization import adapted
 from proteus_jax.training.resume import CARD, CONFIGURATION
 from proteus_jax.training.train_state import TrainState
-from proteus_jax.training.train_step import Metrics, Teacher, one_grid, seen_by
+from proteus_jax.training.train_step import Metrics
 from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.weights.model_card import licence_of
 from proteus_jax.weights.model_dir import WEIGHTS, ModelCard, load_card, load_model
@@ -367,7 +368,7 @@ def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[s
             "weights": sha256(directories[name] / WEIGHTS),
             # Its grid follows the crop, which is a fact of its own.
             "spec": {**each.backbone.spec.to_json(), "grid": None},
-            "factors": list(each.weights),
+            "loss_weights": assembly.method.loss_weights[name]._asdict(),
             "normalisation": _listed(each.normalisation),
             "side": each.side,
         }
@@ -439,11 +440,11 @@ def _class_tokens(
     config: Any, assembly: Assembly
 ) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
     crop, teacher = config.data.crop, assembly.teachers[FIRST]
-    grid = one_grid(assembly.students)
+    grid = common_grid_size(assembly.students)
 
     def taught(params: Params, images: jax.Array) -> jax.Array:
         pixels = assembly.normalisation(images)
-        said = seen_by(teacher, params, pixels, assembly.normalisation, crop, grid)
+        said = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
         return said.cls.astype(jnp.float32)
 
     def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
@@ -462,7 +463,7 @@ def _evaluation_functions(
     config: Any, assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
 ) -> tuple[Callable, Callable, Callable]:
     """First teacher and students as functions from a host batch to host arrays."""
-    crop, grid = config.data.crop, one_grid(assembly.students)
+    crop, grid = config.data.crop, common_grid_size(assembly.students)
     teacher, normalise = assembly.teachers[FIRST], assembly.normalisation
 
     def compiled(function: Callable, **options: Any) -> Callable:
@@ -471,7 +472,7 @@ def _evaluation_functions(
 
     @compiled
     def taught(params: Params, images: jax.Array) -> Features:
-        return seen_by(teacher, params, normalise(images), normalise, crop, grid)
+        return teacher_features(teacher, params, normalise(images), normalise, crop, grid)
 
     def in_its_scale(features: Features, statistics: dict[str, Moments]) -> Features:
         return restored(features, statistics[FIRST]) if FIRST in statistics else features

@@ -21,6 +21,7 @@ from proteus_jax.data.throughput import views_per_second
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.data.transforms.random_resized_crop import Recipe
 from proteus_jax.errors import InputError
+from proteus_jax.methods.teacher import Teacher
 from proteus_jax.methods.teacher_config import lessons, masks, side_of_images
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction, stored_shapes
@@ -38,7 +39,6 @@ from proteus_jax.training.builder import (
 )
 from proteus_jax.training.planning.floors import Floor, nearest
 from proteus_jax.training.planning.topology import Topology, local_topology, named_topology
-from proteus_jax.training.train_step import Teacher
 from proteus_jax.weights.fetch import obtain_teacher, teacher_spec
 from proteus_jax.weights.model_dir import load_card
 

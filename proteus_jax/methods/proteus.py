@@ -1,0 +1,109 @@
+"""Proteus: a student learns its teachers' class tokens, all their tokens, and, under a mask, their
+patches.
+
+Source: arXiv 2407.10366, section 3, and the authors' pretrain/models_proteus_dinov2.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from proteus_jax.methods.base import Batch, NamedLosses
+from proteus_jax.methods.losses import Losses, LossWeights, distillation_losses
+from proteus_jax.methods.masking import random_masks
+from proteus_jax.models.functional import Params, StudentFunction
+from proteus_jax.models.vit import Features
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proteus:
+    """The paper's method; see proteus_jax.methods.base.Method.
+
+    `loss_weights` are each teacher's, by its name, the primary teacher first; `mask_ratio` is the
+    share of the patches that a mask hides.
+    """
+
+    loss_weights: Mapping[str, LossWeights]
+    mask_ratio: float
+
+    @property
+    def masks(self) -> bool:
+        """Whether any teacher's patches are predicted under a mask."""
+        return any(weights.patch > 0 for weights in self.loss_weights.values())
+
+    @property
+    def group(self) -> int:
+        """An image that is masked, and one that is not."""
+        return 2 if self.masks else 1
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The three losses of each teacher; the primary teacher's without its name."""
+        names = [name for name in Losses._fields if name != "loss"]
+        return tuple(
+            self._prefix(teacher) + name for teacher in self.loss_weights for name in names
+        )
+
+    def _prefix(self, teacher: str) -> str:
+        return "" if teacher == next(iter(self.loss_weights)) else f"{teacher}_"
+
+    def draw(self, key: PRNGKeyArray, images: int, patches: int) -> Bool[Array, "m n"] | None:
+        """Masks for every second image; None where nothing is masked."""
+        if not self.masks:
+            return None
+        return random_masks(key, images // 2, patches, self.mask_ratio)
+
+    def loss(
+        self,
+        student: StudentFunction,
+        params: Params,
+        batch: Batch,
+        targets: Mapping[str, Features],
+    ) -> tuple[Float[Array, ""], NamedLosses]:
+        """The weighted sum over all teachers, and each teacher's losses before their weights."""
+        key = batch.key if student.drop_path else None
+        losses = student_losses(
+            student, params, batch.pixels, targets, batch.draws, self.loss_weights, key=key
+        )
+        named = {
+            self._prefix(teacher) + name: value
+            for teacher, each in losses.items()
+            for name, value in each._asdict().items()
+            if name != "loss"
+        }
+        return sum((each.loss for each in losses.values()), jnp.zeros(())), named
+
+
+def student_losses(
+    student: StudentFunction,
+    params: Params,
+    images: Float[Array, "b h w 3"],
+    targets: Mapping[str, Features],
+    mask: Bool[Array, "m n"] | None,
+    weights: Mapping[str, LossWeights],
+    *,
+    masked_rows: slice = slice(None, None, 2),
+    key: jax.Array | None = None,
+) -> dict[str, Losses]:
+    """The objectives of one student on one batch, by teacher; `masked_rows` are the half of the
+    batch that `mask` covers.
+
+    The masked pass runs those rows only. The reference runs the whole batch through it and uses
+    half: without stochastic depth the losses and gradients are the same, at three quarters of the
+    cost. Every second row rather than the first half, so that on many devices each has its share
+    and nothing moves.
+    """
+    masked_images = None if mask is None else images[masked_rows]
+    predictions = student(params, images, masked_images, mask, key)
+    losses = {}
+    for name, target in targets.items():
+        # A teacher whose patches count for nothing is not asked for them.
+        asked = mask is not None and weights[name].patch > 0
+        masked_target = target.patches[masked_rows] if asked else None
+        losses[name] = distillation_losses(
+            predictions.answers[name], target, masked_target, mask, weights[name]
+        )
+    return losses
