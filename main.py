@@ -168,7 +168,8 @@ def distil(arguments: list[str], console: Console) -> int:
     from proteus_jax.evaluation import runner as evaluation
     from proteus_jax.runtime import distributed
     from proteus_jax.runtime.workdir import is_remote, opened_workdir
-    from proteus_jax.training import setup, trainer
+    from proteus_jax.training import trainer
+    from proteus_jax.training.inputs import open_inputs, prepare
     from proteus_jax.training.schema import schema_of
 
     overrides = [config.Override(*override) for override in read.overrides]
@@ -193,7 +194,7 @@ def distil(arguments: list[str], console: Console) -> int:
         if evaluates:
             evaluation.prepare(configuration, known)
         else:
-            setup.prepare(configuration, known)
+            prepare(configuration, known)
         console.line("ready: images and models are here")
         return 0
     place, seconds = _company(read.place, known)
@@ -205,7 +206,7 @@ def distil(arguments: list[str], console: Console) -> int:
             found = evaluation.open_inputs(configuration, workdir, known)
             with opened_workdir(workdir) as folder, fitting(LESS_IN_EVALUATION):
                 return evaluation.run(configuration, found, folder, console)
-        inputs = setup.open_inputs(configuration, workdir, known)
+        inputs = open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS_IN_TRAINING):
             return trainer.run(configuration, inputs, folder, console, company, profile=profile)

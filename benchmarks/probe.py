@@ -23,15 +23,16 @@ import numpy as np
 
 from configs.eval import linear as configuration
 from proteus_jax.data.datasets.labeled import Labelled
-from proteus_jax.data.eval_loader import CentreCrop
 from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.evaluation.feature_extraction import Frozen, Reading, class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import linear
 from proteus_jax.models.config import SPECS
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.model_dir import Model, ModelCard
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import ModelCard
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
 from proteus_jax.weights.convert.hf_directory import wanted_files
+from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.fetch import obtain_teacher
-from proteus_jax.weights.model_dir import CARD, WEIGHTS, Model, ModelCard, load_model
+from proteus_jax.weights.model_dir import CARD, WEIGHTS, ModelCard, load_model
 
 
 def load_any(source: str | Path, precision: str = "float32") -> Model:

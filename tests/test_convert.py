@@ -20,7 +20,8 @@ from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.readers import read_weights
-from proteus_jax.weights.model_dir import Model, ModelCard, load_card, load_model, save_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 
 SPECS = {
     "mlp": TINY,

@@ -25,7 +25,8 @@ from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.runner import _check_place
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.weights.model_dir import Model, load_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import load_model
 
 
 def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: str) -> list[str]:

@@ -10,14 +10,16 @@ from conftest import CLASSES, photograph, write_classes
 from PIL import Image
 
 from proteus_jax.data.datasets.labeled import open_labelled, open_pair
-from proteus_jax.data.eval_loader import NOTHING, CentreCrop, evaluation_batches
+from proteus_jax.data.eval_loader import NOTHING, evaluation_batches
 from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.feature_extraction import Frozen, Reading, class_token
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import CLIP
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.model_dir import Model, load_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import load_model
 
 VIEW = CentreCrop(32, 28)
 

@@ -18,14 +18,15 @@ from test_probes import clusters
 
 from proteus_jax.data import decode
 from proteus_jax.data.datasets.fine_grained import DATASETS, VOC_CLASSES, _shown, find_datasets
-from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.feature_extraction import Frozen, Table
 from proteus_jax.evaluation.protocols import fine_grained
 from proteus_jax.evaluation.protocols.fine_grained import Features, average_precision, evaluate
 from proteus_jax.evaluation.schema import FINEGRAINED
 from proteus_jax.models.normalization import CLIP, Normalisation
-from proteus_jax.weights.model_dir import Model, load_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import load_model
 
 
 def image(path: Path, label: int, number: int) -> None:

@@ -27,7 +27,7 @@ from test_main import command, environment, losses
 
 import main as command_line
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.runtime import cluster_env, device_check, distributed, sharding
+from proteus_jax.runtime import cluster_env, collectives, device_check, distributed, sharding
 from proteus_jax.runtime.cluster_env import ALONE, Place, find_place, first_node, processes_here
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.runtime.rendezvous import meet
@@ -356,19 +356,19 @@ def test_all_meet_and_part() -> None:
 
 def test_hosts_compare_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text on all, or not: a few equal bytes of two digests are chance."""
-    gather = sharding.multihost_utils
+    gather = collectives.multihost_utils
     monkeypatch.setattr(gather, "process_allgather", lambda mine: np.stack([mine, mine]))
-    assert sharding.same_everywhere("a")
+    assert collectives.same_everywhere("a")
     changed = np.arange(32) > 3
     monkeypatch.setattr(
         gather, "process_allgather", lambda mine: np.stack([mine, mine ^ np.uint8(changed)])
     )
-    assert not sharding.same_everywhere("a")
+    assert not collectives.same_everywhere("a")
 
 
 def test_hosts_may_say_what_is_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
     """A path of bytes that are no UTF-8, and texts of different lengths."""
-    monkeypatch.setattr(sharding.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(collectives.jax, "process_count", lambda: 2)
 
     def gathered(mine: np.ndarray) -> np.ndarray:
         if mine.ndim == 0:
@@ -377,9 +377,9 @@ def test_hosts_may_say_what_is_no_unicode(monkeypatch: pytest.MonkeyPatch) -> No
         other[:3] = np.frombuffer(b"abc", np.uint8)
         return np.stack([mine, other])
 
-    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gathered)
-    assert sharding.of_all_hosts("x/\udcff.png") == ["x/\\udcff.png", "abc"]
-    assert sharding.of_all_hosts("") == ["", "abc"]
+    monkeypatch.setattr(collectives.multihost_utils, "process_allgather", gathered)
+    assert collectives.of_all_hosts("x/\udcff.png") == ["x/\\udcff.png", "abc"]
+    assert collectives.of_all_hosts("") == ["", "abc"]
 
 
 def test_who_is_missing_has_a_number() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from proteus_jax.data.datasets.labeled import Labelled, open_pair
-from proteus_jax.data.eval_loader import CentreCrop
 from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.evaluation.feature_extraction import Frozen, Reading
 from proteus_jax.evaluation.protocol import Context
@@ -20,7 +20,8 @@ from proteus_jax.evaluation.protocols import linear
 from proteus_jax.evaluation.protocols.linear import Kind, Probe, Tokens
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.model_dir import Model, load_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import load_model
 
 RATES = (1e-3, 0.1, 3.0)
 KINDS = tuple(Kind(n, pooled) for n in (1, 2) for pooled in (False, True))

@@ -32,12 +32,13 @@ from proteus_jax.checkpoint.items import PARAMS
 from proteus_jax.checkpoint.store import Keep, Shelf
 from proteus_jax.data.loader import Batch
 from proteus_jax.engine.checkpointing import Saving
-from proteus_jax.engine.monitors import Clock, SkippedUpdates, StopRequest
+from proteus_jax.engine.monitors import Clock, SkippedUpdates
 from proteus_jax.errors import Diverged, InputError, Interrupted, about, exit_code, fitting
 from proteus_jax.methods.feature_standardization import Moments
-from proteus_jax.runtime import compilation_cache, heartbeat, sharding
+from proteus_jax.runtime import collectives, compilation_cache, heartbeat
 from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.metric_writer import MetricsWriter, read_metrics
+from proteus_jax.runtime.preemption import StopRequest
 from proteus_jax.runtime.process import REQUESTS
 from proteus_jax.runtime.workdir import Workdir
 from proteus_jax.training.resume import changes
@@ -169,7 +170,7 @@ def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) ->
         assert saving.checkpoints.failed_in_a_row == 1
         assert saving.checkpoints.shelf.steps() == []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sharding, "from_first_host", lambda _: 0)
+            patch.setattr(collectives, "from_first_host", lambda _: 0)
             saving.save(1, to_items(state(1)), {}, lambda: None)
         assert saving.checkpoints.failed_in_a_row == 2
         assert saving.checkpoints.shelf.steps() == []

@@ -13,15 +13,16 @@ from test_main import command, finish
 
 import proteus_jax
 from proteus_jax.data.datasets.labeled import Labelled, open_labelled
-from proteus_jax.data.eval_loader import CentreCrop
 from proteus_jax.data.sources.base import MemorySource
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.evaluation.cka import linear_cka
 from proteus_jax.evaluation.protocols import robustness
 from proteus_jax.evaluation.protocols.linear import Kind
 from proteus_jax.evaluation.reporting.comparison_table import main as table
 from proteus_jax.evaluation.results import describe
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.weights.model_dir import Model, ModelCard, load_model, save_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import ModelCard, load_model, save_model
 
 WNIDS = ("n01", "n02", "n03")
 

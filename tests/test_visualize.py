@@ -13,7 +13,8 @@ from proteus_jax.evaluation.reporting.figures import GAP, HEADING, foreground_co
 from proteus_jax.evaluation.reporting.visualize import HEIGHT, columns, main
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.weights.model_dir import Model, load_model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import load_model
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from proteus_jax.runtime import heartbeat, workdir
 from proteus_jax.runtime.filesystem import atomic_directory
 from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.workdir import Workdir, opened_workdir, why_no_workdir
-from proteus_jax.training import setup
+from proteus_jax.training import inputs
+from proteus_jax.training.inputs import open_inputs
 from proteus_jax.training.schema import schema_of
-from proteus_jax.training.setup import open_inputs
 
 # main.py with a bucket that is a folder: orbax has its own way to the real ones.
 STAND_IN = """
@@ -335,7 +335,7 @@ def test_nothing_is_fetched_before_a_misspelt_path_is_said(
     """Teachers are gigabytes."""
     monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
     asked: list[str] = []
-    monkeypatch.setattr(setup, "obtain_teacher", asked.append)
+    monkeypatch.setattr(inputs, "obtain_teacher", asked.append)
     problems = refused(tmp_path / "run", tmp_path / "misspelt", Path("dinov2_vitb14"))
     assert len(problems) == 1
     assert "misspelt: no such folder" in problems[0]

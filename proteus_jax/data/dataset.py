@@ -12,10 +12,11 @@ import numpy as np
 
 from proteus_jax.data import decode
 from proteus_jax.data.sources import skimage
+from proteus_jax.data.sources.array_record import open_records
 from proteus_jax.data.sources.base import Part, Source
 from proteus_jax.data.sources.image_folder import open_folder, open_list, open_single
-from proteus_jax.data.sources.records import PREFIX, open_records, open_tfds
 from proteus_jax.data.sources.shards import open_parquet, open_tar
+from proteus_jax.data.sources.tfds import PREFIX, open_tfds
 from proteus_jax.data.splits import (
     WHOLE,
     HeldOut,

@@ -8,7 +8,7 @@ import jax
 from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.checkpoint.store import Keep
 from proteus_jax.errors import Interrupted
-from proteus_jax.runtime import sharding
+from proteus_jax.runtime import collectives
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.workdir import Workdir
@@ -61,7 +61,7 @@ class Saving:
         failure = rows_written()
         if failure is None and jax.process_index() == 0:
             failure = self.checkpoints.shelf.why_not(step)
-        if sharding.from_first_host(int(failure is None)):
+        if collectives.from_first_host(int(failure is None)):
             self.checkpoints.save(step, items, facts)
         else:
             self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))

@@ -10,13 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from proteus_jax.data.eval_loader import CentreCrop, evaluation_batches
+from proteus_jax.data.eval_loader import evaluation_batches
 from proteus_jax.data.sources.base import Source
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention, in_precision
 from proteus_jax.models.normalization import Normalisation
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 # (backbone, parameters, normalised images [b, h, w, 3]) -> arrays whose first axis is the batch's.
 Function = Callable[[BackboneFunction, Params, jax.Array], Any]

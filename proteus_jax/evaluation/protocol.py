@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.evaluation.feature_extraction import Frozen, Reading
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 
 class Context(NamedTuple):

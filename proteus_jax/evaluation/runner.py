@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 import proteus_jax
-from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.feature_extraction import Frozen, Reading
@@ -17,7 +17,7 @@ from proteus_jax.evaluation.protocols import analysis, fine_grained, knn, linear
 from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
 from proteus_jax.loading import load_any
 from proteus_jax.models.precision import dtype_of
-from proteus_jax.runtime import sharding
+from proteus_jax.runtime import collectives, sharding
 from proteus_jax.runtime.cluster_env import unseen_gpus
 from proteus_jax.runtime.compilation_cache import FOLDER as COMPILED
 from proteus_jax.runtime.compilation_cache import keep_compiled_programs
@@ -25,7 +25,8 @@ from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, first_of, is_remote, why_no_workdir
-from proteus_jax.weights.model_dir import WEIGHTS, Model
+from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.weights.model_dir import WEIGHTS
 
 HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)
 
@@ -116,7 +117,7 @@ def _check_model(config: Any, model: Model) -> list[str]:
 
 def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     """Measures, and writes results.json; returns the exit code."""
-    place.compare(jax.process_index(), sharding.of_all_hosts)
+    place.compare(jax.process_index(), collectives.of_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
     workdir, leads = place.local, jax.process_index() == 0
     with about("--workdir"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from proteus_jax.runtime.download import cache_directory
+from proteus_jax.runtime.filesystem import cache_directory
 
 # Beside a run's checkpoints, where several hosts train.
 FOLDER = "compiled"

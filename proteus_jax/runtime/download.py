@@ -17,7 +17,7 @@ from pathlib import Path
 
 from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.runtime.console import waiting
-from proteus_jax.runtime.filesystem import sha256, write_atomically
+from proteus_jax.runtime.filesystem import cache_directory, sha256, write_atomically
 
 # Seconds of silence after which a server is given up, and before each further try.
 TIMEOUT = 30.0
@@ -46,14 +46,6 @@ class Wheel:
     def requirement(self) -> str:
         """As pip takes it."""
         return f"{self.package}=={self.version}"
-
-
-def cache_directory() -> Path:
-    """$PROTEUS_JAX_CACHE, or proteus_jax in the user's cache directory."""
-    chosen = os.environ.get("PROTEUS_JAX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "proteus_jax"
 
 
 def cache_folder(*parts: str) -> Path:

@@ -123,3 +123,11 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
         synced(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_directory() -> Path:
+    """$PROTEUS_JAX_CACHE, or proteus_jax in the user's cache directory."""
+    chosen = os.environ.get("PROTEUS_JAX_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "proteus_jax"

@@ -1,14 +1,11 @@
 """Where arrays live: one mesh, one rule (docs/decisions/0003-one-sharding-rule.md)."""
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Below this many elements an array is whole on every device: splitting it costs more than it saves.
@@ -93,53 +90,3 @@ def gather(tree: Any, mesh: Mesh) -> Any:
     """A tree of device arrays as host arrays, whole on every host; all hosts must take part."""
     whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
     return jax.device_get(whole)
-
-
-def same_everywhere(text: str) -> bool:
-    """True where all hosts have the same text; all must ask."""
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    everybody = multihost_utils.process_allgather(digest)
-    return bool((everybody == digest).all())
-
-
-def of_all_hosts(text: str) -> list[str]:
-    """What each host has to say, in their order, on all hosts; all must say something."""
-    if jax.process_count() == 1:
-        return [text]
-    content = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
-    longest = max(1, int(multihost_utils.process_allgather(np.int64(content.size)).max()))
-    padded = np.zeros(longest, np.uint8)
-    padded[: content.size] = content
-    rows = np.reshape(multihost_utils.process_allgather(padded), (jax.process_count(), longest))
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
-
-
-def from_first_host(number: int) -> int:
-    """What host 0 says, on all hosts; all must ask."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
-
-
-class Agreement:
-    """One answer on all hosts to what each asks at every step: does any of them say yes.
-
-    On several hosts the answer is to what was asked LAG steps before, so that nobody waits for the
-    device.
-    """
-
-    LAG = 2
-
-    def __init__(self, mesh: Mesh):
-        self._mesh, self._asked = mesh, []
-        self._sum = jax.jit(jnp.sum, out_shardings=replicated(mesh))
-
-    def any(self, mine: bool) -> bool:
-        """True where any host said yes."""
-        if jax.process_count() == 1:
-            return mine
-        votes = np.full(jax.local_device_count(), mine, np.int32)
-        self._asked.append(self._sum(place_batch(votes, self._mesh)))
-        if len(self._asked) <= self.LAG:
-            return False
-        return bool(jax.device_get(self._asked.pop(0)))

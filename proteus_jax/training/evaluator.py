@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from proteus_jax.data.datasets.labeled import Labelled, Pair
-from proteus_jax.data.eval_loader import CentreCrop
 from proteus_jax.data.loader import held_out_views
 from proteus_jax.data.sources.base import Source
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.evaluation import teacher_agreement
 from proteus_jax.evaluation.feature_extraction import (

@@ -30,9 +30,11 @@ from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import is_remote
 from proteus_jax.training.builder import Assembly, Known, assemble, length
+from proteus_jax.training.fingerprint import teacher_facts
+from proteus_jax.training.inputs import images_together
 from proteus_jax.training.resume import changes
 from proteus_jax.training.schema import TRAINING
-from proteus_jax.training.setup import Experiment, images_together, placed_teacher, teacher_facts
+from proteus_jax.training.setup import Experiment, placed_teacher
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
 from proteus_jax.weights.fetch import obtain_teacher
 from proteus_jax.weights.model_dir import load_card

@@ -12,7 +12,8 @@ from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
 from proteus_jax.methods.teacher_config import OWN, Lesson, lessons
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.training.setup import Experiment, found_devices
+from proteus_jax.training.inputs import found_devices
+from proteus_jax.training.setup import Experiment
 
 # Percent by which accuracy and balanced accuracy differ where both are said.
 WORTH_A_WORD = 1.0

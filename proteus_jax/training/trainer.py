@@ -20,17 +20,10 @@ from proteus_jax.data.loader import Batch, training_batches
 from proteus_jax.data.workers import Makers, WorkerLost, makers
 from proteus_jax.engine.checkpointing import Saving
 from proteus_jax.engine.metrics_logger import Rows
-from proteus_jax.engine.monitors import (
-    Clock,
-    Profiling,
-    SkippedUpdates,
-    StopRequest,
-    UnreadableImages,
-    WaitNotice,
-)
+from proteus_jax.engine.monitors import Clock, SkippedUpdates, UnreadableImages, WaitNotice
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.evaluation.per_class import uneven
-from proteus_jax.runtime import sharding
+from proteus_jax.runtime import collectives, sharding
 from proteus_jax.runtime.cluster_env import unseen_gpus
 from proteus_jax.runtime.compilation_cache import FOLDER as COMPILED
 from proteus_jax.runtime.compilation_cache import keep_compiled_programs
@@ -43,13 +36,16 @@ from proteus_jax.runtime.metric_writer import (
     parameter_table,
     read_metrics,
 )
+from proteus_jax.runtime.preemption import StopRequest
+from proteus_jax.runtime.profiler import Profiling
 from proteus_jax.runtime.rendezvous import Company
 from proteus_jax.runtime.workdir import STUDENTS, Workdir
 from proteus_jax.training import nan_replay
 from proteus_jax.training.evaluator import Examination
 from proteus_jax.training.export import export_students
+from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.resume import changes
-from proteus_jax.training.setup import Experiment, Inputs, build
+from proteus_jax.training.setup import Experiment, build
 from proteus_jax.training.summary import conclude, introduce
 from proteus_jax.training.train_state import TrainState, from_items, to_items
 
@@ -71,7 +67,7 @@ def run(
     InputError, before anything is changed, where another run is using the workdir, or it holds one
     of other images, seed, batch or models, or one that has lost its checkpoints.
     """
-    place.compare(jax.process_index(), sharding.of_all_hosts)
+    place.compare(jax.process_index(), collectives.of_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
     # The hosts of a run share a workdir: the first one holds it.
     with contextlib.nullcontext() if jax.process_index() else place.locked(console.line):
@@ -148,7 +144,7 @@ def _resumed(
         ]
     else:
         found, step = None, -1
-    step = sharding.from_first_host(step)
+    step = collectives.from_first_host(step)
     if step >= 0:
         different = changes(checkpoints.facts(step), experiment.facts)
         if different.refused:
@@ -290,7 +286,7 @@ class _Run:
             ),
             "held-out images that can be read": hashlib.sha256(views).hexdigest(),
         }
-        different = [what for what, text in seen.items() if not sharding.same_everywhere(text)]
+        different = [what for what, text in seen.items() if not collectives.same_everywhere(text)]
         if different:
             raise InputError([f"the hosts do not see the same {what}" for what in different])
 
@@ -302,7 +298,7 @@ class _Run:
         began_at, clock = step, Clock()
         first = step + 2 * max(config.log_every, 5)
         self.notice = WaitNotice(str(self.makers), first, self.console.line)
-        stopping, agreement = False, sharding.Agreement(experiment.mesh)
+        stopping, agreement = False, collectives.Agreement(experiment.mesh)
         with (
             contextlib.closing(self.profiling),
             contextlib.closing(self.batches(step)) as batches,

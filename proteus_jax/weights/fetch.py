@@ -20,13 +20,12 @@ from proteus_jax.runtime import remote_fs
 from proteus_jax.runtime.console import waiting
 from proteus_jax.runtime.download import (
     UNFINISHED,
-    cache_directory,
     cache_folder,
     expect_digest,
     fetch_address,
     fetch_wheel_members,
 )
-from proteus_jax.runtime.filesystem import atomic_directory, sha256
+from proteus_jax.runtime.filesystem import atomic_directory, cache_directory, sha256
 from proteus_jax.weights import hub
 from proteus_jax.weights.convert.hf_directory import is_described, wanted_files
 from proteus_jax.weights.convert.import_weights import import_weights

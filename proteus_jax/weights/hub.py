@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.runtime.console import waiting
-from proteus_jax.runtime.download import cache_directory, cache_folder, expect_digest, is_offline
-from proteus_jax.runtime.filesystem import sha256, write_atomically
+from proteus_jax.runtime.download import cache_folder, expect_digest, is_offline
+from proteus_jax.runtime.filesystem import cache_directory, sha256, write_atomically
 from proteus_jax.weights.convert.hf_directory import DESCRIPTIONS, wanted_files
 
 PREFIX = "hf:"

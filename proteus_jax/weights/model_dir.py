@@ -4,29 +4,22 @@ what it is.
 A teacher's converted weights and a student's exported ones are the same kind of directory.
 """
 
-import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.core import Tracer
-from jax.typing import DTypeLike
 
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention
+from proteus_jax.models.functional import Params
 from proteus_jax.models.normalization import IMAGENET, Normalisation
-from proteus_jax.models.vit import Features
 from proteus_jax.runtime.filesystem import atomic_directory, sha256, write_atomically
 from proteus_jax.weights import state_dict
 
@@ -179,103 +172,3 @@ def _read_card(directory: Path) -> tuple[ModelCard, str]:
         OverflowError,
     ) as error:
         raise InputError(f"{path}: not a model's card: {error!r}"[:500]) from None
-
-
-class Model:
-    """A loaded backbone: images in, features out. It can be pickled and copied."""
-
-    def __init__(self, params: Params, card: ModelCard, dtype: DTypeLike = jnp.float32):
-        self.card = card
-        self.spec = card.spec
-        self.params = jax.device_put(params)
-        self._backbone = BackboneFunction(card.spec, dtype, fastest_attention(card.spec, dtype))
-
-    def __repr__(self) -> str:
-        return f"<proteus_jax model {self.spec}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What is compiled stays with the process that compiled it.
-        return Model, (jax.device_get(self.params), self.card, self._backbone.dtype)
-
-    def __call__(self, images: np.ndarray | jax.Array) -> Features:
-        """Class token [B, D], patch tokens [B, N, D] and registers [B, R, D], float32.
-
-        Images are uint8 [B, H, W, 3]; H and W are multiples of the patch size. Compiled once a
-        shape. InputError for anything else; `of_unit_range` takes floats.
-        """
-        self._refuse_floats(images)
-        with _promoting():
-            return self._features(self.params, images)
-
-    def of_unit_range(self, images: np.ndarray | jax.Array) -> Features:
-        """The same of float32 images [B, H, W, 3] with values from 0 to 1, with respect to which it
-        can be differentiated. InputError for other shapes and values.
-        """
-        self._refuse_shape(images, "float")
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise InputError(f"images should be float32 from 0 to 1, found {images.dtype}")
-        # Under a transformation there are no values to look at. Who follows a gradient may leave
-        # the range; who forgets to divide by 255, or normalises, is further away.
-        if not isinstance(images, Tracer):
-            least, most = float(images.min()), float(images.max())
-            if not (least >= -1 and most <= 2):
-                raise InputError(f"images should be from 0 to 1, found from {least} to {most}")
-        with _promoting():
-            return self._features_of_floats(self.params, images)
-
-    def _refuse_floats(self, images: np.ndarray | jax.Array) -> None:
-        self._refuse_shape(images, "uint8")
-        if images.dtype != np.uint8:
-            raise InputError(
-                f"images should be uint8 [batch, height, width, 3], found {images.dtype} "
-                f"{images.shape}; model.of_unit_range takes floats from 0 to 1"
-            )
-
-    def _refuse_shape(self, images: np.ndarray | jax.Array, dtype: str) -> None:
-        shape = getattr(images, "shape", None)
-        if shape is None or len(shape) != 4 or shape[-1] != 3:
-            found = f"{getattr(images, 'dtype', type(images).__name__)} {shape or ''}"
-            raise InputError(f"images should be {dtype} [batch, height, width, 3], found {found}")
-        patch = self.spec.patch_size
-        if shape[1] % patch or shape[2] % patch or 0 in shape:
-            raise InputError(
-                f"image sides should be multiples of {patch}, found {shape[1]} x {shape[2]}"
-            )
-
-    def attention(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """What the class token attends to in the last block, [B, heads, N]; images as in a call."""
-        self._refuse_floats(images)
-        with _promoting():
-            return self._attention(self.params, images)
-
-    @functools.cached_property
-    def _attention(self):
-        return jax.jit(
-            lambda params, images: self._backbone.class_attention(
-                params, self.card.normalisation(images)
-            )
-        )
-
-    @functools.cached_property
-    def _features(self):
-        def features(params: Params, images: jax.Array) -> Features:
-            return self._backbone(params, self.card.normalisation(images))
-
-        return jax.jit(features)
-
-    @functools.cached_property
-    def _features_of_floats(self):
-        def features(params: Params, images: jax.Array) -> Features:
-            pixels = self.card.normalisation.of_unit_range(images.astype(jnp.float32))
-            return self._backbone(params, pixels)
-
-        return jax.jit(features)
-
-
-@contextlib.contextmanager
-def _promoting() -> Iterator[None]:
-    """Shapes and dtypes are promoted as NumPy does, whatever a caller has JAX refuse of its own
-    code.
-    """
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield

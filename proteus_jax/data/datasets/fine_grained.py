@@ -16,7 +16,7 @@ import scipy.io
 
 from proteus_jax.data.sources.base import MemorySource, Source
 from proteus_jax.data.sources.image_folder import open_names
-from proteus_jax.data.sources.records import PREFIX, TfdsSource, open_tfds
+from proteus_jax.data.sources.tfds import PREFIX, TfdsSource, open_tfds
 from proteus_jax.errors import InputError
 
 # Draws of an image of each class of Caltech-101 to learn from.

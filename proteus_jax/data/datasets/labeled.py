@@ -13,7 +13,7 @@ from proteus_jax.data.sampler import chosen
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.sources.base import MemorySource, Part, Source
 from proteus_jax.data.sources.image_folder import FileSource
-from proteus_jax.data.sources.records import PREFIX, TfdsSource
+from proteus_jax.data.sources.tfds import PREFIX, TfdsSource
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
 

@@ -18,7 +18,7 @@ from proteus_jax.data.mmap_table import Names, Table, read_table, write_table
 from proteus_jax.data.splits import told
 from proteus_jax.errors import InputError
 from proteus_jax.runtime import remote_fs
-from proteus_jax.runtime.download import cache_directory
+from proteus_jax.runtime.filesystem import cache_directory
 
 # Enough of a file to tell it from every other.
 HASHED_BYTES = 1 << 16

@@ -19,7 +19,7 @@ from proteus_jax.data import decode
 from proteus_jax.data.mmap_table import Names, Table, read_table, write_table
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
-from proteus_jax.runtime.download import cache_directory
+from proteus_jax.runtime.filesystem import cache_directory
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "bytes")
 _LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")

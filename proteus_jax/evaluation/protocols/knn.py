@@ -10,7 +10,7 @@ from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
 from proteus_jax.evaluation.feature_extraction import class_token
 from proteus_jax.evaluation.protocol import Context
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 # With so few classes each has its row on the terminal.
 FEW = 10

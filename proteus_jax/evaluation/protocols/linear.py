@@ -29,7 +29,7 @@ from proteus_jax.evaluation.results import describe
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import write_atomically
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 MOMENTUM, REFERENCE_BATCH, DEVIATION = 0.9, 256, 0.01
 HEAD = "head.npz"

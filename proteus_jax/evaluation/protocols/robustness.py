@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.datasets.labeled import Labelled, open_labelled
-from proteus_jax.data.eval_loader import CentreCrop
+from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols.linear import HEAD, Kind, last_tokens
 from proteus_jax.evaluation.results import describe
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 PLAIN = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2")
 CORRUPTED, SEVERITIES = "imagenet-c", range(1, 6)

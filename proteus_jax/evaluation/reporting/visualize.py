@@ -22,7 +22,7 @@ from proteus_jax.evaluation.reporting import figures
 from proteus_jax.loading import load_any
 from proteus_jax.runtime import process
 from proteus_jax.runtime.filesystem import why_unwritable
-from proteus_jax.weights.model_dir import Model
+from proteus_jax.weights.feature_extractor import Model
 
 SIZE, HEIGHT, THIN = 448, 224, 20
 

@@ -1,0 +1,78 @@
+"""What must be the same for a run to go on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from proteus_jax.models.normalization import Normalisation
+from proteus_jax.runtime.filesystem import sha256
+from proteus_jax.training.builder import (
+    Assembly,
+)
+from proteus_jax.training.inputs import Inputs
+from proteus_jax.training.resume import CARD, CONFIGURATION
+from proteus_jax.weights.model_card import licence_of
+from proteus_jax.weights.model_dir import WEIGHTS, ModelCard
+
+
+def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[str, Any]:
+    """What must be the same of the teachers, by name."""
+    return {
+        name: {
+            "weights": sha256(directories[name] / WEIGHTS),
+            # Its grid follows the crop, which is a fact of its own.
+            "spec": {**each.backbone.spec.to_json(), "grid": None},
+            "loss_weights": assembly.method.loss_weights[name]._asdict(),
+            "normalisation": _listed(each.normalisation),
+            "side": each.side,
+        }
+        for name, each in assembly.teachers.items()
+    }
+
+
+def fingerprint(
+    config: Any,
+    inputs: Inputs,
+    assembly: Assembly,
+    cards: Mapping[str, ModelCard],
+    start: ModelCard | None,
+) -> dict[str, Any]:
+    """What must be the same for a run to go on, and, as `card`, what its student carries on."""
+    return {
+        "data": inputs.split.training.fingerprint,
+        "seed": config.seed,
+        "batch": config.batch,
+        "crop": config.data.crop,
+        "weights": list(config.data.weights),
+        "repeats": config.data.repeats,
+        "randaugment": dict(config.data.randaugment),
+        "erasing": config.data.erasing,
+        "student": list(config.student),
+        "student_specs": {name: each.spec.to_json() for name, each in assembly.students.items()},
+        "start": None if inputs.start is None else sha256(inputs.start / WEIGHTS),
+        "normalisation": _listed(assembly.normalisation),
+        "teachers": teacher_facts(assembly, inputs.teachers),
+        "teacher_widths": {
+            name: each.backbone.spec.width for name, each in assembly.teachers.items()
+        },
+        "first_moment": config.first_moment,
+        "averaged": config.ema_decay > 0,
+        CONFIGURATION: json.loads(config.to_json()),
+        CARD: {
+            "licence": licence_of(cards, start),
+            "families": {name: _family(name, start) for name in config.student},
+        },
+        "standardised": [name for name, each in assembly.teachers.items() if each.standardise],
+    }
+
+
+def _family(student: str, start: ModelCard | None) -> str:
+    """Whose code has a place for a student: that of what it started from, or of its name."""
+    if start is not None:
+        return start.family
+    return next((family for family in ("synclr", "clip") if family in student.split("_")), "dinov2")
+
+
+def _listed(normalisation: Normalisation) -> list[list[float]]:
+    return [list(part) for part in normalisation]

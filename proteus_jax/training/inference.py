@@ -1,0 +1,108 @@
+"""Teacher and students as functions from a host batch to host arrays."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from proteus_jax.evaluation.teacher_agreement import Said
+from proteus_jax.methods.feature_standardization import Moments, restored
+from proteus_jax.methods.resample import resized
+from proteus_jax.methods.teacher import common_grid_size, teacher_features
+from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.models.functional import (
+    Params,
+    StudentFunction,
+)
+from proteus_jax.models.vit import Features
+from proteus_jax.runtime import sharding
+from proteus_jax.training.builder import (
+    Assembly,
+)
+from proteus_jax.training.train_state import TrainState
+
+
+def class_token_functions(
+    config: Any, assembly: Assembly
+) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
+    """By model, the first teacher's and each student's: class tokens of uint8 images."""
+    crop, teacher = config.data.crop, assembly.teachers[FIRST]
+    grid = common_grid_size(assembly.students)
+
+    def taught(params: Params, images: jax.Array) -> jax.Array:
+        pixels = assembly.normalisation(images)
+        said = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
+        return said.cls.astype(jnp.float32)
+
+    def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
+        backbone = student.backbone
+
+        def learnt(params: Params, images: jax.Array) -> jax.Array:
+            pixels = resized(assembly.normalisation(images), crop)
+            return backbone(params, pixels).cls.astype(jnp.float32)
+
+        return learnt
+
+    return {FIRST: taught, **{name: of(student) for name, student in assembly.students.items()}}
+
+
+def evaluation_functions(
+    config: Any, assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
+) -> tuple[Callable, Callable, Callable]:
+    """First teacher and students as functions from a host batch to host arrays."""
+    crop, grid = config.data.crop, common_grid_size(assembly.students)
+    teacher, normalise = assembly.teachers[FIRST], assembly.normalisation
+
+    def compiled(function: Callable, **options: Any) -> Callable:
+        whole = sharding.replicated(mesh)
+        return jax.jit(sharding.traced_on(mesh, function), out_shardings=whole, **options)
+
+    @compiled
+    def taught(params: Params, images: jax.Array) -> Features:
+        return teacher_features(teacher, params, normalise(images), normalise, crop, grid)
+
+    def in_its_scale(features: Features, statistics: dict[str, Moments]) -> Features:
+        return restored(features, statistics[FIRST]) if FIRST in statistics else features
+
+    @functools.partial(compiled, static_argnums=0)
+    def learnt(name: str, params: Params, statistics: Any, images: jax.Array) -> Said:
+        found = assembly.students[name](params, resized(normalise(images), crop))
+        answers = found.answers[FIRST]
+        spoken = in_its_scale(
+            Features(answers.token, answers.feature, found.features.registers), statistics
+        )
+        return Said(found.features, spoken.cls, spoken.patches)
+
+    @functools.partial(compiled, static_argnums=0)
+    def guessed(
+        name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        pixels = resized(normalise(images), crop)
+        answers = assembly.students[name](params, pixels, pixels, mask).answers[FIRST]
+        assert answers.patch is not None
+        spoken = Features(answers.token, answers.patch, answers.patch[:, :0])
+        return in_its_scale(spoken, statistics).patches
+
+    def features(images: np.ndarray) -> Features:
+        return jax.device_get(taught(teacher_params[FIRST], _on_mesh(images, mesh)))
+
+    def said(name: str, state: TrainState, images: np.ndarray) -> Said:
+        known = state.params[name], state.statistics
+        return jax.device_get(learnt(name, *known, _on_mesh(images, mesh)))
+
+    def hidden(name: str, state: TrainState, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        shares = (_on_mesh(part, mesh) for part in (images, mask))
+        return jax.device_get(guessed(name, state.params[name], state.statistics, *shares))
+
+    return features, said, hidden
+
+
+def _on_mesh(images: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A batch that every host has whole, spread over the devices."""
+    share = len(images) // jax.process_count()
+    first = share * jax.process_index()
+    return sharding.place_batch(images[first : first + share], mesh)

