@@ -12,13 +12,13 @@ from test_linear import context_for
 from test_main import command, finish
 
 import proteus_jax
+from proteus_jax.cli.table import main as table
 from proteus_jax.data.datasets.labeled import Labelled, open_labelled
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CentreCrop
 from proteus_jax.evaluation.cka import linear_cka
 from proteus_jax.evaluation.protocols import robustness
 from proteus_jax.evaluation.protocols.linear import Kind
-from proteus_jax.evaluation.reporting.comparison_table import main as table
 from proteus_jax.evaluation.results import describe
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.weights.feature_extractor import Model

@@ -8,9 +8,10 @@ import pytest
 from conftest import TINY, photograph
 from PIL import Image
 
+from proteus_jax.cli.visualize import main
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.reporting.figures import GAP, HEADING, foreground_colours
-from proteus_jax.evaluation.reporting.visualize import HEIGHT, columns, main
+from proteus_jax.evaluation.reporting.visualize import HEIGHT, columns
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.weights.feature_extractor import Model

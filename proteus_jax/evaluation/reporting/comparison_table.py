@@ -1,20 +1,14 @@
 """Models against benchmarks, from the results.json of any number of evaluations.
 
-    python -m proteus_jax.evaluation.reporting.comparison_table DIRS... [--alone]
-
-One line a model; below them, without --alone, what the Proteus paper (arXiv 2407.10366) and
-DINOv2's repository publish for the same benchmarks.
+Published numbers are those of the Proteus paper (arXiv 2407.10366) and of DINOv2's repository.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from proteus_jax.errors import InputError, exit_code
+from proteus_jax.errors import InputError
 from proteus_jax.evaluation.results import read_results
-from proteus_jax.runtime import process
 
 COLUMNS = ("linear", "linear, frozen crops", "knn", "fine-grained", "A", "R", "Sketch", "V2", "mCE")
 # Percent. Linear and fine-grained: the paper's tables 1 and 4, its weight table for ViT-Ti;
@@ -126,29 +120,3 @@ def _told(results: dict[str, Any]) -> str:
         told += " (best head by the test set"
         told += f", {share:.0%} of the training images left for another choice)" if share else ")"
     return told + (" (best k)" if results["protocol"] == "knn" else "")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proteus_jax.evaluation.reporting.comparison_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIRS")
-    parser.add_argument("--alone", action="store_true", help="without published numbers")
-    if arguments is None:
-        process.begin()
-    read = parser.parse_args(arguments)
-    try:
-        directories = [directory.expanduser() for directory in read.directories]
-        print(table(directories, published=not read.alone))
-    except InputError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return exit_code(error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

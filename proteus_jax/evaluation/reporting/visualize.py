@@ -1,26 +1,16 @@
-"""What models see in images, as one picture.
-
-    python -m proteus_jax.evaluation.reporting.visualize MODEL IMAGES... --output out.png
-        [--beside MODEL] [--size 448]
-
-One row an image; for each model its patch tokens as colours (the first principal component tells
-what is in front, three more are its colours, as in the DINOv2 papers) and what its class token
-attends to in the last block. MODEL is whatever proteus_jax.load takes; --beside, which may come
-several times, names another.
+"""What models see in images, as one picture: patch tokens as colors, as in the DINOv2 papers, and
+what the class token attends to in the last block.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from proteus_jax.data import decode
-from proteus_jax.errors import InputError, Unreadable, exit_code
+from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.loading import load_any
-from proteus_jax.runtime import process
 from proteus_jax.runtime.filesystem import why_unwritable
 from proteus_jax.weights.feature_extractor import Model
 
@@ -88,35 +78,3 @@ def visualize(models: Sequence[str], paths: Sequence[str], output: Path, size: i
         figures.save_picture(figures.table_of(sheet, HEIGHT), output)
     except OSError as error:
         raise InputError(f"--output: {output}: {error.strerror}") from None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m proteus_jax.evaluation.reporting.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model")
-    parser.add_argument("images", nargs="+")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--beside", action="append", default=[], metavar="MODEL")
-    parser.add_argument("--size", type=int, default=SIZE, help="shorter side in pixels")
-    if arguments is None:
-        process.begin()
-    read = parser.parse_args(arguments)
-    try:
-        if not 14 <= read.size <= 4096:
-            raise InputError(f"--size: expected from 14 to 4096 pixels, found {read.size}")
-        output = read.output.expanduser()
-        visualize([read.model, *read.beside], read.images, output, read.size)
-    except InputError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return exit_code(error)
-    print(output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
