@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import compiler
 import numpy as np
@@ -562,7 +563,8 @@ def test_how_a_command_ends(
     monkeypatch.setattr(main.process, "begin", lambda: None)
     monkeypatch.setattr(main, "_end_at_a_signal", lambda _: None)
     monkeypatch.setattr(main, "distil", fail)
-    monkeypatch.setattr(main.Console, "error", lambda _, text: said.append(text))
+    console = SimpleNamespace(error=said.append, log=lambda _: None)
+    monkeypatch.setattr(main, "Console", lambda **_: console)
     monkeypatch.setattr(sys, "argv", ["main.py"])
     assert main.main() == code
     assert words in "\n".join(said)
