@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED ?=
 RUN := $(if $(LOCKED),.venv/locked.stamp,.venv/run.stamp)
 
-.PHONY: quickstart test test-full faults mutants lint format lock audit wheel pythons release-check
+.PHONY: quickstart test test-full faults coverage mutants lint format lock audit wheel pythons release-check
 
 quickstart: $(RUN)
 	$(BIN)/python main.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -24,6 +24,14 @@ test-full: .venv/dev.stamp
 
 faults: .venv/dev.stamp
 	$(BIN)/python tests/faults.py
+
+# The share of the package's branches that the tests take.
+coverage: .venv/dev.stamp
+	mkdir -p .coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing --skip-covered
 
 mutants: .venv/dev.stamp
 	$(BIN)/python tests/mutants.py

@@ -413,3 +413,23 @@ def test_archives_that_are_not_whole(tmp_path: Path) -> None:
         archive.writestr("model/constants.pkl", b"")
     with pytest.raises(InputError, match="TorchScript archive, as OpenAI's own CLIP files"):
         read_weights(tmp_path / "x.pth")
+
+
+def test_what_a_command_line_cannot_do_is_one_line(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong input, a place that cannot be written to, a path that is none: never a traceback."""
+    (tmp_path / "file").touch()
+    absent = ["import", str(tmp_path / "absent"), "--output", str(tmp_path / "out")]
+    export = ["export", str(tiny_teacher), "--format=dinov2", "--no-check"]
+    blocked = [*export, "--output", str(tmp_path / "file" / "x.pth")]
+    for arguments, words in ((absent, "absent"), (blocked, "file")):
+        assert convert_weights.main(arguments) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert words in said.err
+        assert len(said.err.splitlines()) == 1
+    with pytest.raises(SystemExit) as ended:
+        convert_weights.main(["verify", "a\0b"])
+    assert ended.value.code == 2
+    assert "it holds a NUL" in capsys.readouterr().err

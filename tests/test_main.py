@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import compiler
 import numpy as np
@@ -534,3 +535,48 @@ def test_a_second_start_finds_its_programs_compiled(
 ) -> None:
     workdir, _ = finished
     assert list((workdir.parent / "cache" / "compiled").glob("*/jit_train_step*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(28, "No space left on device"), 75, "goes on once there is room to write"),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            2,
+            "the input:\n  /x: Permission",
+        ),
+        (ModuleNotFoundError("no", name="optax"), 2, "has no optax: expected what requirements"),
+        (ModuleNotFoundError("no", name="proteus_jax.absent"), 1, "Traceback"),
+        (ZeroDivisionError("a defect"), 1, "ZeroDivisionError: a defect"),
+        (Interrupted("later"), 75, "later"),
+    ],
+)
+def test_how_a_command_ends(
+    error: Exception, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(main.process, "begin", lambda: None)
+    monkeypatch.setattr(main, "_end_at_a_signal", lambda _: None)
+    monkeypatch.setattr(main, "distil", fail)
+    console = SimpleNamespace(error=said.append, log=lambda _: None)
+    monkeypatch.setattr(main, "Console", lambda **_: console)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    assert main.main() == code
+    assert words in "\n".join(said)
+
+
+def test_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
+    """As some daemons start what they start: an image file must not get the number of one."""
+    closed = f"exec '{sys.executable}' '{ROOT / 'main.py'}' --config=absent.py <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed], cwd=tmp_path).returncode == 2
+    # An old locale: what is said is UTF-8 all the same.
+    environ = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    asked = [sys.executable, str(ROOT / "main.py"), "--config=é.py"]
+    ended = subprocess.run(asked, cwd=tmp_path, env=environ, capture_output=True)
+    assert ended.returncode == 2
+    assert "no such file: é.py" in ended.stderr.decode()

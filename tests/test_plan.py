@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from proteus_jax.models import flops
 from proteus_jax.models.config import SPECS, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import Known, assemble, length
+from proteus_jax.training.builder import Assembly, Known, assemble, length
 from proteus_jax.training.planning import floors, plan
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
@@ -433,3 +434,33 @@ def test_a_warm_up_is_shorter_than_its_run(
     assert found.warmup == warmup
     assert found.remark.startswith(said)
     assert bool(found.remark) == bool(said)
+
+
+def test_what_a_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its peak against the memory, and its program on request; one that cannot is told of."""
+    found = SimpleNamespace(peak_memory_in_bytes=15e9, argument_size_in_bytes=3e9)
+    compiled = SimpleNamespace(memory_analysis=lambda: found, as_text=lambda: "HloModule a")
+    monkeypatch.setattr(plan, "compiled_step", lambda *_: compiled)
+    topology = named_topology("v5e:4x4")
+    asked: Any = Assembly(*6 * [None])  # pyright: ignore
+    lines = list(plan._compiler_lines(asked, asked, topology, tmp_path / "a" / "step.hlo"))
+    assert lines[:3] == [
+        "compiled, memory a device: 15.00 GB",
+        "compiled, memory a device, state, teacher and images: 3.00 GB",
+        "compiled, fits: yes",
+    ]
+    assert (tmp_path / "a" / "step.hlo").read_text() == "HloModule a"
+    found.peak_memory_in_bytes = 17e9
+    assert "compiled, fits: no" in list(plan._compiler_lines(asked, asked, topology, None))
+
+    def cannot(*_: object) -> None:
+        raise RuntimeError("no chip\nand more")
+
+    monkeypatch.setattr(plan, "compiled_step", cannot)
+    (line,) = plan._compiler_lines(asked, asked, topology, None)
+    assert line.startswith("compiled for v5e:4x4: not here (no chip); pip install")
+
+
+def test_a_peak_is_measured_by_a_product() -> None:
+    """Of a size that takes no time: some billions a second on any machine, not none."""
+    assert 1e7 < plan._measured_peak(128, 2) < 1e14

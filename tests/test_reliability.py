@@ -255,6 +255,7 @@ def test_a_student_without_checkpoints_is_of_another_run(tmp_path: Path) -> None
 def test_a_users_own_cache_of_programs_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where there is none has this project its own."""
     updates: list[tuple[str, str]] = []
+    monkeypatch.setattr(compilation_cache.jax, "local_device_count", lambda: 1)
     for own, expected in (("/my/cache", 0), (None, 1)):
         settings = SimpleNamespace(
             jax_compilation_cache_dir=own, update=lambda *each: updates.append(each)
@@ -263,6 +264,17 @@ def test_a_users_own_cache_of_programs_is_used(monkeypatch: pytest.MonkeyPatch) 
         compilation_cache.keep_compiled_programs("shared")
         assert len(updates) == expected
     assert updates[0][0] == "jax_compilation_cache_dir"
+
+
+def test_programs_of_devices_that_are_one_cpu_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read from disk they would wait for each other without end."""
+    updates: list[tuple[str, Any]] = []
+    settings = SimpleNamespace(update=lambda *each: updates.append(each))
+    monkeypatch.setattr(compilation_cache.jax, "config", settings)
+    compilation_cache.keep_compiled_programs("shared")
+    assert updates == [("jax_enable_compilation_cache", False)]
 
 
 def test_which_checkpoints_stay() -> None:

@@ -20,8 +20,10 @@ from conftest import ROOT, photograph
 from PIL import Image
 
 from proteus_jax.data.dataset import open_configured, open_images, open_source
+from proteus_jax.data.datasets import labeled
 from proteus_jax.data.mmap_table import read_table, write_table
 from proteus_jax.data.sources import image_folder as folders
+from proteus_jax.data.sources import skimage
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError, Unreadable
@@ -803,3 +805,40 @@ def test_subsets(tmp_path: Path, rng: np.random.Generator) -> None:
     assert len(subset(0, images=0.5)) == 30
     with pytest.raises(InputError, match="these images have no classes"):
         subset(0, classes=0.5)
+
+
+def test_quickstarts_pictures(cache: Path, rng: np.random.Generator) -> None:
+    """Left three quarters to train on; labelled, each tile is of the picture that it was cut from.
+    A spoilt one is named with its remedy.
+    """
+    folder = cache / "pictures"
+    folder.mkdir()
+    shades = {}
+    for number, name in enumerate(skimage.FILES):
+        shades[name] = 12 * number
+        plain = np.full((64, 200, 3), 12 * number, np.uint8)
+        Image.fromarray(plain).save(folder / name)
+    split = open_images([skimage.NAME], held_out=NONE)
+    assert split.held_out is not None
+    assert (len(split.training), len(split.held_out)) == (19, 19)
+    assert np.asarray(split.training.read(3)).shape == (64, 150, 3)
+    assert np.asarray(split.held_out.read(3)).shape == (64, 50, 3)
+    pair = labeled.open_pair(skimage.NAME)
+    for part in (pair.train, pair.test):
+        assert part.classes == skimage.FILES
+        for at in range(0, len(part.source), 7):
+            tile = np.asarray(part.source.read(at))
+            assert abs(tile.mean() - shades[part.classes[part.labels[at]]]) < 4
+    (folder / "coins.png").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"spoilt .* remove the folder to fetch it again"):
+        skimage.open_pictures()
+
+
+def test_a_split_without_classes_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test splits of public data sets carry the label -1, others none at all."""
+    for labels, words in ((None, "expected images with classes, found none"), ([-1, -1], "are -1")):
+        values = None if labels is None else np.array(labels)
+        source = SimpleNamespace(labels=lambda values=values: values)
+        monkeypatch.setattr(labeled, "open_source", lambda _, source=source: (source, ()))
+        with pytest.raises(InputError, match=words):
+            labeled.open_labelled("tfds:somewhere:test")
