@@ -715,12 +715,12 @@ def test_a_signal_while_hosts_wait_for_each_other(
 # What a process does between meeting the others and its first step.
 JOINED = """
 import os, signal, sys, time
-from proteus_jax import cluster
+from proteus_jax.runtime import distributed
 from proteus_jax.runtime.cluster_env import Place
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 place = Place(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
 try:
-    with cluster.joined(place, {}, timeout=60, progress=print, say=print):
+    with distributed.joined(place, {}, timeout=60, progress=print, say=print):
         print("joined", flush=True)
         time.sleep(300)
 except KeyboardInterrupt:
@@ -846,9 +846,9 @@ def test_devices_hear_each_other(tmp_path: Path) -> None:
 # One device never comes to the sum.
 SILENT = """
 import sys, time
-from proteus_jax import collectives
+from proteus_jax.runtime import device_check
 from proteus_jax.runtime.device_check import check_devices
-collectives._summed = lambda *_: time.sleep(60)
+device_check._summed = lambda *_: time.sleep(60)
 check_devices(print, print, patience=0.2)
 """
 

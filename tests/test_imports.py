@@ -33,7 +33,7 @@ DOORS = {
     "PIL": (
         "data.decode",
         "data.validate",
-        "data.eval_loader",
+        "data.transforms.center_crop",
         "evaluation.reporting.figures",
         "evaluation.reporting.snapshots",
     ),

@@ -602,7 +602,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
 # A main thread that hears of no signal, as one that compiles: it waits for itself, in C.
 STUCK = """
 import ctypes, sys
-from proteus_jax.engine.monitors import StopRequest
+from proteus_jax.runtime.preemption import StopRequest
 with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)) as stop:
     stop.waits = sys.argv[2] == "waits"
     print("stuck", flush=True)

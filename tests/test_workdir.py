@@ -37,7 +37,7 @@ from proteus_jax.training.schema import schema_of
 STAND_IN = """
 import sys
 sys.path.insert(0, {root!r})
-from proteus_jax import workdir
+from proteus_jax.runtime import workdir
 workdir.SCHEMES = ("file",)
 workdir.Workdir.checkpoints = property(
     lambda self: (self.remote.removeprefix("file://") or str(self.local)) + "/checkpoints"

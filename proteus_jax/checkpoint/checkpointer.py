@@ -128,9 +128,9 @@ class Checkpoints:
             shapes,
             shardings,
         )
-        return self._restore(
-            step, {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-        )
+        arguments = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
+        restored = self._restore(step, arguments)
+        return {name: restored[name] for name in wanted}
 
     def facts(self, step: int) -> dict[str, Any]:
         """The facts of a step."""

@@ -1,7 +1,7 @@
 """The seam between the training step and what a student learns: a Method."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     key: PRNGKeyArray
 
 
+@runtime_checkable
 class Method(Protocol):
     """What a student learns from its teachers.
 
