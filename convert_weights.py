@@ -41,7 +41,7 @@ from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden
 from proteus_jax.weights.fetch import copy_model, obtain_teacher
 from proteus_jax.weights.model_dir import NO_LICENCE, ModelCard, load_card, update_card
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.registry import TEACHERS
 
 DIFFERENT, WRONG_INPUT = 1, 2
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(options: argparse.Namespace) -> int:
-    if options.source in KNOWN or options.source.startswith(hub.PREFIX):
+    if options.source in TEACHERS or options.source.startswith(hub.PREFIX):
         directory = obtain_teacher(options.source)
         if options.output is not None:
             directory = copy_model(directory, options.output)
@@ -287,7 +287,7 @@ def _photographs(folder: Path | None, side: int) -> np.ndarray:
     squares = []
     for index in range(min(len(source), len(PHOTOGRAPHS))):
         try:
-            squares.append(_square(decode.opened(source.read(index)).pixels(), side))
+            squares.append(_square(decode.open_image(source.read(index)).pixels(), side))
         except Unreadable as error:
             raise InputError(f"{folder}: {source.name(index)}: {error}") from None
     return np.stack(squares)
@@ -303,7 +303,7 @@ def _square(array: np.ndarray, side: int) -> np.ndarray:
 
 def _list(_: argparse.Namespace) -> int:
     statistics = {value: name for name, value in STATISTICS.items()}
-    for name, known in KNOWN.items():
+    for name, known in TEACHERS.items():
         sources = [known.url, f"{hub.PREFIX}{known.repository}" if known.repository else ""]
         if known.wheel:
             sources = [f"{known.wheel.requirement} (package index)"]

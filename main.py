@@ -65,7 +65,7 @@ from proteus_jax.errors import (
     is_of_the_disk,
 )
 from proteus_jax.runtime import process
-from proteus_jax.runtime.cluster_env import ALONE, Place, find_place
+from proteus_jax.runtime.cluster_env import ALONE, ProcessInfo, detect_cluster_env
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.download import go_offline
 from proteus_jax.runtime.process import REQUESTS
@@ -199,7 +199,7 @@ def distil(arguments: list[str], console: Console) -> int:
         return 0
     place, seconds = _company(read.place, known)
     about = _versions() | {"configuration": configuration.to_json()}
-    with distributed.joined(
+    with distributed.initialize_distributed(
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ) as company:
         if evaluates:
@@ -228,7 +228,7 @@ def _check_devices(read: Arguments, console: Console) -> int:
     place, seconds = _company(read.place, known)
     if known:
         raise InputError(known)
-    with distributed.joined(
+    with distributed.initialize_distributed(
         place, _versions(), timeout=seconds, progress=console.progress, say=console.error
     ):
         console.quiet = place.host > 0
@@ -279,14 +279,14 @@ def _plan(configuration: Any, words: dict[str, str], known: list[str], console: 
         console.line(line)
 
 
-def _company(flags: dict[str, str], known: list[str]) -> tuple[Place, float]:
+def _company(flags: dict[str, str], known: list[str]) -> tuple[ProcessInfo, float]:
     """This host's place and how long it waits for the others; what is wrong goes to `known`.
 
     InputError at once on one of several hosts, where something is wrong already: nobody waits.
     """
     place, seconds = ALONE, flags.pop(WAIT, WAIT_SECONDS)
     try:
-        place = find_place(flags)
+        place = detect_cluster_env(flags)
     except InputError as error:
         known += error.problems
     if not seconds.isdecimal() or not 0 < int(seconds) <= LONGEST_WAIT:

@@ -6,7 +6,7 @@ from proteus_jax.evaluation.reporting.figures import CELL, GAP, HEADING, agreeme
 from proteus_jax.evaluation.teacher_agreement import (
     NEIGHBOURS,
     Agreement,
-    Said,
+    StudentOutputs,
     StudentTokens,
     TeacherTokens,
     centred_cosine,
@@ -90,10 +90,10 @@ def test_each_batch_gives_what_it_is_asked_for(rng: np.random.Generator) -> None
     """Answers of both heads, and the student's own class token, which are three things."""
     views = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
 
-    def student(images: np.ndarray) -> Said:
+    def student(images: np.ndarray) -> StudentOutputs:
         bright = jnp.asarray(images[:, 0, 0, :1], jnp.float32)
         features = Features(bright + 1, bright[:, None] + 2, jnp.zeros((len(bright), 0, 1)))
-        return Said(features, bright + 3, bright[:, None] + 4)
+        return StudentOutputs(features, bright + 3, bright[:, None] + 4)
 
     found = student_tokens(student, views, 2)
     bright = views[:, 0, 0, :1].astype(np.float32)
@@ -117,10 +117,10 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
         cls, patches = tokens(images, 0.0)
         return Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
 
-    def student(images: np.ndarray) -> Said:
+    def student(images: np.ndarray) -> StudentOutputs:
         cls, patches = tokens(images, 0.3)
         features = Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
-        return Said(features, cls, patches)
+        return StudentOutputs(features, cls, patches)
 
     found: list[Agreement] = []
     for batch in (4, 10):

@@ -308,7 +308,7 @@ def test_what_all_hosts_must_have_in_common(
         asked.append(about)
         raise Interrupted("enough")
 
-    monkeypatch.setattr(distributed, "joined", joined)
+    monkeypatch.setattr(distributed, "initialize_distributed", joined)
     for more in ([], ["--config.seed=9"]):
         arguments = command(tmp_path / "run", photographs, tiny_teacher, *more)[2:]
         with pytest.raises(Interrupted):

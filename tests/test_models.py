@@ -17,7 +17,7 @@ from proteus_jax.models.functional import (
     without_layer_scale,
 )
 from proteus_jax.models.normalization import CLIP as CLIP_STATISTICS
-from proteus_jax.models.normalization import HALF, IMAGENET, Normalisation
+from proteus_jax.models.normalization import HALF, IMAGENET, Normalization
 from proteus_jax.models.pos_embed import resize_matrix
 from proteus_jax.models.student import Head
 from proteus_jax.models.vit import VisionTransformer, resize_position_table
@@ -209,7 +209,7 @@ def test_published_statistics_of_images() -> None:
     np.testing.assert_allclose(IMAGENET(jnp.asarray(pixels))[0, 0, 0], expected, rtol=1e-6)
     for std in ([0.2, 0.0, 0.2], [0.2, 0.2], [0.2, 0.2, True], [0.2, 0.2, float("nan")]):
         with pytest.raises(ValueError, match="three means and three deviations above 0"):
-            Normalisation.checked([0.5, 0.5, 0.5], std)
+            Normalization.checked([0.5, 0.5, 0.5], std)
 
 
 def test_a_smaller_grid_is_antialiased() -> None:

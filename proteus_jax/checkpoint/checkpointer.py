@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from proteus_jax.checkpoint.items import FACTS, PARAMS, PROGRESS, STATISTICS
-from proteus_jax.checkpoint.store import Keep, Shelf
+from proteus_jax.checkpoint.store import CheckpointStore, RetentionPolicy
 from proteus_jax.errors import InputError, Interrupted
 
 # Hosts wait for each other so long in a save before it fails, in seconds.
@@ -36,11 +36,11 @@ class Checkpoints:
         self,
         directory: str,
         *,
-        keep: Keep | None = None,
+        keep: RetentionPolicy | None = None,
         saved: Callable[[int, float], None] = lambda step, seconds: None,
         failed: Callable[[int, str], None] = lambda step, reason: None,
     ):
-        self.shelf, self._keep = Shelf(directory), keep
+        self.shelf, self._keep = CheckpointStore(directory), keep
         self._saved, self._failed = saved, failed
         self._writing: threading.Thread | None = None
         # Saves that failed since the last good one; and whether one ever did.

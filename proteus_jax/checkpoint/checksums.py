@@ -26,7 +26,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _OF_THE_FILE = (*_ABSENT, errno.EISDIR, errno.EIO)
 
 
-def seal(folder: epath.PathLike, what: str) -> None:
+def write_checksums(folder: epath.PathLike, what: str) -> None:
     """Writes the digests of all files of a directory that is complete, last of all. `what` names
     it: a directory under another name is not what was sealed.
 
@@ -47,7 +47,7 @@ def seal(folder: epath.PathLike, what: str) -> None:
     write_whole(directory / SEAL, text)
 
 
-def damage(folder: epath.PathLike, what: str) -> str | None:
+def verify_checksums(folder: epath.PathLike, what: str) -> str | None:
     """What is wrong with a sealed directory, in words; None where it is as it was sealed.
 
     Interrupted where it cannot be read, as of a store that is away: that says nothing about it.
@@ -80,15 +80,15 @@ def damage(folder: epath.PathLike, what: str) -> str | None:
 
 def is_sealed(directory: epath.Path) -> bool:
     """Whether there is a seal, whole or not."""
-    return there(directory / SEAL)
+    return path_exists(directory / SEAL)
 
 
 def _is_file(path: epath.Path) -> bool:
     # Anything else might be waited for without end, as a pipe.
-    return there(path) and path.is_file()
+    return path_exists(path) and path.is_file()
 
 
-def there(path: epath.Path) -> bool:
+def path_exists(path: epath.Path) -> bool:
     """Whether something is at a path. Interrupted where that cannot be told: exists() says no of
     what lies on a file system that is away.
     """

@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 from etils import epath
 
-from proteus_jax.checkpoint.checksums import SEAL, damage, is_sealed, seal, there, write_whole
+from proteus_jax.checkpoint.checksums import (
+    SEAL,
+    is_sealed,
+    path_exists,
+    verify_checksums,
+    write_checksums,
+    write_whole,
+)
 from proteus_jax.checkpoint.items import FACTS, PARAMS, PROGRESS, STATISTICS
 from proteus_jax.errors import InputError
 
@@ -29,7 +36,7 @@ TRIAL = 2**16
 REST, RESTLESS = 0.5, 15
 
 
-class Keep(NamedTuple):
+class RetentionPolicy(NamedTuple):
     """Which checkpoints stay: the newest ones, and every so many steps one for ever."""
 
     last: int
@@ -51,7 +58,7 @@ class Found(NamedTuple):
     unfinished: list[str]
 
 
-class Shelf:
+class CheckpointStore:
     """The checkpoints in a directory. Only the first of several hosts changes anything there."""
 
     def __init__(self, directory: str):
@@ -66,7 +73,7 @@ class Shelf:
 
     def steps(self) -> list[int]:
         """Of all directories that are named like one, whatever is in them."""
-        if not there(self._root) or not self._root.is_dir():
+        if not path_exists(self._root) or not self._root.is_dir():
             return []
         names = [path.name for path in self._root.iterdir()]
         return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
@@ -79,7 +86,7 @@ class Shelf:
         faults: dict[int, str] = {}
         unfinished = sorted(path.name for path in self._unfinished())
         for step in sorted(self.steps(), reverse=True):
-            reason = damage(self.place(step), _name(step))
+            reason = verify_checksums(self.place(step), _name(step))
             if reason is None:
                 if last is not None and last > step:
                     faults.setdefault(last, "it is gone")
@@ -100,7 +107,7 @@ class Shelf:
 
     def make_way(self, found: Found) -> None:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
-        if not there(self._root):
+        if not path_exists(self._root):
             return
         last = self.noted()
         for step in self.steps():
@@ -123,7 +130,7 @@ class Shelf:
         return bool(unfinished)
 
     def _unfinished(self) -> list[epath.Path]:
-        if not there(self._root) or not self._root.is_dir():
+        if not path_exists(self._root) or not self._root.is_dir():
             return []
         return [path for path in self._root.iterdir() if UNFINISHED in path.name]
 
@@ -156,7 +163,7 @@ class Shelf:
 
     def complete(self, step: int) -> None:
         """Seals and notes what orbax has written; OSError where that fails."""
-        seal(self.place(step), _name(step))
+        write_checksums(self.place(step), _name(step))
         write_whole(self._note, json.dumps({"step": step}) + "\n")
 
     def discard(self, step: int) -> None:
@@ -166,7 +173,7 @@ class Shelf:
             _remove(directory)
         self.clear()
 
-    def remove_oldest(self, keep: Keep) -> None:
+    def remove_oldest(self, keep: RetentionPolicy) -> None:
         """What cannot be removed now is met again at the next save."""
         steps = self.steps()
         sealed = [step for step in steps if is_sealed(self.place(step))]
@@ -191,7 +198,7 @@ class Shelf:
         """The newest step that was said to be saved; 0 where that cannot be read, None where there
         is no note. InputError where something else is in its place.
         """
-        if not there(self._note):
+        if not path_exists(self._note):
             return None
         if not self._note.is_file():
             raise InputError(f"{self._note}: expected a file, which says what was saved last")

@@ -13,7 +13,7 @@ import numpy as np
 from proteus_jax.data import decode
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.sources.array_record import open_records
-from proteus_jax.data.sources.base import Part, Source
+from proteus_jax.data.sources.base import Source, SubsetSource
 from proteus_jax.data.sources.image_folder import open_folder, open_list, open_single
 from proteus_jax.data.sources.shards import open_parquet, open_tar
 from proteus_jax.data.sources.tfds import PREFIX, open_tfds
@@ -182,4 +182,4 @@ def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
     kept[list(wrong)] = False
     if not kept.any():
         raise InputError(f"{path}: leaves out every image of {root}")
-    return Part(source, np.flatnonzero(kept)), skipped
+    return SubsetSource(source, np.flatnonzero(kept)), skipped

@@ -24,7 +24,7 @@ _MCU = 16
 
 
 @runtime_checkable
-class Picture(Protocol):
+class LazyImage(Protocol):
     """An image whose size is known and whose pixels may not be decoded yet."""
 
     height: int
@@ -104,7 +104,7 @@ def looks_like_image(head: bytes) -> bool:
     )
 
 
-def opened(content: bytes | np.ndarray, *, reused: bool = False) -> Picture:
+def open_image(content: bytes | np.ndarray, *, reused: bool = False) -> LazyImage:
     """A picture of a file's bytes, or of pixels uint8 [H, W, 3]; `reused` where more than one view
     of it is wanted.
 
@@ -133,7 +133,7 @@ def decode(data: bytes) -> np.ndarray:
 
     Unreadable for anything that cannot be decoded whole.
     """
-    return opened(data).pixels()
+    return open_image(data).pixels()
 
 
 def _markers(jpeg: bytes) -> tuple[bool, int]:

@@ -148,7 +148,7 @@ def _describe(record: Any, content: bytes | np.ndarray) -> None:
     if not data:
         raise Unreadable("empty")
     start = time.thread_time()
-    pixels = decode.opened(content).pixels()
+    pixels = decode.open_image(content).pixels()
     record["seconds"] = time.thread_time() - start
     record["height"], record["width"] = pixels.shape[:2]
     record["content"] = int.from_bytes(sha256(data).digest()[:8], "little")

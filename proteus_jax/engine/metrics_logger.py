@@ -30,7 +30,7 @@ class _Pending(NamedTuple):
     evaluated: bool
 
 
-class Rows:
+class MetricsLogger:
     """One row waits: its numbers are fetched when the device is busy with the next logged step.
 
     `work` is in FLOPs an image, `peak` in FLOPs a second of all devices, None where it is unknown.

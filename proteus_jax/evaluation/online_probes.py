@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn, ridge
-from proteus_jax.evaluation.feature_extraction import Table
+from proteus_jax.evaluation.feature_extraction import FeatureTable
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
@@ -25,7 +25,9 @@ class Scores(NamedTuple):
     ridge_balanced: float
 
 
-def scores(pair: Pair, tokens: Callable[[Labelled], Table], mesh: Mesh) -> Scores:
+def scores(
+    pair: TrainTestSplit, tokens: Callable[[LabeledDataset], FeatureTable], mesh: Mesh
+) -> Scores:
     """Of class tokens, by one pass over each part: of NEIGHBOURS, or of as many as there are images
     to learn from, and of the ridge probe.
     """

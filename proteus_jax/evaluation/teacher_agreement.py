@@ -38,7 +38,7 @@ class TeacherTokens(NamedTuple):
     patches: np.ndarray
 
 
-class Said(NamedTuple):
+class StudentOutputs(NamedTuple):
     """What a student says of a batch: its own features, and its answers to the first teacher in
     that teacher's own scale.
     """
@@ -70,7 +70,7 @@ def teacher_tokens(
 
 
 def student_tokens(
-    student: Callable[[np.ndarray], Said], views: np.ndarray, batch: int
+    student: Callable[[np.ndarray], StudentOutputs], views: np.ndarray, batch: int
 ) -> StudentTokens:
     """Views through a student and its heads, `batch` at a time."""
     parts = [student(images) for images in _batches(views, batch)]

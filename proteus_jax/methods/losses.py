@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from proteus_jax.models.student import Answers
+from proteus_jax.models.student import HeadOutputs
 from proteus_jax.models.vit import Features
 
 
@@ -65,7 +65,7 @@ def patch_loss(
 
 
 def distillation_losses(
-    answers: Answers,
+    answers: HeadOutputs,
     target: Features,
     masked_target: Float[Array, "m n t"] | None,
     mask: Bool[Array, "m n"] | None,

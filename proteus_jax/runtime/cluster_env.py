@@ -57,7 +57,7 @@ LAUNCHERS = (
 )
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
     """This process among the hosts of a run, and who said so.
 
     `local_devices` are the devices that it may take, where several processes share a machine;
@@ -72,10 +72,12 @@ class Place(NamedTuple):
     local_devices: tuple[int, ...] | None = None
 
 
-ALONE = Place(0, 1, "", 0, "this machine alone")
+ALONE = ProcessInfo(0, 1, "", 0, "this machine alone")
 
 
-def find_place(flags: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Place:
+def detect_cluster_env(
+    flags: Mapping[str, str], environment: Mapping[str, str] | None = None
+) -> ProcessInfo:
     """--hosts, --host and --coordinator where they are given, then torchrun or mpirun, which SLURM
     may have started, a step of SLURM, then a TPU pod; alone otherwise.
 
@@ -117,7 +119,7 @@ def _step_nodes(environment: Mapping[str, str]) -> int:
     return _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
 
 
-def _from_flags(flags: Mapping[str, str]) -> Place:
+def _from_flags(flags: Mapping[str, str]) -> ProcessInfo:
     missing = [name for name in ("--hosts", "--host", "--coordinator") if not flags.get(name)]
     if missing:
         raise InputError(
@@ -137,14 +139,14 @@ def _from_flags(flags: Mapping[str, str]) -> Place:
     return _checked(int(flags["--host"]), int(flags["--hosts"]), address, int(port), "the flags")
 
 
-def _checked(host: int, hosts: int, address: str, port: int, source: str) -> Place:
+def _checked(host: int, hosts: int, address: str, port: int, source: str) -> ProcessInfo:
     if hosts < 1:
         raise InputError(f"{source}: expected at least 1 host, found {hosts}")
     if not 0 <= host < hosts:
         raise InputError(
             f"{source}: expected hosts numbered from 0 to {hosts - 1}, found host {host}"
         )
-    return Place(host, hosts, address, port, source) if hosts > 1 else ALONE
+    return ProcessInfo(host, hosts, address, port, source) if hosts > 1 else ALONE
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -158,7 +160,7 @@ def _tasks(environment: Mapping[str, str]) -> int:
     return _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
 
 
-def _from_slurm(environment: Mapping[str, str]) -> Place:
+def _from_slurm(environment: Mapping[str, str]) -> ProcessInfo:
     """A task of an srun; the first node coordinates."""
     nodes = environment["SLURM_STEP_NODELIST"]
     tasks = _tasks(environment)
@@ -175,7 +177,7 @@ def _port_of(job: str) -> int:
     return 20000 + int(hashlib.sha256(job.encode()).hexdigest()[:8], 16) % 6000 * 2
 
 
-def _with_one_device(place: Place, environment: Mapping[str, str], local: str) -> Place:
+def _with_one_device(place: ProcessInfo, environment: Mapping[str, str], local: str) -> ProcessInfo:
     """Of several processes on a machine each takes the device of its number, which the variable
     `local` has, unless a scheduler has hidden all but one from it.
     """
@@ -185,7 +187,7 @@ def _with_one_device(place: Place, environment: Mapping[str, str], local: str) -
     return place
 
 
-def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> Place:
+def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> ProcessInfo:
     """InputError where it does not say at which machine its processes meet."""
     size, rank = launcher.size, launcher.rank
     missing = [name for name in (rank, launcher.local_rank) if name not in environment]
@@ -221,7 +223,7 @@ def first_node(nodes: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found.group())
 
 
-def _from_tpu(environment: Mapping[str, str]) -> Place | None:
+def _from_tpu(environment: Mapping[str, str]) -> ProcessInfo | None:
     """A worker of a TPU slice: variables on Kubernetes, the metadata server elsewhere."""
     names = environment.get("TPU_WORKER_HOSTNAMES", "")
     if names and environment.get("TPU_WORKER_ID", ""):
@@ -246,7 +248,7 @@ def _from_tpu(environment: Mapping[str, str]) -> Place | None:
 
 def _in_slices(
     worker: int, workers: int, address: str, environment: Mapping[str, str], source: str
-) -> Place:
+) -> ProcessInfo:
     """A worker of a slice among all workers of all slices, where there are several: the slices are
     numbered, and the first worker of the first one coordinates.
     """

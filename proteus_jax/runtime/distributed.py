@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from proteus_jax.errors import DEFECT, InputError, exit_code
-from proteus_jax.runtime.cluster_env import Place
-from proteus_jax.runtime.rendezvous import GRACE, Company, meet
+from proteus_jax.runtime.cluster_env import ProcessInfo
+from proteus_jax.runtime.rendezvous import GRACE, ProcessGroup, rendezvous
 
 # A failed collective is often the first sign of a lost host; its name follows.
 NEWS_TIMEOUT = 15.0
@@ -21,14 +21,14 @@ _HANDLERS: list[object] = []
 
 
 @contextlib.contextmanager
-def joined(
-    place: Place,
+def initialize_distributed(
+    place: ProcessInfo,
     about: Mapping[str, str],
     *,
     timeout: float,
     progress: Callable[[str], None],
     say: Callable[[str], None],
-) -> Iterator[Company | None]:
+) -> Iterator[ProcessGroup | None]:
     """The block runs once all hosts have met and JAX knows them, and is given their company; alone
     it just runs.
 
@@ -42,7 +42,7 @@ def joined(
         return
     if place.host == 0:
         progress(f"waiting for {place.hosts} hosts to meet here, at port {place.port + 1}")
-    company = meet(place, about, timeout=timeout, say=say)
+    company = rendezvous(place, about, timeout=timeout, say=say)
     try:
         with _exit_in_place_of_abort(company):
             # It would take SIGTERM from us and keep it to itself.
@@ -98,7 +98,7 @@ def _refuse_uneven_hosts() -> None:
 
 
 @contextlib.contextmanager
-def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
+def _exit_in_place_of_abort(company: ProcessGroup) -> Iterator[None]:
     """JAX's client aborts the process when its coordinator is gone, perhaps before we have said so.
 
     abort() calls the handler of SIGABRT on the thread that it runs on, outside Python: there it can

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from proteus_jax.errors import InputError
 from proteus_jax.methods.proteus import Proteus
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import FIRST, Lesson, lessons, masks
+from proteus_jax.methods.teacher_config import PRIMARY, TeacherConfig, masks, teacher_configs
 from proteus_jax.models import flops
 from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec, student_spec
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
@@ -29,7 +29,7 @@ SHORTENED = 10
 HEAD = 64
 
 
-class Length(NamedTuple):
+class Schedule(NamedTuple):
     """How long a run is, in steps; `remark` says where its warm-up is shorter than was asked for,
     and is empty where it is not.
     """
@@ -46,7 +46,7 @@ class Assembly(NamedTuple):
     teachers: dict[str, Teacher]
     students: dict[str, StudentFunction]
     # Of the images that students see.
-    normalisation: Normalisation
+    normalisation: Normalization
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
     # What there is to say of how it came out.
@@ -78,17 +78,17 @@ class Assembly(NamedTuple):
         )
 
 
-def length(config: Any, images: int) -> Length:
+def schedule_of(config: Any, images: int) -> Schedule:
     """Steps of a run over so many images an epoch."""
     total = config.steps or max(1, round(config.epochs * images / config.batch))
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(config.warmup_epochs * images / config.batch)
     if not warmup or warmup < total:
-        return Length(total, warmup)
+        return Schedule(total, warmup)
     # The learning rate would never be reached.
     shorter = total // SHORTENED
-    return Length(
+    return Schedule(
         total,
         shorter,
         f"warm-up of {shorter} steps in place of {warmup}, as the run has {total} in all "
@@ -100,13 +100,13 @@ class Known(NamedTuple):
     """What there is to know of a model before its weights."""
 
     spec: ViTSpec
-    normalisation: Normalisation
+    normalisation: Normalization
 
 
 def assemble(
     config: Any,
     teachers: Mapping[str, Known],
-    steps: Length,
+    steps: Schedule,
     platform: str,
     start: ViTSpec | None = None,
 ) -> Assembly:
@@ -132,7 +132,7 @@ def assemble(
             precision,
             attention(teachers[name].spec, precision),
         )
-        for name, lesson in lessons(config).items()
+        for name, lesson in teacher_configs(config).items()
     }
     widths = {name: teacher.backbone.spec.width for name, teacher in taught.items()}
     dtype = dtype_of(config.precision, platform)
@@ -152,9 +152,9 @@ def assemble(
     schedule = warmup_cosine(peak, steps.warmup, steps.total)
     optimizer = adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
     # Students see images as the first teacher does.
-    normalisation = taught[FIRST].normalisation
+    normalisation = taught[PRIMARY].normalisation
     method = Proteus(
-        loss_weights={name: lesson.weights for name, lesson in lessons(config).items()},
+        loss_weights={name: lesson.weights for name, lesson in teacher_configs(config).items()},
         mask_ratio=config.mask_ratio,
     )
     step = make_train_step(
@@ -184,7 +184,7 @@ def assemble(
     return Assembly(method, taught, students, normalisation, init, step, said)
 
 
-def unsuited(config: Any, platform: str) -> list[str]:
+def check_platform(config: Any, platform: str) -> list[str]:
     """What a platform does not have of what is asked for, in words."""
     problems = []
     if config.teacher_precision == "float16" and platform == "tpu":
@@ -200,15 +200,17 @@ def unsuited(config: Any, platform: str) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None) -> list[str]:
+def check_compatibility(
+    config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None
+) -> list[str]:
     """What the sizes of the models make wrong, in words. Students without a model to start from
     have been checked with the configuration.
     """
     problems = []
-    for name, lesson in lessons(config).items():
+    for name, lesson in teacher_configs(config).items():
         side = lesson.crop or config.data.crop
         if name in teachers and side % teachers[name].patch_size:
-            own = "teacher_crop" if name == FIRST else f"more_teachers.{name}.crop"
+            own = "teacher_crop" if name == PRIMARY else f"more_teachers.{name}.crop"
             problems.append(
                 f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
                 f"{teachers[name].patch_size} px, which do not divide images of {side} px"
@@ -227,7 +229,7 @@ def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None)
     return problems
 
 
-def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
+def _teacher(lesson: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
     """With its position table made for the size of images that it sees, and its LayerScale in its
     weights.
     """

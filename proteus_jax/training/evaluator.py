@@ -9,23 +9,23 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.data.loader import held_out_views
 from proteus_jax.data.sources.base import Source
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.evaluation import teacher_agreement
 from proteus_jax.evaluation.feature_extraction import (
     Compiled,
-    Reading,
-    Table,
+    FeatureTable,
+    LoaderConfig,
     compiled_pass,
     feature_pass,
 )
 from proteus_jax.evaluation.online_probes import Scores, scores
 from proteus_jax.evaluation.reporting import figures, snapshots
 from proteus_jax.evaluation.reporting.html_report import write_report
-from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import Params
 from proteus_jax.runtime.console import Console
 from proteus_jax.training.setup import Experiment
@@ -38,7 +38,7 @@ PICTURE, PICTURE_ROWS = "agreement.png", 8
 MARGIN = 8 / 7
 
 
-class Examination:
+class Evaluator:
     """The held-out views, the labelled images, and what the teacher says of them."""
 
     def __init__(self, experiment: Experiment, workdir: Path, console: Console):
@@ -88,7 +88,7 @@ class Examination:
         assert self._scene is not None
         for name in state.params:
 
-            def predict(images: np.ndarray, name: str = name) -> teacher_agreement.Said:
+            def predict(images: np.ndarray, name: str = name) -> teacher_agreement.StudentOutputs:
                 return self.experiment.said(name, state, images)
 
             tokens = teacher_agreement.student_tokens(predict, views, batch)
@@ -136,9 +136,11 @@ class Examination:
         found = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
         return np.asarray(found, np.float32)[:shown]
 
-    def _scores(self, step: int, state: TrainState, pair: Pair) -> dict[str, float]:
+    def _scores(self, step: int, state: TrainState, pair: TrainTestSplit) -> dict[str, float]:
         if self._taught is None:
-            self._taught = self._scored(FIRST, self.experiment.teacher_params[FIRST], pair, step)
+            self._taught = self._scored(
+                PRIMARY, self.experiment.teacher_params[PRIMARY], pair, step
+            )
         values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
         for name, params in state.params.items():
             found = self._scored(name, params["backbone"], pair, step)
@@ -150,15 +152,15 @@ class Examination:
                 }
         return values
 
-    def _scored(self, name: str, params: Params, pair: Pair, step: int) -> Scores:
+    def _scored(self, name: str, params: Params, pair: TrainTestSplit, step: int) -> Scores:
         """Of the teacher, or of a student's backbone."""
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
-        view = CentreCrop(round(experiment.side * MARGIN), experiment.side)
+        view = CenterCrop(round(experiment.side * MARGIN), experiment.side)
         found = makers(data.workers, max(data.threads, 1), experiment.side)
-        reading = Reading(self.config.batch, found.workers, found.threads)
+        reading = LoaderConfig(self.config.batch, found.workers, found.threads)
 
-        def tokens(part: Labelled) -> Table:
+        def tokens(part: LabeledDataset) -> FeatureTable:
             return feature_pass(
                 compiled,
                 params,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 import proteus_jax
-from proteus_jax.methods.teacher_config import FIRST, lessons
+from proteus_jax.methods.teacher_config import PRIMARY, teacher_configs
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.setup import Experiment
@@ -42,7 +42,7 @@ def export_students(experiment: Experiment, state: TrainState, workdir: Path) ->
 def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
     """What config.json says of a student."""
     config = experiment.config
-    taught = {key: lesson.source for key, lesson in lessons(config).items()}
+    taught = {key: lesson.source for key, lesson in teacher_configs(config).items()}
     digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
     several = {"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}
     return ModelCard(
@@ -52,8 +52,8 @@ def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
         licence=experiment.facts["card"]["licence"],
         source={
             "student": name,
-            "teacher": taught[FIRST],
-            "teacher_sha256": digests[FIRST],
+            "teacher": taught[PRIMARY],
+            "teacher_sha256": digests[PRIMARY],
             **several,
             **_recipe(experiment, step),
         },
@@ -93,6 +93,6 @@ def _readme(
 ) -> str:
     teachers = {
         key: (lesson.source, experiment.cards[key])
-        for key, lesson in lessons(experiment.config).items()
+        for key, lesson in teacher_configs(experiment.config).items()
     }
     return text_of(card, name, teachers, _recipe(experiment, step), results)

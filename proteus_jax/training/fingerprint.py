@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.training.builder import (
     Assembly,
@@ -74,5 +74,5 @@ def _family(student: str, start: ModelCard | None) -> str:
     return next((family for family in ("synclr", "clip") if family in student.split("_")), "dinov2")
 
 
-def _listed(normalisation: Normalisation) -> list[list[float]]:
+def _listed(normalisation: Normalization) -> list[list[float]]:
     return [list(part) for part in normalisation]

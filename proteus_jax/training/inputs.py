@@ -10,17 +10,17 @@ from typing import Any
 import jax
 
 from proteus_jax.data.dataset import open_configured
-from proteus_jax.data.datasets.labeled import Pair, open_pair
+from proteus_jax.data.datasets.labeled import TrainTestSplit, open_pair
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.splits import Split
 from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.results import FILE as RESULTS
-from proteus_jax.methods.teacher_config import FIRST, lessons, masks
+from proteus_jax.methods.teacher_config import PRIMARY, masks, teacher_configs
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, first_of, is_remote, why_no_workdir
 from proteus_jax.training.builder import (
-    misfits,
-    unsuited,
+    check_compatibility,
+    check_platform,
 )
 from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.weights.model_dir import WEIGHTS, load_card
@@ -37,7 +37,7 @@ class Inputs:
 
     split: Split
     teachers: dict[str, Path]
-    labelled: Pair | None = None
+    labelled: TrainTestSplit | None = None
     start: Path | None = None
 
 
@@ -50,7 +50,7 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     misspelt path.
     """
     problems = [*known, *_check_workdir(workdir, config.data.root), *_check_devices(config)]
-    problems += [] if known else unsuited(config, jax.default_backend())
+    problems += [] if known else check_platform(config, jax.default_backend())
     return _found(config, problems)
 
 
@@ -88,7 +88,7 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     found = {field: path for field, path in models.items() if path is not None}
     if problems or split is None or len(found) < len(models):
         raise InputError(problems)
-    teachers = {name: found[_field(name)] for name in lessons(config)}
+    teachers = {name: found[_field(name)] for name in teacher_configs(config)}
     return Inputs(split=split, teachers=teachers, labelled=labelled, start=found.get(START))
 
 
@@ -96,12 +96,12 @@ START = "start"
 
 
 def _field(teacher: str) -> str:
-    return "teacher" if teacher == FIRST else f"more_teachers.{teacher}.teacher"
+    return "teacher" if teacher == PRIMARY else f"more_teachers.{teacher}.teacher"
 
 
 def _sources(config: Any) -> dict[str, str]:
     """What each field that names a model says."""
-    found = {_field(name): lesson.source for name, lesson in lessons(config).items()}
+    found = {_field(name): lesson.source for name, lesson in teacher_configs(config).items()}
     return found | ({START: config.start} if config.start else {})
 
 
@@ -197,5 +197,7 @@ def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
         for field, directory in models.items()
     }
     specs = {field: spec for field, spec in specs.items() if spec is not None}
-    teachers = {name: specs[_field(name)] for name in lessons(config) if _field(name) in specs}
-    return misfits(config, teachers, specs.get(START))
+    teachers = {
+        name: specs[_field(name)] for name in teacher_configs(config) if _field(name) in specs
+    }
+    return check_compatibility(config, teachers, specs.get(START))

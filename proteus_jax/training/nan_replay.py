@@ -18,21 +18,21 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.checkpoint.checkpointer import Checkpoints
-from proteus_jax.checkpoint.checksums import SEAL, damage, seal
+from proteus_jax.checkpoint.checksums import SEAL, verify_checksums, write_checksums
 from proteus_jax.config import complete
 from proteus_jax.errors import Diverged, InputError, about, refusing
-from proteus_jax.methods.resample import resized
+from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import common_grid_size, teacher_features
-from proteus_jax.methods.teacher_config import FIRST, lessons, side_of_images
+from proteus_jax.methods.teacher_config import PRIMARY, image_side, teacher_configs
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import is_remote
-from proteus_jax.training.builder import Assembly, Known, assemble, length
+from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
 from proteus_jax.training.fingerprint import teacher_facts
 from proteus_jax.training.inputs import images_together
-from proteus_jax.training.resume import changes
+from proteus_jax.training.resume import compare_facts
 from proteus_jax.training.schema import TRAINING
 from proteus_jax.training.setup import Experiment, placed_teacher
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
@@ -46,7 +46,7 @@ TOGETHER = 64
 FOLDER = "dump"
 
 
-class Moment(NamedTuple):
+class StepSnapshot(NamedTuple):
     """A step as the loop saw it: this host's share of the images uint8 [b, H, W, 3], their numbers
     in the source [b], and the metrics, by key.
     """
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
 
 
 def write_dump(
-    experiment: Experiment, moment: Moment, state: TrainState, folder: Path, address: str
+    experiment: Experiment, moment: StepSnapshot, state: TrainState, folder: Path, address: str
 ) -> None:
     """Writes a step that was not finite. All hosts take part; `state` is that of any later step
     without a good one between, `address` is what `folder` is called on all hosts.
@@ -99,7 +99,7 @@ def write_dump(
             "configuration": json.loads(experiment.config.to_json()),
         }
         write_atomically(folder / ABOUT, json.dumps(written, indent=2) + "\n")
-        seal(folder, SEALED_AS)
+        write_checksums(folder, SEALED_AS)
 
 
 def _set(counter: jax.Array, value: int) -> jax.Array:
@@ -134,7 +134,7 @@ def replay(source: str, console: Console) -> None:
         facts = checkpoints.facts(found.step)
     step = found.step
     taught = (facts["teachers"], teacher_facts(assembly, directories))
-    different = changes(*({"teachers": each} for each in taught)).refused
+    different = compare_facts(*({"teachers": each} for each in taught)).refused
     if different:
         raise InputError([f"--replay: another teacher than the run's: {d}" for d in different])
     console.line(
@@ -157,7 +157,7 @@ def replay(source: str, console: Console) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What dump.json and batch.npz hold; InputError where that is no dump's."""
     wrong = f"--replay: {folder} is no dump of a step"
-    reason = damage(folder, SEALED_AS) if folder.is_dir() else "no such folder"
+    reason = verify_checksums(folder, SEALED_AS) if folder.is_dir() else "no such folder"
     if reason is not None:
         raise InputError(f"{wrong}: {reason}")
     with about(wrong), refusing("it cannot be read"):
@@ -171,7 +171,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
             raise ValueError(f"{ABOUT}: expected a number of images_an_epoch")
         said["metrics"] = {key: float(value) for key, value in metrics.items()}
         config = said["configuration"] = complete(said["configuration"], TRAINING)
-        expected = (config.batch, side_of_images(config), side_of_images(config), 3)
+        expected = (config.batch, image_side(config), image_side(config), 3)
         if images.dtype != np.uint8 or images.shape != expected:
             found = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {found}")
@@ -180,13 +180,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
-    directories = {name: obtain_teacher(lesson.source) for name, lesson in lessons(config).items()}
+    directories = {
+        name: obtain_teacher(lesson.source) for name, lesson in teacher_configs(config).items()
+    }
     cards = {name: load_card(directory) for name, directory in directories.items()}
     start = None
     if config.start:
         start = load_card(obtain_teacher(config.start)).spec
     known = {name: Known(card.spec, card.normalisation) for name, card in cards.items()}
-    steps = length(config, images)
+    steps = schedule_of(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories
 
 
@@ -228,7 +230,7 @@ def _not_finite(
             )
             for name, teacher in assembly.teachers.items()
         }
-        small = resized(pixels, config.data.crop)
+        small = resize_images(pixels, config.data.crop)
         for name, student in assembly.students.items():
             seen[name] = finite(student.backbone(students[name]["backbone"], small))
         return seen
@@ -243,7 +245,7 @@ def _not_finite(
     ]
     for name in (*assembly.teachers, *assembly.students):
         bad = np.flatnonzero(~np.concatenate([part[name] for part in parts])).tolist()
-        who = "the teacher" if name == FIRST else name
+        who = "the teacher" if name == PRIMARY else name
         named = ", ".join(names[at] if at < len(names) else f"image {at}" for at in bad[:8])
         lines.append(
             f"{who}: features of {len(bad)} images are not finite{': ' * bool(bad)}{named}"

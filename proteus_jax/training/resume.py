@@ -36,14 +36,14 @@ _IN_STEPS = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "data.epoch")
 
 
-class Changes(NamedTuple):
+class Differences(NamedTuple):
     """In words, a line each: what a run is refused for, and what may differ."""
 
     refused: list[str]
     allowed: list[str]
 
 
-def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
+def compare_facts(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:
     """Between the facts of a checkpoint and those of this run."""
     was, now = dict(found), dict(expected)
     own = [dict(_leaves(facts.pop(CONFIGURATION, {}))) for facts in (was, now)]
@@ -58,7 +58,7 @@ def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
         for field, (before, after) in _different(*own).items()
         if not (refused and _within(field, IDENTITY))
     ]
-    return Changes(lines, allowed)
+    return Differences(lines, allowed)
 
 
 def _refusal(key: str, before: Any, after: Any) -> str:

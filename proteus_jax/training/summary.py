@@ -9,7 +9,7 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
-from proteus_jax.methods.teacher_config import OWN, Lesson, lessons
+from proteus_jax.methods.teacher_config import NATIVE, TeacherConfig, teacher_configs
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.inputs import found_devices
@@ -19,7 +19,7 @@ from proteus_jax.training.setup import Experiment
 WORTH_A_WORD = 1.0
 
 
-def introduce(
+def print_header(
     experiment: Experiment,
     workdir: str,
     resumed: int | None,
@@ -32,7 +32,7 @@ def introduce(
     config = experiment.config
     kind = jax.devices()[0].device_kind
     console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
-    for name, lesson in lessons(config).items():
+    for name, lesson in teacher_configs(config).items():
         spec = experiment.cards[name].spec
         size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params[name]))
         console.line(
@@ -66,19 +66,19 @@ def introduce(
         )
 
 
-def _given(lesson: Lesson) -> str:
+def _given(lesson: TeacherConfig) -> str:
     """What of its images and tokens is not as usual."""
     facts = []
     if lesson.crop is not None:
         facts.append(f"images of {lesson.crop} px")
-    if lesson.normalisation != OWN:
+    if lesson.normalisation != NATIVE:
         facts.append(f"{lesson.normalisation} statistics")
     if lesson.standardise:
         facts.append("standardised")
     return f" ({', '.join(facts)})" if facts else ""
 
 
-def conclude(
+def print_summary(
     experiment: Experiment, workdir: Path, directories: Sequence[str], console: Console
 ) -> None:
     """What was learnt, where it lies, and how to load it."""

@@ -18,9 +18,14 @@ from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.data.datasets.labeled import images_on_both_sides
 from proteus_jax.data.loader import Batch, training_batches
 from proteus_jax.data.workers import Makers, WorkerLost, makers
-from proteus_jax.engine.checkpointing import Saving
-from proteus_jax.engine.metrics_logger import Rows
-from proteus_jax.engine.monitors import Clock, SkippedUpdates, UnreadableImages, WaitNotice
+from proteus_jax.engine.checkpointing import CheckpointManager
+from proteus_jax.engine.metrics_logger import MetricsLogger
+from proteus_jax.engine.monitors import (
+    CorruptImageMonitor,
+    InputBoundWarning,
+    NonFiniteMonitor,
+    StepTimer,
+)
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.evaluation.per_class import uneven
 from proteus_jax.runtime import collectives, sharding
@@ -36,17 +41,17 @@ from proteus_jax.runtime.metric_writer import (
     parameter_table,
     read_metrics,
 )
-from proteus_jax.runtime.preemption import StopRequest
-from proteus_jax.runtime.profiler import Profiling
-from proteus_jax.runtime.rendezvous import Company
+from proteus_jax.runtime.preemption import PreemptionHandler
+from proteus_jax.runtime.profiler import Profiler
+from proteus_jax.runtime.rendezvous import ProcessGroup
 from proteus_jax.runtime.workdir import STUDENTS, Workdir
 from proteus_jax.training import nan_replay
-from proteus_jax.training.evaluator import Examination
+from proteus_jax.training.evaluator import Evaluator
 from proteus_jax.training.export import export_students
 from proteus_jax.training.inputs import Inputs
-from proteus_jax.training.resume import changes
+from proteus_jax.training.resume import compare_facts
 from proteus_jax.training.setup import Experiment, build
-from proteus_jax.training.summary import conclude, introduce
+from proteus_jax.training.summary import print_header, print_summary
 from proteus_jax.training.train_state import TrainState, from_items, to_items
 
 DONE = 0
@@ -57,7 +62,7 @@ def run(
     inputs: Inputs,
     place: Workdir,
     console: Console,
-    company: Company | None = None,
+    company: ProcessGroup | None = None,
     *,
     profile: bool = False,
 ) -> int:
@@ -67,7 +72,7 @@ def run(
     InputError, before anything is changed, where another run is using the workdir, or it holds one
     of other images, seed, batch or models, or one that has lost its checkpoints.
     """
-    place.compare(jax.process_index(), collectives.of_all_hosts)
+    place.compare(jax.process_index(), collectives.gather_from_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
     # The hosts of a run share a workdir: the first one holds it.
     with contextlib.nullcontext() if jax.process_index() else place.locked(console.line):
@@ -79,7 +84,7 @@ def _run_alone(
     inputs: Inputs,
     place: Workdir,
     console: Console,
-    company: Company | None,
+    company: ProcessGroup | None,
     profile: bool,
 ) -> int:
     experiment, workdir = build(config, inputs), place.local
@@ -104,12 +109,12 @@ def _run_alone(
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
             write_atomically(workdir / "config.json", text)
-        introduce(experiment, place.named(workdir), resumed, remarks, console)
-        stop = StopRequest(
+        print_header(experiment, place.named(workdir), resumed, remarks, console)
+        stop = PreemptionHandler(
             config.stop_within, console.error, lambda: run.heartbeat.close("stopped")
         )
         run.stop = stack.enter_context(stop)
-        run.profiling = Profiling(workdir / "profile", on=profile and host == 0)
+        run.profiling = Profiler(workdir / "profile", on=profile and host == 0)
         with run.watched(company):
             run.code = run.to_the_end(resumed)
         return run.code
@@ -144,9 +149,9 @@ def _resumed(
         ]
     else:
         found, step = None, -1
-    step = collectives.from_first_host(step)
+    step = collectives.broadcast_from_rank0(step)
     if step >= 0:
-        different = changes(checkpoints.facts(step), experiment.facts)
+        different = compare_facts(checkpoints.facts(step), experiment.facts)
         if different.refused:
             where = f"--workdir holds another run, at step {step}"
             error = InputError([f"{where}: {line} (refused)" for line in different.refused])
@@ -162,10 +167,10 @@ def _resumed(
 class _Run:
     """One run of the loop and its accounts."""
 
-    stop: StopRequest
-    profiling: Profiling
+    stop: PreemptionHandler
+    profiling: Profiler
     heartbeat: Heartbeat
-    rows: Rows
+    rows: MetricsLogger
 
     def __init__(self, experiment: Experiment, place: Workdir, console: Console):
         self.experiment, self.config = experiment, experiment.config
@@ -175,17 +180,17 @@ class _Run:
         # With which the process is to end.
         self.code = DONE
         config, data = self.config, self.config.data
-        self.saving = Saving(config, place, console)
+        self.saving = CheckpointManager(config, place, console)
         name = experiment.split.training.name
-        self.unreadable = UnreadableImages(
+        self.unreadable = CorruptImageMonitor(
             name, limit=data.unreadable, repeats=data.repeats, say=console.line
         )
-        self.skipped = SkippedUpdates(name, limit=config.max_skipped, say=console.line)
+        self.skipped = NonFiniteMonitor(name, limit=config.max_skipped, say=console.line)
         self.makers = makers(data.workers, data.threads, data.crop)
-        self.examination = Examination(experiment, self.workdir, console)
+        self.examination = Evaluator(experiment, self.workdir, console)
 
     @contextlib.contextmanager
-    def watched(self, company: Company | None) -> Iterator[None]:
+    def watched(self, company: ProcessGroup | None) -> Iterator[None]:
         """A heartbeat as long as the block lasts."""
         known = {} if company is None else {"steps": company.steps}
         self.heartbeat = Heartbeat(
@@ -225,7 +230,7 @@ class _Run:
             step = resumed
         trains = step < total
         writer = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
-        self.rows = Rows(
+        self.rows = MetricsLogger(
             writer,
             self.console,
             students=tuple(experiment.students),
@@ -271,7 +276,7 @@ class _Run:
         self.examination.draw(state, anew=trained)
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
-            conclude(experiment, self.workdir, names, self.console)
+            print_summary(experiment, self.workdir, names, self.console)
         return DONE
 
     def refuse_hosts_that_differ(self, resumed: int | None) -> None:
@@ -286,7 +291,7 @@ class _Run:
             ),
             "held-out images that can be read": hashlib.sha256(views).hexdigest(),
         }
-        different = [what for what, text in seen.items() if not collectives.same_everywhere(text)]
+        different = [what for what, text in seen.items() if not collectives.same_on_all_hosts(text)]
         if different:
             raise InputError([f"the hosts do not see the same {what}" for what in different])
 
@@ -295,10 +300,10 @@ class _Run:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self.console.progress(f"step {step}/{total}: compiling")
         self.rows.begin(step)
-        began_at, clock = step, Clock()
+        began_at, clock = step, StepTimer()
         first = step + 2 * max(config.log_every, 5)
-        self.notice = WaitNotice(str(self.makers), first, self.console.line)
-        stopping, agreement = False, collectives.Agreement(experiment.mesh)
+        self.notice = InputBoundWarning(str(self.makers), first, self.console.line)
+        stopping, agreement = False, collectives.AnyProcess(experiment.mesh)
         with (
             contextlib.closing(self.profiling),
             contextlib.closing(self.batches(step)) as batches,
@@ -349,7 +354,7 @@ class _Run:
                     self.save(step, state)
         if self.profiling.missed:
             self.console.line(
-                f"--profile: no trace, as the run ended before step {Profiling.FIRST + 1} from here"
+                f"--profile: no trace, as the run ended before step {Profiler.FIRST + 1} from here"
             )
         return state, step
 
@@ -378,7 +383,7 @@ class _Run:
             last = self.skipped.last
             if last is None:
                 raise
-            moment = nan_replay.Moment(
+            moment = nan_replay.StepSnapshot(
                 last.step,
                 last.batch.images,
                 last.batch.numbers,

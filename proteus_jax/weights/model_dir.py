@@ -19,7 +19,7 @@ import safetensors.numpy
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params
-from proteus_jax.models.normalization import IMAGENET, Normalisation
+from proteus_jax.models.normalization import IMAGENET, Normalization
 from proteus_jax.runtime.filesystem import atomic_directory, sha256, write_atomically
 from proteus_jax.weights import state_dict
 
@@ -42,7 +42,7 @@ class ModelCard:
 
     spec: ViTSpec
     family: str = "dinov2"
-    normalisation: Normalisation = IMAGENET
+    normalisation: Normalization = IMAGENET
     licence: str = NO_LICENCE
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class ModelCard:
         found = cls(
             spec=ViTSpec.from_json(card["spec"]),
             family=card["family"],
-            normalisation=Normalisation.checked(statistics["mean"], statistics["std"]),
+            normalisation=Normalization.checked(statistics["mean"], statistics["std"]),
             licence=card["licence"],
             source=card["source"],
             absent=tuple(card["absent"]),

@@ -12,21 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.dataset import open_source
-from proteus_jax.data.decode import opened
+from proteus_jax.data.decode import open_image
 from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import InputError, Unreadable, collecting
 from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
-from proteus_jax.evaluation.feature_extraction import Frozen, Table, compiled_pass, feature_pass
+from proteus_jax.evaluation.feature_extraction import (
+    FeatureTable,
+    FrozenBackbone,
+    compiled_pass,
+    feature_pass,
+)
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.teacher_agreement import nearest
 from proteus_jax.loading import Heads, load_any, load_heads
-from proteus_jax.methods.feature_standardization import standardised
-from proteus_jax.methods.resample import regridded, renormalised, resized
-from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.methods.feature_standardization import standardize
+from proteus_jax.methods.resample import renormalize, resize_images, resize_patch_grid
+from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import BackboneFunction, Params
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.weights.feature_extractor import Model
 
 QUERIES, NEIGHBOURS = 6, 5
@@ -120,7 +125,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     """`cka` is {tokens: [student's blocks][teacher's blocks]}; `effective_rank` and `spectrum` are
     {model: ...}; `errors` null where the heads are not at hand. Pictures lie beside the results.
     """
-    teacher = Frozen(data.teacher, context.mesh, context.frozen.backbone.dtype)
+    teacher = FrozenBackbone(data.teacher, context.mesh, context.frozen.backbone.dtype)
     tables = {
         name: _table(context, frozen, data, name)
         for name, frozen in (("student", context.frozen), ("teacher", teacher))
@@ -166,7 +171,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     }
 
 
-def _table(context: Context, frozen: Frozen, data: Data, name: str) -> Table:
+def _table(context: Context, frozen: FrozenBackbone, data: Data, name: str) -> FeatureTable:
     return frozen.table(
         layers,
         data.source,
@@ -190,30 +195,30 @@ def _views(context: Context, data: Data, numbers: np.ndarray) -> np.ndarray:
     found = []
     for number in numbers.tolist():
         try:
-            found.append(context.view(opened(data.source.read(number))))
+            found.append(context.view(open_image(data.source.read(number))))
         except Unreadable:  # between the pass and now
             found.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
     return np.stack(found)
 
 
-def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict[str, Any]:
+def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone) -> dict[str, Any]:
     """The three losses by image, and those of patches by position as a grid."""
     mesh, student = context.mesh, heads.student
     side = context.config.data.crop // student.spec.patch_size
     # The teacher gets its images as it got them in training.
     side_seen = heads.teacher["side"] or context.config.data.crop
-    given = Normalisation(*(tuple(part) for part in heads.teacher["normalisation"]))
+    given = Normalization(*(tuple(part) for part in heads.teacher["normalisation"]))
     ranks = np.random.default_rng(0).permutation(side * side)
     mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 
     def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         pixels = heads.normalisation(images)
-        seen = renormalised(resized(pixels, side_seen), heads.normalisation, given)
-        target = regridded(teacher.backbone(params[1], seen), side)
+        seen = renormalize(resize_images(pixels, side_seen), heads.normalisation, given)
+        target = resize_patch_grid(teacher.backbone(params[1], seen), side)
         if heads.moments is not None:
-            target = standardised(target, heads.moments)
+            target = standardize(target, heads.moments)
         masks = jnp.broadcast_to(mask, (len(images), len(mask)))
-        said = student(params[0], pixels, pixels, masks).answers[FIRST]
+        said = student(params[0], pixels, pixels, masks).answers[PRIMARY]
         assert said.patch is not None
         return {
             "token": jnp.mean((said.token - target.cls) ** 2, axis=-1),

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from proteus_jax.data.datasets.fine_grained import DATASETS, Images, Splits, find_datasets
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation.classifiers import logistic_regression
-from proteus_jax.evaluation.feature_extraction import Frozen, class_token
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.models.normalization import CLIP
 from proteus_jax.weights.feature_extractor import Model
@@ -64,7 +64,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     """`per_dataset` is {name: percent}, `average` their plain mean where all twelve are there, null
     otherwise; `absent` says why others are missing.
     """
-    frozen = Frozen(context.model, context.mesh, context.frozen.backbone.dtype, CLIP)
+    frozen = FrozenBackbone(context.model, context.mesh, context.frozen.backbone.dtype, CLIP)
     results, unreadable = {}, 0
     for name, splits in data.found.items():
         parts: list[Features | None] = []
@@ -117,13 +117,15 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     }
 
 
-def _features(context: Context, frozen: Frozen, images: Images, title: str) -> tuple[Features, int]:
+def _features(
+    context: Context, frozen: FrozenBackbone, images: Images, title: str
+) -> tuple[Features, int]:
     """Class tokens of one part. An image that is drawn several times is several rows."""
     crop = context.view.crop
     table = frozen.table(
         class_token,
         images.source,
-        CentreCrop(crop, crop),
+        CenterCrop(crop, crop),
         context.reading,
         progress=lambda text: context.progress(f"{title}: {text}"),
     )

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.data.loader import training_batches
-from proteus_jax.data.sampler import Order, chosen
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.sampler import Sampler, subset_indices
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
@@ -128,7 +128,7 @@ def last_tokens(
     return Tokens(cls.astype(jnp.float32), mean.astype(jnp.float32))
 
 
-def open_data(config: Any) -> Pair:
+def open_data(config: Any) -> TrainTestSplit:
     """See neighbours.open_data; also InputError where the batch does not divide."""
     pair = knn.open_data(config)
     if config.batch % jax.device_count():
@@ -150,7 +150,7 @@ def check(config: Any, model: Model) -> list[str]:
     return []
 
 
-def hold_out(whole: Labelled, share: float) -> tuple[Labelled, Labelled | None]:
+def hold_out(whole: LabeledDataset, share: float) -> tuple[LabeledDataset, LabeledDataset | None]:
     """A share of each class, at least one image and never all of them, is not learnt from."""
     if share == 0:
         return whole, None
@@ -158,13 +158,13 @@ def hold_out(whole: Labelled, share: float) -> tuple[Labelled, Labelled | None]:
     for label in range(len(whole.classes)):
         members = np.flatnonzero(whole.labels == label)
         wanted = min(max(round(len(members) * share), 1), len(members) - 1)
-        out[members[chosen(1, len(members), wanted, part=label)]] = True
+        out[members[subset_indices(1, len(members), wanted, part=label)]] = True
     if not out.any():
         return whole, None
     return whole.part(np.flatnonzero(~out)), whole.part(np.flatnonzero(out))
 
 
-def measure(context: Context, pair: Pair) -> dict[str, Any]:
+def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     """`top1` is {head: percent} on the test set; `best` names the head that is best on the held-out
     part of the training set, and the best on the test set, which is the paper's way.
     """
@@ -248,13 +248,13 @@ class CropTrainer:
             out_shardings=sharding.replicated(context.mesh),
         )
 
-    def __call__(self, learnt: Labelled, state: Params) -> Params:
+    def __call__(self, learnt: LabeledDataset, state: Params) -> Params:
         """All steps of the probe; `state` is gone afterwards."""
         context, probe, mesh = self._context, self._probe, self._context.mesh
         batches = training_batches(
             learnt.source,
-            order=Order(context.config.seed, (len(learnt.labels),)),
-            recipe=Recipe(context.config.data.crop),
+            order=Sampler(context.config.seed, (len(learnt.labels),)),
+            recipe=TrainTransform(context.config.data.crop),
             batch=probe.batch,
             steps=range(probe.steps),
             host=jax.process_index(),
@@ -274,13 +274,13 @@ class CropTrainer:
 
 
 def _train_on_kept_features(
-    context: Context, probe: Probe, tokens: Callable, learnt: Labelled, state: Params
+    context: Context, probe: Probe, tokens: Callable, learnt: LabeledDataset, state: Params
 ) -> Params:
     """Features of centre crops, made once and kept on the disk."""
     config, mesh = context.config, context.mesh
     kept, labels = _kept_features(context, tokens, learnt)
     compiled = jax.jit(probe.update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-    order = Order(config.seed, (len(labels),))
+    order = Sampler(config.seed, (len(labels),))
     share = config.batch // jax.process_count()
     for step in range(probe.steps):
         first = step * config.batch + jax.process_index() * share
@@ -293,7 +293,7 @@ def _train_on_kept_features(
 
 
 def _kept_features(
-    context: Context, tokens: Callable, learnt: Labelled
+    context: Context, tokens: Callable, learnt: LabeledDataset
 ) -> tuple[Tokens, np.ndarray]:
     """From the workdir where they are of the same model and images; made, and kept, otherwise."""
     config = context.config
@@ -365,7 +365,7 @@ def _answers(
     context: Context,
     probe: Probe,
     tokens: Callable,
-    part: Labelled,
+    part: LabeledDataset,
     heads: list[Params],
     title: str,
 ) -> _Answers:

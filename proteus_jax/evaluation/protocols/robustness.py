@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, open_labelled
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
 from proteus_jax.evaluation.protocol import Context
@@ -62,8 +62,8 @@ class Data(NamedTuple):
     """The head, the sets that are there (those of corruptions by severity), and what is absent."""
 
     head: Head
-    plain: dict[str, Labelled]
-    corrupted: dict[str, dict[int, Labelled]]
+    plain: dict[str, LabeledDataset]
+    corrupted: dict[str, dict[int, LabeledDataset]]
     absent: dict[str, str]
 
 
@@ -109,7 +109,7 @@ def open_data(config: Any) -> Data:
     with about("--config.data.root"):
         for name in PLAIN:
             if (root / name).is_dir():
-                plain[name] = _matched(open_labelled(str(root / name)), head, name)
+                plain[name] = _matched(open_labeled(str(root / name)), head, name)
             else:
                 absent[name] = f"no folder {name}"
         for name in ALEXNET:
@@ -119,7 +119,7 @@ def open_data(config: Any) -> Data:
                 absent[f"{CORRUPTED}/{name}"] = f"no folder of severity {missing[0]}"
                 continue
             corrupted[name] = {
-                level: _matched(open_labelled(str(place / str(level))), head, f"{name}/{level}")
+                level: _matched(open_labeled(str(place / str(level))), head, f"{name}/{level}")
                 for level in SEVERITIES
             }
     if not plain and not corrupted:
@@ -127,7 +127,7 @@ def open_data(config: Any) -> Data:
     return Data(head, plain, corrupted, absent)
 
 
-def _matched(found: Labelled, head: Head, name: str) -> Labelled:
+def _matched(found: LabeledDataset, head: Head, name: str) -> LabeledDataset:
     """Labels as numbers of the head's classes: by name, or where folders are numbers (-V2) by the
     place among the sorted names.
     """
@@ -141,7 +141,7 @@ def _matched(found: Labelled, head: Head, name: str) -> Labelled:
             f"head has {len(head.classes)}, as {head.classes[0]}"
         )
     own = np.array([number[kind] for kind in found.classes])
-    return Labelled(found.source, own[found.labels], head.classes)
+    return LabeledDataset(found.source, own[found.labels], head.classes)
 
 
 def check(config: Any, model: Model) -> list[str]:
@@ -174,7 +174,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
         for level, part in levels.items():
             title = f"{name}, severity {level}"
             # Its files are cut to 224 px already: to resize them again would soften the noise.
-            whole = CentreCrop(context.view.crop, context.view.crop)
+            whole = CenterCrop(context.view.crop, context.view.crop)
             share, lost = _accuracy(context, data.head, part, title, whole)
             errors[name][str(level)], unreadable = 1 - share, unreadable + lost
         context.say(f"  {name:18}{100 * np.mean([*errors[name].values()]):6.2f} % wrong")
@@ -209,7 +209,7 @@ def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float:
 
 
 def _accuracy(
-    context: Context, head: Head, part: Labelled, title: str, view: CentreCrop
+    context: Context, head: Head, part: LabeledDataset, title: str, view: CenterCrop
 ) -> tuple[float, int]:
     """Share right, among the classes that the set shows, and how many images could not be read."""
     frozen = context.frozen

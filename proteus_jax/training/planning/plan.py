@@ -19,10 +19,10 @@ from proteus_jax.data.dataset import open_configured
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.throughput import views_per_second
 from proteus_jax.data.transforms.randaugment import RandAugment
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import lessons, masks, side_of_images
+from proteus_jax.methods.teacher_config import image_side, masks, teacher_configs
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction, stored_shapes
 from proteus_jax.models.normalization import IMAGENET
@@ -33,9 +33,9 @@ from proteus_jax.training.builder import (
     Assembly,
     Known,
     assemble,
-    length,
-    misfits,
-    unsuited,
+    check_compatibility,
+    check_platform,
+    schedule_of,
 )
 from proteus_jax.training.planning.floors import Floor, nearest
 from proteus_jax.training.planning.topology import Topology, local_topology, named_topology
@@ -88,15 +88,18 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     if settings.hlo is not None and not (settings.topology and topology.platform == "tpu"):
         raise InputError("--hlo: expected with --topology of TPUs, as v5e:4x4")
     teachers = {
-        name: Known(_spec(lesson.source), IMAGENET) for name, lesson in lessons(config).items()
+        name: Known(_spec(lesson.source), IMAGENET)
+        for name, lesson in teacher_configs(config).items()
     }
     start = _spec(config.start) if config.start else None
-    problems = unsuited(config, topology.platform)
-    problems += misfits(config, {name: known.spec for name, known in teachers.items()}, start)
+    problems = check_platform(config, topology.platform)
+    problems += check_compatibility(
+        config, {name: known.spec for name, known in teachers.items()}, start
+    )
     if problems:
         raise InputError(problems)
     images, counted = _images(config)
-    steps = length(config, images)
+    steps = schedule_of(config, images)
     assembly = assemble(config, teachers, steps, topology.platform, start)
     work = assembly.work(config)
     yield f"devices: {topology.description}"
@@ -244,7 +247,8 @@ def _time_lines(
     config: Any, work: float, steps: int, topology: Topology, settings: Settings
 ) -> Iterator[str]:
     rate = views_per_second(
-        Recipe(side_of_images(config), RandAugment(**config.data.randaugment)), config.data.repeats
+        TrainTransform(image_side(config), RandAugment(**config.data.randaugment)),
+        config.data.repeats,
     )
     bfloat16 = dtype_of(config.precision, topology.platform) == jnp.bfloat16
     if settings.topology and not bfloat16:
@@ -342,7 +346,7 @@ def compiled_step(config: Any, assembly: Assembly, topology: str) -> jax.stages.
             sharding.shardings(tree, mesh),
         )
 
-    side = side_of_images(config)
+    side = image_side(config)
     images = jax.ShapeDtypeStruct(
         (config.batch, side, side, 3), jnp.uint8, sharding=sharding.over_batch(mesh)
     )

@@ -14,10 +14,10 @@ import numpy as np
 from proteus_jax.errors import InputError
 from proteus_jax.models import config
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.name_maps import Layout
+from proteus_jax.weights.convert.name_maps import NameMap
 
 Arrays = dict[str, np.ndarray]
 _WITHOUT_OFFSET: dict[str, Any] = {"interpolate_offset": 0.0, "interpolate_antialias": False}
@@ -27,7 +27,7 @@ class Family(NamedTuple):
     """What a family's members have in common and no array says."""
 
     choices: Mapping[str, Any]
-    normalisation: Normalisation
+    normalisation: Normalization
     told: str
 
 
@@ -61,16 +61,16 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh":
 _DINOV3_SIDE = 224
 
 
-class Recognised(NamedTuple):
+class Detected(NamedTuple):
     """A model under canonical names, and what it is."""
 
     family: str
     arrays: Arrays
     spec: ViTSpec
-    normalisation: Normalisation
+    normalisation: Normalization
     # Names that carry nothing a backbone needs.
     left_out: tuple[str, ...]
-    layout: Layout
+    layout: NameMap
 
 
 def find_prefix(names: list[str]) -> str:
@@ -92,14 +92,14 @@ def find_prefix(names: list[str]) -> str:
     return found.pop()
 
 
-def recognise(
+def detect_architecture(
     arrays: Arrays,
     settings: Mapping[str, Any] | None = None,
     *,
     family: str | None = None,
     heads: int | None = None,
     prefix: str = "",
-) -> Recognised:
+) -> Detected:
     """Canonical arrays and their spec, from names and shapes, and from the `settings` of a
     Hugging Face or timm directory where there are any.
 
@@ -128,7 +128,7 @@ def recognise(
     heads = settings.get("num_attention_heads") if heads is None else heads
     spec = state_dict.infer_spec(found, heads, **choices)
     normalisation = _told_normalisation(settings) or FAMILIES[name].normalisation
-    return Recognised(name, found, spec, normalisation, left_out, layout)
+    return Detected(name, found, spec, normalisation, left_out, layout)
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:
@@ -146,7 +146,7 @@ def _refuse_without(family: str, arrays: Arrays) -> None:
             raise InputError(f"not a ViT of {FAMILIES[family].told}: it has no {what}")
 
 
-def _layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
+def _layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
     """The layout whose names these are, and the families that use it."""
     if "class_embedding" in arrays:
         return name_maps.CLIP, ("clip", "openclip")
@@ -169,7 +169,7 @@ def _layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
     return _plain_layout(arrays)
 
 
-def _plain_layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
+def _plain_layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
     """Of what has the names that DINOv2, SynCLR and timm share."""
     if "norm_pre.weight" in arrays:
         return name_maps.TIMM, ("clip", "openclip")
@@ -263,17 +263,17 @@ def _number(
     return value
 
 
-def _told_normalisation(settings: Mapping[str, Any]) -> Normalisation | None:
+def _told_normalisation(settings: Mapping[str, Any]) -> Normalization | None:
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None and std is None:
         return None
     try:
-        return Normalisation.checked(mean, std)
+        return Normalization.checked(mean, std)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def transformers_layout(family: str, spec: ViTSpec) -> Layout:
+def transformers_layout(family: str, spec: ViTSpec) -> NameMap:
     """What transformers names the parameters of such a model."""
     if family in ("clip", "openclip"):
         return name_maps.HF_CLIP

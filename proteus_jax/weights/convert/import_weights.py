@@ -6,10 +6,10 @@ from typing import Any
 
 from proteus_jax.errors import InputError, refusing
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.convert.families import Recognised, find_prefix, recognise
+from proteus_jax.weights.convert.families import Detected, detect_architecture, find_prefix
 from proteus_jax.weights.convert.hf_directory import read_directory
 from proteus_jax.weights.convert.name_maps import DINOV2
 from proteus_jax.weights.convert.readers import Arrays, read_weights
@@ -22,7 +22,7 @@ def read_model(
     prefix: str | None = None,
     family: str | None = None,
     heads: int | None = None,
-) -> tuple[Recognised, dict[str, Any]]:
+) -> tuple[Detected, dict[str, Any]]:
     """The ViT of a weight file or directory under canonical names, and where it is from.
 
     With a `prefix` only the names below it belong to the ViT; without one it is found, where there
@@ -52,7 +52,9 @@ def read_model(
             found, facts["licence"] = _of_card(weights.card, arrays)
         else:
             with refusing("its arrays are those of no ViT"):
-                found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
+                found = detect_architecture(
+                    arrays, settings, family=family, heads=heads, prefix=before
+                )
     except InputError as error:
         raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
     if before:
@@ -62,11 +64,11 @@ def read_model(
     return found, facts
 
 
-def _of_card(text: str, arrays: Arrays) -> tuple[Recognised, str]:
+def _of_card(text: str, arrays: Arrays) -> tuple[Detected, str]:
     """What a file of this project says of itself, and its licence."""
     with refusing("its card makes no sense"):
         card = ModelCard.from_json(json.loads(text))
-    found = Recognised(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
+    found = Detected(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
     return found, card.licence
 
 
@@ -77,7 +79,7 @@ def import_weights(
     heads: int | None = None,
     prefix: str | None = None,
     family: str | None = None,
-    normalisation: Normalisation | None = None,
+    normalisation: Normalization | None = None,
     licence: str = NO_LICENCE,
     source: dict[str, Any] | None = None,
     expected: ViTSpec | None = None,

@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class NameMap:
     """One set of names. Tables go from canonical names to the others'; modules stand for their
     weight and bias.
 
@@ -152,7 +152,7 @@ _HF_TOKENS = {
     "pos_embed": "embeddings.position_embeddings",
 }
 
-DINOV2 = Layout(
+DINOV2 = NameMap(
     block="blocks.{}.",
     modules={"patch_embed.proj": "patch_embed.proj", "norm": "norm"},
     block_modules=_PLAIN_BLOCK | {"mlp.w12": "mlp.w12", "mlp.w3": "mlp.w3"},
@@ -182,7 +182,7 @@ DINOV3 = dataclasses.replace(
     arrays=_TOKENS | {"register_tokens": "storage_tokens"},
     left_out=r"rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask",
 )
-CLIP = Layout(
+CLIP = NameMap(
     block="transformer.resblocks.{}.",
     modules={"patch_embed.proj": "conv1", "norm_pre": "ln_pre", "norm": "ln_post"},
     block_modules={
@@ -201,7 +201,7 @@ CLIP = Layout(
     axes={"cls_token": 1, "pos_embed": 2},
     left_out="proj",
 )
-HF_DINOV2 = Layout(
+HF_DINOV2 = NameMap(
     block="encoder.layer.{}.",
     modules={"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
     block_modules={
@@ -238,7 +238,7 @@ _HF_CLIP_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-HF_CLIP = Layout(
+HF_CLIP = NameMap(
     block="encoder.layers.{}.",
     modules={
         "patch_embed.proj": "embeddings.patch_embedding",
@@ -264,7 +264,7 @@ HF_SIGLIP = dataclasses.replace(
     arrays={"pos_embed": "embeddings.position_embedding.weight", "pool.probe": "head.probe"},
     axes={"pos_embed": 2},
 )
-HF_DINOV3 = Layout(
+HF_DINOV3 = NameMap(
     block="layer.{}.",
     modules={"patch_embed.proj": "embeddings.patch_embeddings", "norm": "norm"},
     block_modules={

@@ -223,7 +223,7 @@ def timm_arrays(spec: ViTSpec, arrays: Arrays) -> Arrays:
     return layout.from_canonical(arrays)
 
 
-def timm_layout(spec: ViTSpec) -> name_maps.Layout:
+def timm_layout(spec: ViTSpec) -> name_maps.NameMap:
     """InputError where timm's ViT has no such model."""
     fits = (
         spec.positions == "table"
