@@ -215,7 +215,7 @@ def _verify(options: argparse.Namespace) -> int:
     print("equal" if passed else f"different: more than {TOLERANCE:g} somewhere")
     if passed or options.force:
         source: Any = options.golden if options.against is None else options.against
-        update_card(directory, verified=_told(compared, source.name, passed))
+        update_card(directory, verified=_report(compared, source.name, passed))
         return 0
     return DIFFERENT
 
@@ -227,7 +227,7 @@ def _show(found: Comparison, passed: bool) -> None:
     )
 
 
-def _told(compared: list[Comparison], source: str, passed: bool) -> dict[str, Any]:
+def _report(compared: list[Comparison], source: str, passed: bool) -> dict[str, Any]:
     """What config.json keeps of a comparison."""
     return {
         "against": source,

@@ -54,7 +54,7 @@ def median_seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(spent)
 
 
-def said(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The first line of an error, not all of it."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first[:300]}"
@@ -168,7 +168,7 @@ def attention(job: Job) -> Iterator[Result]:
                 qkv = jax.random.normal(jax.random.key(0), shape, bench.dtype)
                 yield label | bench.timed(function, qkv)
             except Exception as error:  # Not every platform has each of them.
-                yield label | {"error": said(error)}
+                yield label | {"error": error_text(error)}
 
 
 def parts(job: Job) -> Iterator[Result]:
@@ -201,7 +201,7 @@ def parts(job: Job) -> Iterator[Result]:
                     )
                     yield label | bench.timed(function, *arguments, work=student)
             except Exception as error:
-                yield label | {"error": said(error)}
+                yield label | {"error": error_text(error)}
 
 
 def step(job: Job) -> Iterator[Result]:
@@ -299,7 +299,7 @@ def main() -> None:
         for result in KINDS[job["kind"]](job):
             print(json.dumps(result), flush=True)
     except Exception as error:  # A failure is a result, too.
-        print(json.dumps({"error": said(error)}), flush=True)
+        print(json.dumps({"error": error_text(error)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -117,8 +117,8 @@ def fitting(advice: str) -> Iterator[None]:
             raise
         where = "a device" if of_a_device else "this host"
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        said = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")[:300].rstrip(".")
-        raise InputError(f"{where} has not enough memory ({said}): {advice}") from None
+        reason = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")[:300].rstrip(".")
+        raise InputError(f"{where} has not enough memory ({reason}): {advice}") from None
 
 
 @contextlib.contextmanager

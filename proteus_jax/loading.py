@@ -104,9 +104,11 @@ class Heads(NamedTuple):
         """What the student says of uint8 images [B, H, W, 3] in the space of each of its teachers:
         class token [B, T] and patches [B, N, T], in the teacher's own scale.
         """
-        said = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
+        outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
         nothing = jnp.zeros((len(images), 0, 1))
-        found = {name: Features(each.token, each.feature, nothing) for name, each in said.items()}
+        found = {
+            name: Features(each.token, each.feature, nothing) for name, each in outputs.items()
+        }
         return {
             name: unstandardize(each, self.statistics[name]) if name in self.statistics else each
             for name, each in found.items()

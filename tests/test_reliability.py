@@ -194,7 +194,7 @@ def test_a_kill_before_the_first_seal_is_a_beginning(folder: Path) -> None:
     shelf = CheckpointStore(str(folder))
     found = shelf.newest()
     assert found.step is None
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert (folder / "damaged" / "1").is_dir()
 
 
@@ -204,7 +204,7 @@ def test_a_saved_checkpoint_that_lost_its_seal_is_put_aside(folder: Path) -> Non
     shelf = CheckpointStore(str(folder))
     found = shelf.newest()
     assert found.step == 1
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert shelf.steps() == [1]
     assert (folder / "damaged" / "2" / "params").is_dir()
 
@@ -284,10 +284,10 @@ def test_programs_of_devices_that_are_one_cpu_are_not_kept(
 def test_which_checkpoints_stay() -> None:
     """The newest ones, those of every so many steps, and always the very newest."""
     steps = [100, 20, 30, 40, 60, 90]
-    assert RetentionPolicy(2).superfluous(steps) == [20, 30, 40, 60]
-    assert RetentionPolicy(1, every=30).superfluous(steps) == [20, 40]
-    assert RetentionPolicy(9, every=30).superfluous(steps) == []
-    assert RetentionPolicy(1).superfluous([5]) == []
+    assert RetentionPolicy(2).steps_to_delete(steps) == [20, 30, 40, 60]
+    assert RetentionPolicy(1, every=30).steps_to_delete(steps) == [20, 40]
+    assert RetentionPolicy(9, every=30).steps_to_delete(steps) == []
+    assert RetentionPolicy(1).steps_to_delete([5]) == []
 
 
 def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> None:
@@ -302,7 +302,7 @@ def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> No
     assert found.step == 2
     assert "expected sha256" in found.faults[3]
     assert found.faults[9] == "no seal.json: a save that was not finished"
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert sorted(shelf.steps()) == [1, 2]
     assert (folder / "damaged" / "3" / "seal.json").exists()
     for step in ("1", "2"):
@@ -323,7 +323,7 @@ def test_a_directory_without_a_finished_save_is_no_run(folder: Path) -> None:
     found = shelf.newest()
     assert found.step is None
     assert found.unfinished == ["4.orbax-checkpoint-tmp"]
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert list(folder.iterdir()) == []
     assert CheckpointStore(str(folder / "absent")).newest() == (None, {}, [])
 
@@ -363,7 +363,7 @@ def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
         checkpoints.save(6, to_items(state(6)), {})
         checkpoints.wait()
         assert sorted(checkpoints.shelf.steps()) == [3, 6]
-        checkpoints.shelf.make_way(checkpoints.shelf.newest())
+        checkpoints.shelf.quarantine_and_clean(checkpoints.shelf.newest())
         assert checkpoints.shelf.steps() == [6]
     assert (folder / "damaged" / "3" / "notes.txt").read_text() == "mine"
 
@@ -513,7 +513,7 @@ def test_a_run_diverges_at_its_limit_before_a_checkpoint() -> None:
         for step, count in enumerate((1, 2), 1):
             skipped.note(step, {"skipped_in_a_row": jnp.int32(count)}, batch([0, 1]))
         with pytest.raises(Diverged) if stops else contextlib.nullcontext():
-            skipped.settle()
+            skipped.flush()
 
 
 def test_what_is_no_step_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,7 +523,7 @@ def test_what_is_no_step_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch)
     clock = StepTimer()
     assert clock.lap(3, 8)["images_per_second"] > 0
     now[0] += 3
-    with clock.standing():
+    with clock.paused():
         now[0] += 6
     with clock.waiting():
         now[0] += 1
@@ -573,7 +573,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
         for step in range(1, 9):
             beat.step(step)
             time.sleep(0.002)
-        with beat.standing():
+        with beat.paused():
             time.sleep(0.6)
         assert said == []
         left = time.monotonic()
@@ -586,7 +586,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
         monkeypatch.setattr("sys.stderr", stacks)
         # What is no step has no median: it is long after STILL.
         monkeypatch.setattr(heartbeat, "STILL", 0.1)
-        with beat.standing():
+        with beat.paused():
             deadline = time.monotonic() + 10
             while len(said) < 2 and time.monotonic() < deadline:
                 time.sleep(0.01)

@@ -82,7 +82,7 @@ class Checkpoints:
             if jax.process_count() > 1:
                 # The others wait for this one somewhere in it: with it they end, in words.
                 raise Interrupted(
-                    f"the checkpoint of step {step} could not be saved: {_in_words(error)}"
+                    f"the checkpoint of step {step} could not be saved: {_error_text(error)}"
                 ) from None
             return
         self._writing = threading.Thread(target=self._finish, args=(step, start))
@@ -106,7 +106,7 @@ class Checkpoints:
         """Counts and tells of a save that came to nothing, and removes what there is of it."""
         self.failed_in_a_row += 1
         self._ever_failed = True
-        self._failed(step, _in_words(error))
+        self._failed(step, _error_text(error))
         if jax.process_index() == 0:
             # Each file system has its own errors.
             with contextlib.suppress(Exception):
@@ -141,7 +141,7 @@ class Checkpoints:
             return self._orbax.restore(self.shelf.place(step), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"the checkpoint of step {step} does not fit this run: {_in_words(error)}"
+                f"the checkpoint of step {step} does not fit this run: {_error_text(error)}"
             ) from None
 
     def wait(self) -> None:
@@ -158,7 +158,7 @@ class Checkpoints:
             self.shelf.clear_for_good()
 
 
-def _in_words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """One line of an error. TensorStore's go on for a page, with the system's own word in it."""
     text = str(error).strip()
     system = re.search(r"\[OS error (\d+)", text)

@@ -42,7 +42,7 @@ class RetentionPolicy(NamedTuple):
     last: int
     every: int | None = None
 
-    def superfluous(self, steps: Sequence[int]) -> list[int]:
+    def steps_to_delete(self, steps: Sequence[int]) -> list[int]:
         """Of the steps that are saved, those to be removed; never the newest."""
         older = sorted(steps)[: -self.last]
         return [step for step in older if not (self.every and step % self.every == 0)]
@@ -105,7 +105,7 @@ class CheckpointStore:
             )
         return Found(None, faults, unfinished)
 
-    def make_way(self, found: Found) -> None:
+    def quarantine_and_clean(self, found: Found) -> None:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
         if not path_exists(self._root):
             return
@@ -117,7 +117,7 @@ class CheckpointStore:
             was_saved = is_sealed(directory) or (step in found.faults and (last or -1) >= step)
             was_saved |= found.step is None and _is_orbaxs(directory)
             if was_saved or not _is_a_part(directory):
-                _put_aside(directory, self._root / DAMAGED)
+                _quarantine(directory, self._root / DAMAGED)
             else:
                 _remove(directory)
         self.clear()
@@ -148,7 +148,7 @@ class CheckpointStore:
                 quiet = time.monotonic()
             time.sleep(REST / 10)
 
-    def why_not(self, step: int) -> OSError | None:
+    def save_error(self, step: int) -> OSError | None:
         """What would stop a save at once: then no host has to begin with it."""
         target, trial = self.place(step), self._root / f"trial{UNFINISHED}"
         try:
@@ -177,8 +177,8 @@ class CheckpointStore:
         """What cannot be removed now is met again at the next save."""
         steps = self.steps()
         sealed = [step for step in steps if is_sealed(self.place(step))]
-        begun = [step for step in steps if step < max(sealed) and step not in sealed]
-        for step in [*begun, *keep.superfluous(sealed)]:
+        incomplete = [step for step in steps if step < max(sealed) and step not in sealed]
+        for step in [*incomplete, *keep.steps_to_delete(sealed)]:
             directory = self.place(step)
             with contextlib.suppress(Exception):
                 if _is_a_part(directory):
@@ -234,7 +234,7 @@ def _is_a_part(directory: epath.Path) -> bool:
     )
 
 
-def _put_aside(directory: epath.Path, folder: epath.Path) -> None:
+def _quarantine(directory: epath.Path, folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # A store has no folders but those with something in them.
     (folder / "README").write_text("Checkpoints that are not as they were saved.\n")

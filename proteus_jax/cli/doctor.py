@@ -68,7 +68,7 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
     console.line(f"{root}: {len(source)} images")
     start, wrong = time.monotonic(), 0
 
-    def told(done: int, more: int) -> None:
+    def show_progress(done: int, more: int) -> None:
         nonlocal wrong
         wrong += more
         rate = done / (time.monotonic() - start)
@@ -83,7 +83,7 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
     if found.remark:
         console.line(found.remark)
     parallel = partial(in_parallel, workers=found.workers, threads=found.threads)
-    return examine(source, parallel, told), time.monotonic() - start
+    return examine(source, parallel, show_progress), time.monotonic() - start
 
 
 def _report(

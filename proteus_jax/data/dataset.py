@@ -45,8 +45,8 @@ def open_images(
     splits, problems = [], []
     for root in roots:
         try:
-            opened = _open_split(root, held_out)
-            splits.append(opened._replace(training=subset.of(opened.training, seed)))
+            opened_split = _open_split(root, held_out)
+            splits.append(opened_split._replace(training=subset.of(opened_split.training, seed)))
         except InputError as error:
             problems += error.problems
     if problems:

@@ -87,7 +87,7 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
     if wanted >= total:
         raise InputError(
             f"found {total} images of which {wanted} would be held out: at least {wanted + 1} are "
-            f"needed, or set data.held_out.minimum lower{told(skipped)}"
+            f"needed, or set data.held_out.minimum lower{named(skipped)}"
         )
     digests = source.digests()
     out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
@@ -153,7 +153,7 @@ def _without(source: Source, out: set[str | bytes]) -> Source:
     return source if len(kept) == len(source) else SubsetSource(source, np.array(kept))
 
 
-def told(skipped: Sequence[str]) -> str:
+def named(skipped: Sequence[str]) -> str:
     """Files that were passed over, for the end of a message."""
     if not skipped:
         return ""

@@ -115,7 +115,7 @@ Parallel = Callable[[Callable[[int], Look], int], Generator[Look]]
 
 
 def examine(
-    source: Source, in_parallel: Parallel, told: Callable[[int, int], None] = lambda *_: None
+    source: Source, in_parallel: Parallel, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Findings:
     """Reads and decodes every image; `told(done, unreadable)` is called now and then."""
     pieces = -(-len(source) // CHUNK)
@@ -125,7 +125,7 @@ def examine(
         found = np.asarray(look.records).view(_RECORD).reshape(-1)
         records[len(faults) : len(faults) + len(found)] = found
         faults += look.faults
-        told(len(faults), sum(map(bool, faults[-len(found) :])))
+        progress(len(faults), sum(map(bool, faults[-len(found) :])))
     return Findings(records, faults)
 
 

@@ -144,8 +144,8 @@ def _in_shared_memory(piece: int) -> tuple[int | None, str]:
     except OSError:
         return 0, f"there is no shared memory ({SHARED_MEMORY}); {more}"
     free = found.f_bavail * found.f_frsize // processes_here()
-    said = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
-    return free // each, f"{said} takes up to {each / 1e6:.3g} MB; {more}"
+    reason = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
+    return free // each, f"{reason} takes up to {each / 1e6:.3g} MB; {more}"
 
 
 def _in_descriptors() -> tuple[int | None, str]:
@@ -157,8 +157,8 @@ def _in_descriptors() -> tuple[int | None, str]:
     with contextlib.suppress(OSError):
         opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
     room = (limit - opened - SPARE_DESCRIPTORS) // DESCRIPTORS
-    said = f"at most {limit} files may be open (ulimit -n), a worker process opens {DESCRIPTORS}"
-    return max(room, 0), said
+    reason = f"at most {limit} files may be open (ulimit -n), a worker process opens {DESCRIPTORS}"
+    return max(room, 0), reason
 
 
 def edges_of(share: int) -> tuple[int, ...]:

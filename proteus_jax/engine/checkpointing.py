@@ -60,7 +60,7 @@ class CheckpointManager:
         self.checkpoints.wait()
         failure = rows_written()
         if failure is None and jax.process_index() == 0:
-            failure = self.checkpoints.shelf.why_not(step)
+            failure = self.checkpoints.shelf.save_error(step)
         if collectives.broadcast_from_rank0(int(failure is None)):
             self.checkpoints.save(step, items, facts)
         else:
@@ -73,6 +73,6 @@ class CheckpointManager:
             return None
         return Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
 
-    def where_it_goes_on(self) -> str:
+    def resume_point(self) -> str:
         """In words."""
         return "its beginning" if self.newest is None else f"step {self.newest}"

@@ -40,7 +40,7 @@ class StepTimer:
         self._waited += time.monotonic() - start
 
     @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Time in here belongs to no interval."""
         start = time.monotonic()
         yield
@@ -110,9 +110,9 @@ class NonFiniteMonitor:
         if len(self._pending) > self.LATE:
             self._look()
         if self._in_a_row >= self._limit:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Looks at all steps until now, as before a checkpoint; Diverged as in `note`."""
         while self._pending:
             self._look()

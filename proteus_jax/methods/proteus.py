@@ -101,8 +101,8 @@ def student_losses(
     losses = {}
     for name, target in targets.items():
         # A teacher whose patches count for nothing is not asked for them.
-        asked = mask is not None and weights[name].patch > 0
-        masked_target = target.patches[masked_rows] if asked else None
+        wanted = mask is not None and weights[name].patch > 0
+        masked_target = target.patches[masked_rows] if wanted else None
         losses[name] = distillation_losses(
             predictions.answers[name], target, masked_target, mask, weights[name]
         )

@@ -241,9 +241,9 @@ def _from_tpu(environment: Mapping[str, str]) -> ProcessInfo | None:
     address = endpoints[0].split(":")[-1]
     # Lines of NAME: 'value'.
     lines = (line.partition(":") for line in _metadata("tpu-env").splitlines())
-    told = {name.strip(): value.strip().strip("'") for name, _, value in lines}
-    told.update((name, environment[name]) for name in SLICES if name in environment)
-    return _in_slices(int(worker), len(endpoints), address, told, "the TPU's metadata")
+    attributes = {name.strip(): value.strip().strip("'") for name, _, value in lines}
+    attributes.update((name, environment[name]) for name in SLICES if name in environment)
+    return _in_slices(int(worker), len(endpoints), address, attributes, "the TPU's metadata")
 
 
 def _in_slices(

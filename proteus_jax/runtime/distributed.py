@@ -42,9 +42,9 @@ def initialize_distributed(
         return
     if place.host == 0:
         progress(f"waiting for {place.hosts} hosts to meet here, at port {place.port + 1}")
-    company = rendezvous(place, about, timeout=timeout, say=say)
+    group = rendezvous(place, about, timeout=timeout, say=say)
     try:
-        with _exit_in_place_of_abort(company):
+        with _exit_in_place_of_abort(group):
             # It would take SIGTERM from us and keep it to itself.
             jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(
@@ -57,18 +57,18 @@ def initialize_distributed(
             )
             _start_devices()
             _refuse_uneven_hosts()
-            yield company
+            yield group
             jax.distributed.shutdown()
     except BaseException as error:
         # What ends one host ends all of them, with the same code: a launcher must not start them
         # again where that would be the same.
         code = exit_code(error)
-        if code == DEFECT and company.lost_one(NEWS_TIMEOUT):
+        if code == DEFECT and group.lost_one(NEWS_TIMEOUT):
             # The company says who, and ends this process.
             threading.Event().wait(2 * GRACE)
-        company.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
+        group.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
         raise
-    company.leave()
+    group.leave()
 
 
 def _start_devices() -> None:
@@ -76,8 +76,8 @@ def _start_devices() -> None:
     try:
         jax.devices()
     except Exception as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        what = f"JAX_PLATFORMS={asked}" if asked else "the devices of this machine"
+        platform = os.environ.get("JAX_PLATFORMS", "")
+        what = f"JAX_PLATFORMS={platform}" if platform else "the devices of this machine"
         reason = (str(error).strip().splitlines() or ["its plugin is not installed"])[0][:300]
         raise InputError(
             f"{what}: JAX cannot start it ({reason}); launch/setup.sh installs JAX for the devices "
@@ -91,14 +91,14 @@ def _refuse_uneven_hosts() -> None:
     for device in jax.devices():
         found.setdefault(device.process_index, []).append(device.device_kind)
     if len({tuple(kinds) for kinds in found.values()}) > 1:
-        told = [f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(found.items())]
+        counts = [f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(found.items())]
         raise InputError(
-            f"expected as many devices of one kind on each host, found {', '.join(told)}"
+            f"expected as many devices of one kind on each host, found {', '.join(counts)}"
         )
 
 
 @contextlib.contextmanager
-def _exit_in_place_of_abort(company: ProcessGroup) -> Iterator[None]:
+def _exit_in_place_of_abort(group: ProcessGroup) -> Iterator[None]:
     """JAX's client aborts the process when its coordinator is gone, perhaps before we have said so.
 
     abort() calls the handler of SIGABRT on the thread that it runs on, outside Python: there it can
@@ -106,8 +106,8 @@ def _exit_in_place_of_abort(company: ProcessGroup) -> Iterator[None]:
     """
 
     def exit_with_news(_: int) -> None:
-        if company.lost_one(NEWS_TIMEOUT):
-            os._exit(company.exit_code)
+        if group.lost_one(NEWS_TIMEOUT):
+            os._exit(group.exit_code)
 
     library, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_with_news)
     library.signal(signal.SIGABRT, handler)

@@ -229,16 +229,16 @@ def _may_pass(error: Exception, partial: Path) -> bool:
 
 def _append(url: str, file: Path, size: list[int]) -> None:
     """Goes on with a file that may have a beginning; `size` gets the length of the whole."""
-    begun = file.stat().st_size
+    size_before = file.stat().st_size
     request = urllib.request.Request(url)
-    if begun:
-        request.add_header("Range", f"bytes={begun}-")
+    if size_before:
+        request.add_header("Range", f"bytes={size_before}-")
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        goes_on = begun and getattr(response, "status", 200) == 206
-        with open(file, "ab" if goes_on else "wb") as opened:
+        goes_on = size_before and getattr(response, "status", 200) == 206
+        with open(file, "ab" if goes_on else "wb") as output:
             length = response.headers.get("Content-Length")
-            size[:] = [] if length is None else [int(length) + (begun if goes_on else 0)]
-            shutil.copyfileobj(response, opened, 1 << 20)
+            size[:] = [] if length is None else [int(length) + (size_before if goes_on else 0)]
+            shutil.copyfileobj(response, output, 1 << 20)
     found = file.stat().st_size
     if size and found != size[0]:
         raise OSError(f"the connection ended after {found} of {size[0]} bytes")

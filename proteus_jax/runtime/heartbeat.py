@@ -95,7 +95,7 @@ class Heartbeat:
         self._saved = step
 
     @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What happens in here is no step, and may take its time."""
         with self._lock:
             before, self._state = self._state, "measuring"

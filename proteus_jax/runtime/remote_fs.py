@@ -154,12 +154,12 @@ def _tried_again() -> Callable[[], str]:
     """What is said of a store that takes long: its library does not tell of what it tries."""
     began = time.monotonic()
 
-    def told() -> str:
+    def attempts() -> str:
         if time.monotonic() - began < PATIENCE:
             return ""
         return "requests that fail are tried again, up to two minutes"
 
-    return told
+    return attempts
 
 
 def _reason(error: OSError) -> str:

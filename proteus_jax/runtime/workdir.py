@@ -72,11 +72,15 @@ class Workdir:
         on_store = bool(self.remote or address)
         seen = self.remote == address if on_store else _is_there(left, first)
         name = self.remote or str(self.local.absolute())
-        told = of_all_hosts(f"{'sees' if seen else 'misses'} {socket.gethostname()}: {name}")
+        answers_of_hosts = of_all_hosts(
+            f"{'sees' if seen else 'misses'} {socket.gethostname()}: {name}"
+        )
         if host == 0:
             left.unlink(missing_ok=True)
-        if any(word.startswith("misses") for word in told):
-            places = [f"host {n} ({word.partition(' ')[2]})" for n, word in enumerate(told)]
+        if any(word.startswith("misses") for word in answers_of_hosts):
+            places = [
+                f"host {n} ({word.partition(' ')[2]})" for n, word in enumerate(answers_of_hosts)
+            ]
             raise InputError(
                 f"--workdir: the hosts do not see the same one: {'; '.join(places)}; give a folder "
                 "that all of them share, or an address on gs://"
@@ -118,20 +122,20 @@ class Workdir:
                         f"--workdir: {self.local} cannot be locked: {error.strerror}"
                     ) from None
                 file.seek(0)
-                who = file.read().strip()
+                owner = file.read().strip()
                 if not is_stopping(self._heartbeat()):
-                    raise _in_use(str(self.local), who) from None
+                    raise _in_use(str(self.local), owner) from None
                 if not waiting:
-                    say(f"waiting for {who}, which is stopping")
+                    say(f"waiting for {owner}, which is stopping")
                 waiting = True
                 time.sleep(1.0)
             else:
                 return
 
     def _refuse_while_it_lives(self, say: Callable[[str], None]) -> None:
-        who = living(self._heartbeat, say)
-        if who is not None:
-            raise _in_use(self.remote or str(self.local), who)
+        owner = living(self._heartbeat, say)
+        if owner is not None:
+            raise _in_use(self.remote or str(self.local), owner)
 
     def _heartbeat(self) -> str:
         """The first host's, as others see it; nothing where none can be read."""
@@ -219,9 +223,10 @@ def _is_there(path: Path, text: str) -> bool:
         time.sleep(0.2)
 
 
-def _in_use(name: str, who: str) -> InputError:
+def _in_use(name: str, owner: str) -> InputError:
     return InputError(
-        f"--workdir: {name} is in use by another run ({who}); wait for it, or give another workdir"
+        f"--workdir: {name} is in use by another run ({owner}); wait for it, or give another "
+        "workdir"
     )
 
 

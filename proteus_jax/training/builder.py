@@ -124,17 +124,17 @@ def assemble(
         remarks.append(choice.remark)
         return choice.implementation
 
-    taught = {
+    teachers_built = {
         name: _teacher(
-            lesson,
+            given,
             teachers[name],
             config.data.crop,
             precision,
             attention(teachers[name].spec, precision),
         )
-        for name, lesson in teacher_configs(config).items()
+        for name, given in teacher_configs(config).items()
     }
-    widths = {name: teacher.backbone.spec.width for name, teacher in taught.items()}
+    widths = {name: teacher.backbone.spec.width for name, teacher in teachers_built.items()}
     dtype = dtype_of(config.precision, platform)
     specs = {name: student_spec(name, config.data.crop, start) for name in config.student}
     students = {
@@ -152,14 +152,14 @@ def assemble(
     schedule = warmup_cosine(peak, steps.warmup, steps.total)
     optimizer = adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
     # Students see images as the first teacher does.
-    normalisation = taught[PRIMARY].normalisation
+    normalisation = teachers_built[PRIMARY].normalisation
     method = Proteus(
-        loss_weights={name: lesson.weights for name, lesson in teacher_configs(config).items()},
+        loss_weights={name: given.weights for name, given in teacher_configs(config).items()},
         mask_ratio=config.mask_ratio,
     )
     step = make_train_step(
         method=method,
-        teachers=taught,
+        teachers=teachers_built,
         students=students,
         optimizer=optimizer,
         schedule=schedule,
@@ -169,7 +169,7 @@ def assemble(
         erasing=config.data.erasing,
         accumulate=config.accumulate,
     )
-    standardise = {name: widths[name] for name, each in taught.items() if each.standardise}
+    standardise = {name: widths[name] for name, each in teachers_built.items() if each.standardise}
 
     def init() -> TrainState:
         return init_state(
@@ -180,8 +180,8 @@ def assemble(
             standardise=standardise,
         )
 
-    said = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
-    return Assembly(method, taught, students, normalisation, init, step, said)
+    all_remarks = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
+    return Assembly(method, teachers_built, students, normalisation, init, step, all_remarks)
 
 
 def check_platform(config: Any, platform: str) -> list[str]:
@@ -207,12 +207,12 @@ def check_compatibility(
     have been checked with the configuration.
     """
     problems = []
-    for name, lesson in teacher_configs(config).items():
-        side = lesson.crop or config.data.crop
+    for name, given in teacher_configs(config).items():
+        side = given.crop or config.data.crop
         if name in teachers and side % teachers[name].patch_size:
             own = "teacher_crop" if name == PRIMARY else f"more_teachers.{name}.crop"
             problems.append(
-                f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
+                f"--config.{own if given.crop else 'data.crop'}: {given.source} has patches of "
                 f"{teachers[name].patch_size} px, which do not divide images of {side} px"
             )
     for name in config.student if start is not None else ():
@@ -229,15 +229,15 @@ def check_compatibility(
     return problems
 
 
-def _teacher(lesson: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
+def _teacher(given: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
     """With its position table made for the size of images that it sees, and its LayerScale in its
     weights.
     """
-    grid = (lesson.crop or crop) // known.spec.patch_size
+    grid = (given.crop or crop) // known.spec.patch_size
     spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)
     return Teacher(
         BackboneFunction(spec, dtype, attention),
-        lesson.statistics(known.normalisation),
-        lesson.crop,
-        lesson.standardise,
+        given.statistics(known.normalisation),
+        given.crop,
+        given.standardise,
     )

@@ -98,10 +98,10 @@ class Evaluator:
                 values[f"{name}/agreement_patch"] = found.patch
             values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
             values |= self._agreement_of_average(name, state, views)
-            guessed = self._guessed(name, state, self._scene)
+            predicted = self._guessed(name, state, self._scene)
             if self.leads:
                 with self._writing("a picture"):
-                    snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
+                    snapshots.draw_student(self._scene, name, step, tokens, predicted, self.workdir)
         return values
 
     def _agreement_of_average(
@@ -198,24 +198,24 @@ class Evaluator:
         except OSError as error:
             self.console.line(f"{what} could not be written: {error.strerror or error}")
 
-    def draw(self, state: TrainState, *, anew: bool) -> None:
+    def draw(self, state: TrainState, *, again: bool) -> None:
         """Patch tokens of some held-out views as colours: the teacher's and each student's; where
-        there is such a picture only if `anew`.
+        there is such a picture only if `again`.
         """
         path = self.workdir / PICTURE
-        if self.views is None or (path.is_file() and not anew):
+        if self.views is None or (path.is_file() and not again):
             return
         # The students before are no part of a checkpoint: the seed makes them again.
         moments = (("before", self.experiment.init()), ("after", state))
         batch = self.views[np.arange(self.config.batch) % len(self.views)]
         rows = min(PICTURE_ROWS, len(batch))
-        taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
-        said = [
+        target = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
+        outputs = [
             (f"{name} {moment}", self.experiment.said(name, at, batch).feature)
             for name in self.experiment.students
             for moment, at in moments
         ]
-        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
+        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in outputs]
         if self.leads:
             with self._writing("a picture"):
-                figures.save_picture(figures.agreement_picture(batch[:rows], taught, columns), path)
+                figures.save_picture(figures.agreement_picture(batch[:rows], target, columns), path)

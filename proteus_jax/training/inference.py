@@ -33,21 +33,24 @@ def class_token_functions(
     crop, teacher = config.data.crop, assembly.teachers[PRIMARY]
     grid = common_grid_size(assembly.students)
 
-    def taught(params: Params, images: jax.Array) -> jax.Array:
+    def teacher_pass(params: Params, images: jax.Array) -> jax.Array:
         pixels = assembly.normalisation(images)
-        said = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
-        return said.cls.astype(jnp.float32)
+        outputs = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
+        return outputs.cls.astype(jnp.float32)
 
     def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
         backbone = student.backbone
 
-        def learnt(params: Params, images: jax.Array) -> jax.Array:
+        def student_pass(params: Params, images: jax.Array) -> jax.Array:
             pixels = resize_images(assembly.normalisation(images), crop)
             return backbone(params, pixels).cls.astype(jnp.float32)
 
-        return learnt
+        return student_pass
 
-    return {PRIMARY: taught, **{name: of(student) for name, student in assembly.students.items()}}
+    return {
+        PRIMARY: teacher_pass,
+        **{name: of(student) for name, student in assembly.students.items()},
+    }
 
 
 def evaluation_functions(
@@ -62,14 +65,16 @@ def evaluation_functions(
         return jax.jit(sharding.traced_on(mesh, function), out_shardings=whole, **options)
 
     @compiled
-    def taught(params: Params, images: jax.Array) -> Features:
+    def teacher_pass(params: Params, images: jax.Array) -> Features:
         return teacher_features(teacher, params, normalise(images), normalise, crop, grid)
 
     def in_its_scale(features: Features, statistics: dict[str, RunningMoments]) -> Features:
         return unstandardize(features, statistics[PRIMARY]) if PRIMARY in statistics else features
 
     @functools.partial(compiled, static_argnums=0)
-    def learnt(name: str, params: Params, statistics: Any, images: jax.Array) -> StudentOutputs:
+    def student_pass(
+        name: str, params: Params, statistics: Any, images: jax.Array
+    ) -> StudentOutputs:
         found = assembly.students[name](params, resize_images(normalise(images), crop))
         answers = found.answers[PRIMARY]
         spoken = in_its_scale(
@@ -78,7 +83,7 @@ def evaluation_functions(
         return StudentOutputs(found.features, spoken.cls, spoken.patches)
 
     @functools.partial(compiled, static_argnums=0)
-    def guessed(
+    def masked_pass(
         name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
     ) -> jax.Array:
         pixels = resize_images(normalise(images), crop)
@@ -88,17 +93,17 @@ def evaluation_functions(
         return in_its_scale(spoken, statistics).patches
 
     def features(images: np.ndarray) -> Features:
-        return jax.device_get(taught(teacher_params[PRIMARY], _on_mesh(images, mesh)))
+        return jax.device_get(teacher_pass(teacher_params[PRIMARY], _on_mesh(images, mesh)))
 
-    def said(name: str, state: TrainState, images: np.ndarray) -> StudentOutputs:
+    def outputs(name: str, state: TrainState, images: np.ndarray) -> StudentOutputs:
         known = state.params[name], state.statistics
-        return jax.device_get(learnt(name, *known, _on_mesh(images, mesh)))
+        return jax.device_get(student_pass(name, *known, _on_mesh(images, mesh)))
 
     def hidden(name: str, state: TrainState, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
         shares = (_on_mesh(part, mesh) for part in (images, mask))
-        return jax.device_get(guessed(name, state.params[name], state.statistics, *shares))
+        return jax.device_get(masked_pass(name, state.params[name], state.statistics, *shares))
 
-    return features, said, hidden
+    return features, outputs, hidden
 
 
 def _on_mesh(images: np.ndarray, mesh: Mesh) -> jax.Array:

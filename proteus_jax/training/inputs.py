@@ -101,7 +101,7 @@ def _field(teacher: str) -> str:
 
 def _sources(config: Any) -> dict[str, str]:
     """What each field that names a model says."""
-    found = {_field(name): lesson.source for name, lesson in teacher_configs(config).items()}
+    found = {_field(name): each.source for name, each in teacher_configs(config).items()}
     return found | ({START: config.start} if config.start else {})
 
 
@@ -151,7 +151,7 @@ def _why_among_images(workdir: str, roots: Sequence[str]) -> str | None:
     return None
 
 
-def found_devices() -> str:
+def describe_devices() -> str:
     """What JAX found, as "2 hosts x 4 devices"."""
 
     def several(count: int, name: str) -> str:
@@ -166,8 +166,8 @@ def _check_devices(config: Any) -> list[str]:
     expected = config.hosts or hosts, config.devices or jax.local_device_count()
     if expected != (hosts, jax.local_device_count()):
         return [
-            f"--config.hosts, --config.devices: found {found_devices()}, expected {expected[0]} x "
-            f"{expected[1]}"
+            f"--config.hosts, --config.devices: found {describe_devices()}, expected "
+            f"{expected[0]} x {expected[1]}"
         ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]

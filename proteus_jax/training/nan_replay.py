@@ -114,10 +114,10 @@ def replay(source: str, console: Console) -> None:
     if is_remote(source):
         raise InputError(f"--replay: {source}: copy the folder to this machine first")
     folder = Path(source).expanduser()
-    said, images = _read(folder)
-    config = said["configuration"]
+    description, images = _read(folder)
+    config = description["configuration"]
     with refusing(f"--replay: {folder} is no dump of a step"):
-        assembly, directories = _assembled(config, said["images_an_epoch"])
+        assembly, directories = _assembled(config, description["images_an_epoch"])
     mesh = _mesh(config, len(images))
     params = {
         name: placed_teacher(assembly.teachers[name], directory, mesh)
@@ -133,21 +133,21 @@ def replay(source: str, console: Console) -> None:
         state = from_items(checkpoints.restore(found.step, to_items(shapes), to_items(places)))
         facts = checkpoints.facts(found.step)
     step = found.step
-    taught = (facts["teachers"], teacher_facts(assembly, directories))
-    different = compare_facts(*({"teachers": each} for each in taught)).refused
+    compared = (facts["teachers"], teacher_facts(assembly, directories))
+    different = compare_facts(*({"teachers": each} for each in compared)).refused
     if different:
         raise InputError([f"--replay: another teacher than the run's: {d}" for d in different])
     console.line(
         f"step {step}: {len(images)} images of {images.shape[1]} px on {jax.device_count()} "
         f"devices, from {folder}"
     )
-    for line in _not_finite(config, assembly, params, state, images, said["names"], mesh):
+    for line in _not_finite(config, assembly, params, state, images, description["names"], mesh):
         console.line(f"  {line}")
     _, metrics = train_step(state, params, sharding.place_batch(images, mesh))
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     console.line(f"{'':36}{'the run':>16}{'again':>16}")
     for key, value in values.items():
-        seen = said["metrics"].get(key, float("nan"))
+        seen = description["metrics"].get(key, float("nan"))
         console.line(f"{key:36}{seen:16.8g}{value:16.8g}")
     if values["skipped_in_a_row"] > 0:
         raise Diverged(f"step {step}: a loss or gradient is not finite, as in the run")
@@ -161,27 +161,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
     if reason is not None:
         raise InputError(f"{wrong}: {reason}")
     with about(wrong), refusing("it cannot be read"):
-        said = json.loads((folder / ABOUT).read_text())
-        names, metrics = said["names"], said["metrics"]
+        description = json.loads((folder / ABOUT).read_text())
+        names, metrics = description["names"], description["metrics"]
         with np.load(folder / BATCH, allow_pickle=False) as arrays:
             images = arrays["images"]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"{ABOUT}: expected names of images")
-        if not (isinstance(said["images_an_epoch"], int) and said["images_an_epoch"] > 0):
+        if not (
+            isinstance(description["images_an_epoch"], int) and description["images_an_epoch"] > 0
+        ):
             raise ValueError(f"{ABOUT}: expected a number of images_an_epoch")
-        said["metrics"] = {key: float(value) for key, value in metrics.items()}
-        config = said["configuration"] = complete(said["configuration"], TRAINING)
+        description["metrics"] = {key: float(value) for key, value in metrics.items()}
+        config = description["configuration"] = complete(description["configuration"], TRAINING)
         expected = (config.batch, image_side(config), image_side(config), 3)
         if images.dtype != np.uint8 or images.shape != expected:
             found = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {found}")
-    return said, images
+    return description, images
 
 
 def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
     directories = {
-        name: obtain_teacher(lesson.source) for name, lesson in teacher_configs(config).items()
+        name: obtain_teacher(teacher_config.source)
+        for name, teacher_config in teacher_configs(config).items()
     }
     cards = {name: load_card(directory) for name, directory in directories.items()}
     start = None

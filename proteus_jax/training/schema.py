@@ -131,8 +131,8 @@ def _check(config: Any) -> list[str]:
             f"--config.data.crop: expected a multiple of the patch size {patch}, found "
             f"{config.data.crop}"
         )
-    for name, lesson in teacher_configs(config).items():
-        if not any(lesson.weights):
+    for name, each in teacher_configs(config).items():
+        if not any(each.weights):
             where = "loss" if name == PRIMARY else f"more_teachers.{name}.loss"
             problems.append(
                 f"--config.{where}: expected a factor above 0 for one of token, feature and patch"

@@ -150,7 +150,7 @@ def _started(
         for name, student in assembly.students.items()
     }
 
-    def begun() -> TrainState:
+    def init_from_start() -> TrainState:
         state = init()
         placed = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
         learning = {
@@ -162,7 +162,7 @@ def _started(
             ema = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
         return state._replace(params=learning, ema=ema)
 
-    return begun
+    return init_from_start
 
 
 def _peak(config: Any) -> float | None:

@@ -12,7 +12,7 @@ from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
 from proteus_jax.methods.teacher_config import NATIVE, TeacherConfig, teacher_configs
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.training.inputs import found_devices
+from proteus_jax.training.inputs import describe_devices
 from proteus_jax.training.setup import Experiment
 
 # Percent by which accuracy and balanced accuracy differ where both are said.
@@ -31,13 +31,13 @@ def print_header(
     """
     config = experiment.config
     kind = jax.devices()[0].device_kind
-    console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
-    for name, lesson in teacher_configs(config).items():
+    console.line(f"proteus_jax {proteus_jax.__version__} on {describe_devices()} ({kind})")
+    for name, each in teacher_configs(config).items():
         spec = experiment.cards[name].spec
         size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params[name]))
         console.line(
-            f"teacher  {lesson.source}: {spec.depth} blocks, {spec.width} wide, "
-            f"{size / 1e6:.1f} M parameters{_given(lesson)}"
+            f"teacher  {each.source}: {spec.depth} blocks, {spec.width} wide, "
+            f"{size / 1e6:.1f} M parameters{_given(each)}"
         )
     for name, shapes in experiment.state_shapes.params.items():
         size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
@@ -66,14 +66,14 @@ def print_header(
         )
 
 
-def _given(lesson: TeacherConfig) -> str:
+def _given(each: TeacherConfig) -> str:
     """What of its images and tokens is not as usual."""
     facts = []
-    if lesson.crop is not None:
-        facts.append(f"images of {lesson.crop} px")
-    if lesson.normalisation != NATIVE:
-        facts.append(f"{lesson.normalisation} statistics")
-    if lesson.standardise:
+    if each.crop is not None:
+        facts.append(f"images of {each.crop} px")
+    if each.normalisation != NATIVE:
+        facts.append(f"{each.normalisation} statistics")
+    if each.standardise:
         facts.append("standardised")
     return f" ({', '.join(facts)})" if facts else ""
 
@@ -87,7 +87,7 @@ def print_summary(
         prefix = f"{name}/" if len(directories) > 1 else ""
         console.line()
         console.line(f"what {name} learnt")
-        for text in _learnt(rows, prefix):
+        for text in _score_lines(rows, prefix):
             console.line("  " + text)
         console.line(f"it lies in {directory}; to use it:")
         console.line()
@@ -100,7 +100,7 @@ def print_summary(
         )
 
 
-def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+def _score_lines(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     steps = [row for row in rows if prefix + "loss" in row]
     if steps:
         yield f"{'':38}{'first step':>12}{'last 10':>10}"
@@ -132,14 +132,14 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     for key, label in (("knn_top1", "nearest neighbours"), ("ridge_top1", "ridge probe")):
         if measured:
             before, after = measured[0][prefix + key], measured[-1][prefix + key]
-            taught = measured[-1][f"teacher_{key}"]
-            share = f": {after / taught:.0%}" if taught else ""
+            of_teacher = measured[-1][f"teacher_{key}"]
+            share = f": {after / of_teacher:.0%}" if of_teacher else ""
             average = measured[-1].get(f"{prefix}ema_{key}")
             also = "" if average is None else f", average {average:.1f}"
             even = measured[-1].get(prefix + key.replace("_top1", "_balanced_top1"), after)
             if abs(even - after) > WORTH_A_WORD:
                 also = f" (balanced {even:.1f}){also}"
             yield (
-                f"{label}: student {after:.1f}{also}, teacher {taught:.1f}{share} "
+                f"{label}: student {after:.1f}{also}, teacher {of_teacher:.1f}{share} "
                 f"(before {before:.1f})"
             )

@@ -62,11 +62,11 @@ def run(
     inputs: Inputs,
     place: Workdir,
     console: Console,
-    company: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
     *,
     profile: bool = False,
 ) -> int:
-    """Trains, or goes on training, to the end; returns the exit code. `company` are the other
+    """Trains, or goes on training, to the end; returns the exit code. `group` are the other
     hosts, `profile` writes a trace of a few steps.
 
     InputError, before anything is changed, where another run is using the workdir, or it holds one
@@ -76,7 +76,7 @@ def run(
     keep_compiled_programs(place.address_of(place.local / COMPILED))
     # The hosts of a run share a workdir: the first one holds it.
     with contextlib.nullcontext() if jax.process_index() else place.locked(console.line):
-        return _run_alone(config, inputs, place, console, company, profile)
+        return _run_alone(config, inputs, place, console, group, profile)
 
 
 def _run_alone(
@@ -84,7 +84,7 @@ def _run_alone(
     inputs: Inputs,
     place: Workdir,
     console: Console,
-    company: ProcessGroup | None,
+    group: ProcessGroup | None,
     profile: bool,
 ) -> int:
     experiment, workdir = build(config, inputs), place.local
@@ -115,7 +115,7 @@ def _run_alone(
         )
         run.stop = stack.enter_context(stop)
         run.profiling = Profiler(workdir / "profile", on=profile and host == 0)
-        with run.watched(company):
+        with run.watched(group):
             run.code = run.to_the_end(resumed)
         return run.code
 
@@ -160,7 +160,7 @@ def _resumed(
             raise error
         remarks += different.allowed
     if found is not None:
-        checkpoints.shelf.make_way(found)
+        checkpoints.shelf.quarantine_and_clean(found)
     return (None if step < 0 else step), remarks
 
 
@@ -190,9 +190,9 @@ class _Run:
         self.examination = Evaluator(experiment, self.workdir, console)
 
     @contextlib.contextmanager
-    def watched(self, company: ProcessGroup | None) -> Iterator[None]:
+    def watched(self, group: ProcessGroup | None) -> Iterator[None]:
         """A heartbeat as long as the block lasts."""
-        known = {} if company is None else {"steps": company.steps}
+        known = {} if group is None else {"steps": group.steps}
         self.heartbeat = Heartbeat(
             self.workdir,
             self.experiment.total_steps,
@@ -244,14 +244,14 @@ class _Run:
                 self.examination.report()
             if trains:
                 state, step = self.train(state, step)
-        with self.heartbeat.standing():
+        with self.heartbeat.paused():
             return self.end(state, step, trains)
 
     def end(self, state: TrainState, step: int, trained: bool) -> int:
         """Waits for the last checkpoint; exports where the run is at its end."""
         experiment, total = self.experiment, self.experiment.total_steps
         self.saving.checkpoints.wait()
-        saved, goes_on = self.saving.newest, self.saving.where_it_goes_on()
+        saved, goes_on = self.saving.newest, self.saving.resume_point()
         if isinstance(self.failure, Interrupted) and not (step == total == saved):
             raise Interrupted(f"{self.failure}; the same command goes on from {goes_on}")
         if isinstance(self.failure, InputError):
@@ -273,7 +273,7 @@ class _Run:
                 f"{goes_on}"
             )
         directories = export_students(experiment, state, self.workdir)
-        self.examination.draw(state, anew=trained)
+        self.examination.draw(state, again=trained)
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
             print_summary(experiment, self.workdir, names, self.console)
@@ -330,7 +330,7 @@ class _Run:
                 self.stop.waits = True
                 self.heartbeat.step(step)
                 self.skipped.note(step, values, batch)
-                with self.heartbeat.standing():
+                with self.heartbeat.paused():
                     self.profiling.after(step - began_at, values)
                 self.failure = self.failure or self.saving.reason_to_stop()
                 if self.failure is not None:
@@ -344,8 +344,8 @@ class _Run:
                     measured = self.rows.rates(clock.lap(step, config.batch))
                     if evaluating:
                         with (
-                            clock.standing(),
-                            self.heartbeat.standing(),
+                            clock.paused(),
+                            self.heartbeat.paused(),
                             jax.transfer_guard("allow"),
                         ):
                             measured |= self.examination.measure(step, state)
@@ -361,8 +361,8 @@ class _Run:
     def save(self, step: int, state: TrainState) -> None:
         """A checkpoint, with all that is due before it."""
         self.write_row()
-        self.skipped.settle()
-        with self.heartbeat.standing(), jax.transfer_guard("allow"):
+        self.skipped.flush()
+        with self.heartbeat.paused(), jax.transfer_guard("allow"):
             self.saving.save(step, to_items(state), self.experiment.facts, self.rows_written)
 
     def rows_written(self) -> OSError | None:
@@ -392,7 +392,7 @@ class _Run:
             folder = self.workdir / nan_replay.FOLDER / f"step_{last.step}"
             self.saving.checkpoints.wait()
             try:
-                with jax.transfer_guard("allow"), self.heartbeat.standing():
+                with jax.transfer_guard("allow"), self.heartbeat.paused():
                     nan_replay.write_dump(
                         self.experiment, moment, state(), folder, self.place.address_of(folder)
                     )
@@ -445,6 +445,6 @@ class _Run:
         if row is None:
             return
         if row.evaluated:
-            with self.heartbeat.standing():
+            with self.heartbeat.paused():
                 self.examination.report()
         self.notice.lap(row.step, row.values["data_wait"], row.values["images_per_second"])

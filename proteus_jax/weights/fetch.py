@@ -142,9 +142,9 @@ def _place(name: str) -> Path:
     return path
 
 
-def _named(name: str, told: Iterable[str]) -> Path:
+def _named(name: str, facts: Iterable[str]) -> Path:
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in name.rstrip("/"))[-60:]
-    digest = hashlib.sha256("\n".join([name, *told]).encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256("\n".join([name, *facts]).encode(errors="surrogateescape")).hexdigest()
     return cache_directory() / "models" / f"{stem.strip('-.')}-{digest[:12]}"
 
 

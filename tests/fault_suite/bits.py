@@ -158,7 +158,7 @@ def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
     for step, kind in zip(spoilt, kinds, strict=True):
         if not (kind == "gone" and (step != NEWEST or not (root.parent / NOTED).exists())):
             assert found.faults[step], kinds
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert sorted(shelf.steps()) == left
     _is(root, max(left), known)
     shutil.rmtree(root.parent)
@@ -187,7 +187,7 @@ def _beside(bench: Bench, known: Known, name: str, act: Callable[[Path], object]
     found = shelf.newest()
     assert found.step == NEWEST, found
     assert found.unfinished == [path.name for path in root.glob("*tmp*")]
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert sorted(shelf.steps()) == sorted(known)
     assert not list(root.glob("*tmp*"))
     _is(root, NEWEST, known)

@@ -119,7 +119,7 @@ def _kept(bench: Bench) -> None:
     for last in range(1, 5):
         for every in (None, 1, 3, 10):
             keep, steps = RetentionPolicy(last, every), [2, 3, 5, 6, 9, 10, 12]
-            left = set(steps) - set(keep.superfluous(steps))
+            left = set(steps) - set(keep.steps_to_delete(steps))
             assert set(steps[-last:]) <= left
             assert left - set(steps[-last:]) == {
                 step for step in steps[:-last] if every and step % every == 0

@@ -306,8 +306,8 @@ def _voc2007(folder: Path) -> Splits:
         if all((lists / f"{kind}_{split}.txt").is_file() for kind in VOC_CLASSES):
             columns = []
             for kind in VOC_CLASSES:
-                said = dict(line.split() for line in _lines(lists / f"{kind}_{split}.txt"))
-                columns.append([int(said[name]) for name in names])
+                values = dict(line.split() for line in _lines(lists / f"{kind}_{split}.txt"))
+                columns.append([int(values[name]) for name in names])
             labels = np.array(columns).T
         else:
             labels = np.array([_shown(folder / f"Annotations/{name}.xml") for name in names])

@@ -230,8 +230,8 @@ def open_parquet(paths: Sequence[str]) -> ParquetSource:
     for number, path in enumerate(paths):
         try:
             with remote_fs.open_file(path) as file:
-                opened = pyarrow.parquet.ParquetFile(file)
-                metadata, schema = opened.metadata, opened.schema_arrow
+                parquet = pyarrow.parquet.ParquetFile(file)
+                metadata, schema = parquet.metadata, parquet.schema_arrow
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{path}: expected a parquet file: {error}") from None
         found = _columns(path, schema)

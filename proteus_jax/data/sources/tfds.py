@@ -37,8 +37,8 @@ class TfdsSource:
         self._label = "label" if "label" in features else None
         info = self._builder.info
         part = info.splits[split]
-        told = f"{info.full_name} {split} {part.num_examples} {part.num_bytes}"
-        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        identity = f"{info.full_name} {split} {part.num_examples} {part.num_bytes}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
         return TfdsSource, self._asked

@@ -93,11 +93,12 @@ def _refuse_crop(config: Any, teacher: Model) -> None:
 def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
     if heads is None:
         return
-    learnt = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
+    student_size = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
     found = teacher.spec.width, teacher.spec.patch_size
-    if learnt != found:
+    if student_size != found:
         raise InputError(
-            f"expected a teacher as the run had, {learnt[0]} wide with patches of {learnt[1]} px, "
+            f"expected a teacher as the run had, {student_size[0]} wide with patches of "
+            f"{student_size[1]} px, "
             f"found {found[0]} and {found[1]}"
         )
 
@@ -130,15 +131,15 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
         name: _table(context, frozen, data, name)
         for name, frozen in (("student", context.frozen), ("teacher", teacher))
     }
-    student, taught = (Layers(*table.values) for table in tables.values())
+    student, teacher_layers = (Layers(*table.values) for table in tables.values())
     cka = {
-        "class": _alignment(student.cls, taught.cls),
-        "patches": _alignment(student.patches, taught.patches),
-        "final": linear_cka(student.final, taught.final),
+        "class": _alignment(student.cls, teacher_layers.cls),
+        "patches": _alignment(student.patches, teacher_layers.patches),
+        "final": linear_cka(student.final, teacher_layers.final),
     }
     numbers = tables["student"].numbers
     views = _views(context, data, numbers)
-    for name, tokens in (("student", student.final), ("teacher", taught.final)):
+    for name, tokens in (("student", student.final), ("teacher", teacher_layers.final)):
         if len(numbers) > 1 and jax.process_index() == 0:
             found = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
             queries = np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers)))
@@ -147,7 +148,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     errors = None if data.heads is None else _errors(context, data, data.heads, teacher)
     ranks = {
         name: {"class": effective_rank(of.final), "patches": effective_rank(of.final_patches)}
-        for name, of in (("student", student), ("teacher", taught))
+        for name, of in (("student", student), ("teacher", teacher_layers))
     }
     context.say(f"  linear CKA of class tokens, final   {cka['final']:.3f}")
     for name, rank in ranks.items():
@@ -159,7 +160,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
         "effective_rank": ranks,
         "spectrum": {
             "student": spectrum(student.final)[:SHARES].tolist(),
-            "teacher": spectrum(taught.final)[:SHARES].tolist(),
+            "teacher": spectrum(teacher_layers.final)[:SHARES].tolist(),
         },
         "errors": errors,
         "teacher": describe(context.config.analysis.teacher, data.teacher),
@@ -218,12 +219,12 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone)
         if heads.moments is not None:
             target = standardize(target, heads.moments)
         masks = jnp.broadcast_to(mask, (len(images), len(mask)))
-        said = student(params[0], pixels, pixels, masks).answers[PRIMARY]
-        assert said.patch is not None
+        outputs = student(params[0], pixels, pixels, masks).answers[PRIMARY]
+        assert outputs.patch is not None
         return {
-            "token": jnp.mean((said.token - target.cls) ** 2, axis=-1),
-            "feature": jnp.mean((said.feature - target.patches) ** 2, axis=-1),
-            "patch": jnp.mean((said.patch - target.patches) ** 2, axis=-1),
+            "token": jnp.mean((outputs.token - target.cls) ** 2, axis=-1),
+            "feature": jnp.mean((outputs.feature - target.patches) ** 2, axis=-1),
+            "patch": jnp.mean((outputs.patch - target.patches) ** 2, axis=-1),
         }
 
     table = feature_pass(

@@ -159,13 +159,13 @@ def evaluate(train: Features, validation: Features | None, test: Features, metri
     return Result(_percent(final, test.labels, metric), 1 / DECAYS[best], percents[best])
 
 
-def _scores(learnt: Features, tested: Features, decays: np.ndarray) -> np.ndarray:
+def _scores(train_features: Features, tested: Features, decays: np.ndarray) -> np.ndarray:
     """[L, N, K] of `tested`, by the means and deviations of what is learnt from."""
-    rows = learnt.rows.astype(np.float64)
+    rows = train_features.rows.astype(np.float64)
     mean, deviation = rows.mean(axis=0), rows.std(axis=0)
     # A dimension that never changes says nothing, and should not divide by zero.
     deviation[deviation == 0] = 1.0
-    labels = learnt.labels
+    labels = train_features.labels
     targets = (labels == 1).astype(np.float64) if labels.ndim == 2 else labels
     found = logistic_regression.fit((rows - mean) / deviation, targets, decays, dtype=_dtype())
     return found.scores((tested.rows.astype(np.float64) - mean) / deviation)

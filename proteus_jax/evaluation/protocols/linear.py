@@ -169,13 +169,13 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     part of the training set, and the best on the test set, which is the paper's way.
     """
     config, settings = context.config, context.config.linear
-    learnt, held_out = hold_out(pair.train, settings.held_out)
+    train_set, held_out = hold_out(pair.train, settings.held_out)
     most = int(max(settings.blocks))
     probe = Probe(
         kinds=tuple(Kind(int(n), pooled) for n in settings.blocks for pooled in (False, True)),
         rates=tuple(settings.learning_rates),
         classes=len(pair.train.classes),
-        steps=max(1, round(settings.epochs * len(learnt.labels) / config.batch)),
+        steps=max(1, round(settings.epochs * len(train_set.labels) / config.batch)),
         batch=config.batch,
     )
     tokens = functools.partial(last_tokens, blocks=most)
@@ -185,9 +185,9 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     )()
     protocol = "linear, frozen crops" if settings.cache else "linear"
     if settings.cache:
-        state = _train_on_kept_features(context, probe, tokens, learnt, state)
+        state = _train_on_kept_features(context, probe, tokens, train_set, state)
     else:
-        state = CropTrainer(context, probe, tokens)(learnt, state)
+        state = CropTrainer(context, probe, tokens)(train_set, state)
     scores, unreadable = {}, 0
     answers = None
     for title, part in (("held_out", held_out), ("test", pair.test)):
@@ -248,12 +248,12 @@ class CropTrainer:
             out_shardings=sharding.replicated(context.mesh),
         )
 
-    def __call__(self, learnt: LabeledDataset, state: Params) -> Params:
+    def __call__(self, train_set: LabeledDataset, state: Params) -> Params:
         """All steps of the probe; `state` is gone afterwards."""
         context, probe, mesh = self._context, self._probe, self._context.mesh
         batches = training_batches(
-            learnt.source,
-            order=Sampler(context.config.seed, (len(learnt.labels),)),
+            train_set.source,
+            order=Sampler(context.config.seed, (len(train_set.labels),)),
             recipe=TrainTransform(context.config.data.crop),
             batch=probe.batch,
             steps=range(probe.steps),
@@ -265,7 +265,7 @@ class CropTrainer:
         with contextlib.closing(batches):
             for step, made in enumerate(batches):
                 images = sharding.place_batch(made.images, mesh)
-                labels = sharding.place_batch(learnt.labels[made.numbers].astype(np.int32), mesh)
+                labels = sharding.place_batch(train_set.labels[made.numbers].astype(np.int32), mesh)
                 state, loss = self._train(
                     state, context.frozen.params, images, labels, np.float32(step)
                 )
@@ -274,11 +274,11 @@ class CropTrainer:
 
 
 def _train_on_kept_features(
-    context: Context, probe: Probe, tokens: Callable, learnt: LabeledDataset, state: Params
+    context: Context, probe: Probe, tokens: Callable, train_set: LabeledDataset, state: Params
 ) -> Params:
     """Features of centre crops, made once and kept on the disk."""
     config, mesh = context.config, context.mesh
-    kept, labels = _kept_features(context, tokens, learnt)
+    kept, labels = _kept_features(context, tokens, train_set)
     compiled = jax.jit(probe.update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
     order = Sampler(config.seed, (len(labels),))
     share = config.batch // jax.process_count()
@@ -293,13 +293,13 @@ def _train_on_kept_features(
 
 
 def _kept_features(
-    context: Context, tokens: Callable, learnt: LabeledDataset
+    context: Context, tokens: Callable, train_set: LabeledDataset
 ) -> tuple[Tokens, np.ndarray]:
     """From the workdir where they are of the same model and images; made, and kept, otherwise."""
     config = context.config
     made_of = {
         "model": describe(config.model, context.model)["weights_sha256"],
-        "images": learnt.source.fingerprint,
+        "images": train_set.source.fingerprint,
         "view": list(context.view),
         "blocks": int(max(config.linear.blocks)),
         "precision": str(context.frozen.backbone.dtype),
@@ -310,15 +310,15 @@ def _kept_features(
         if json.loads(card.read_text()) == made_of:
             cls, mean, numbers = (np.load(path, mmap_mode="r") for path in paths)
             if len(cls) == len(mean) == len(numbers):
-                return Tokens(cls, mean), learnt.labels[numbers]
+                return Tokens(cls, mean), train_set.labels[numbers]
     except (OSError, ValueError):
         pass  # made again
     alone = jax.process_count() == 1
     if alone:
-        _refuse_too_large(context, len(learnt.labels))
+        _refuse_too_large(context, len(train_set.labels))
     table = context.frozen.table(
         tokens,
-        learnt.source,
+        train_set.source,
         context.view,
         context.reading,
         progress=lambda text: context.progress(f"train: {text}"),
@@ -328,7 +328,7 @@ def _kept_features(
         for path, part in zip(paths, (*table.values, table.numbers), strict=True):
             np.save(path, part)
         write_atomically(card, json.dumps(made_of))
-    return table.values, learnt.labels[table.numbers]
+    return table.values, train_set.labels[table.numbers]
 
 
 def _refuse_too_large(context: Context, images: int) -> None:
@@ -351,7 +351,7 @@ def _show(context: Context, probe: Probe, step: int, loss: jax.Array) -> None:
         )
 
 
-class _Answers(NamedTuple):
+class _HeadAnswers(NamedTuple):
     """Of a pass over labelled images: which heads are right of each [M, heads], the classes [M],
     and how many images could not be read.
     """
@@ -368,7 +368,7 @@ def _answers(
     part: LabeledDataset,
     heads: list[Params],
     title: str,
-) -> _Answers:
+) -> _HeadAnswers:
     frozen = context.frozen
 
     def predict(params: tuple[Params, list[Params]], images: jax.Array) -> jax.Array:
@@ -385,7 +385,7 @@ def _answers(
         progress=lambda text: context.progress(f"{title.replace('_', ' ')}: {text}"),
     )
     labels = part.labels[table.numbers]
-    return _Answers(table.values == labels[:, None], labels, table.unreadable)
+    return _HeadAnswers(table.values == labels[:, None], labels, table.unreadable)
 
 
 def _save_head(

@@ -140,8 +140,10 @@ def _summary(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     for key in (*LOSSES, *AGREEMENT, *SCORES):
         values = [row[prefix + key] for row in rows if prefix + key in row]
         if values:
-            taught = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
-            beside = f"{taught[-1]:.1f}: {_share(values[-1], taught[-1])}" if taught else ""
+            of_teacher = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
+            beside = (
+                f"{of_teacher[-1]:.1f}: {_share(values[-1], of_teacher[-1])}" if of_teacher else ""
+            )
             digits = 1 if key in SCORES else 3
             lines.append(
                 f"<tr><td>{key.replace('_', ' ')}</td><td>{values[0]:.{digits}f}</td>"

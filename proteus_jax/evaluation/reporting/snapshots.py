@@ -44,8 +44,8 @@ def draw_teacher(scene: Scene, workdir: Path) -> None:
     views = scene.views[:shown]
     sides = views.shape[1:3]
     figures.save_picture(figures.view_strip(views), folder / "views.png")
-    taught = figures.token_strip(scene.target.patches[:shown], scene.colours, sides)
-    figures.save_picture(taught, folder / "teacher.png")
+    target_tiles = figures.token_strip(scene.target.patches[:shown], scene.colours, sides)
+    figures.save_picture(target_tiles, folder / "teacher.png")
     _draw_neighbours(scene, scene.target.cls, folder / "neighbours-teacher.png")
 
 
@@ -54,20 +54,20 @@ def draw_student(
     name: str,
     step: int,
     student: StudentTokens,
-    guessed: np.ndarray | None,
+    predicted: np.ndarray | None,
     workdir: Path,
 ) -> None:
-    """What a student looks like at a step; `guessed` are the patch head's tokens [VIEWS, N, T]
+    """What a student looks like at a step; `predicted` are the patch head's tokens [VIEWS, N, T]
     where patches are hidden.
     """
     folder, shown = workdir / FOLDER / name, len(scene.hidden)
     views = scene.views[:shown]
     seen = figures.token_strip(student.feature[:shown], scene.colours, views.shape[1:3])
     figures.save_picture(seen, folder / f"pca-{step:08}.png")
-    if guessed is not None:
+    if predicted is not None:
         target = scene.target.patches[:shown]
         spread = np.mean((target - target.mean(axis=(0, 1))) ** 2)
-        errors = np.mean((guessed - target) ** 2, axis=-1) / spread
+        errors = np.mean((predicted - target) ** 2, axis=-1) / spread
         figures.save_picture(
             figures.error_strip(views, errors, scene.hidden), folder / f"errors-{step:08}.png"
         )

@@ -88,8 +88,8 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     if settings.hlo is not None and not (settings.topology and topology.platform == "tpu"):
         raise InputError("--hlo: expected with --topology of TPUs, as v5e:4x4")
     teachers = {
-        name: Known(_spec(lesson.source), IMAGENET)
-        for name, lesson in teacher_configs(config).items()
+        name: Known(_spec(teacher_config.source), IMAGENET)
+        for name, teacher_config in teacher_configs(config).items()
     }
     start = _spec(config.start) if config.start else None
     problems = check_platform(config, topology.platform)
@@ -177,7 +177,7 @@ def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
     rows = images * (1.5 if masks(config) else 1.0)
     side = config.data.crop
     kept = [_kept(student, side, rows) for student in assembly.students.values()]
-    taught = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
+    teacher_memory = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
     largest = max([side, *(each.side or 0 for each in assembly.teachers.values())])
     params = _bytes(state.params, parts)
     return Memory(
@@ -185,10 +185,10 @@ def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
         gradients=params * (2 if config.accumulate > 1 else 1),
         optimizer=_bytes(state.optimizer, parts),
         average=_bytes(state.ema, parts),
-        teacher=sum(weights for weights, _ in taught),
+        teacher=sum(weights for weights, _ in teacher_memory),
         activations=max(kept),
         # They look one after the other.
-        teacher_activations=max(working for _, working in taught),
+        teacher_activations=max(working for _, working in teacher_memory),
         images=batch / devices * largest**2 * 3 * (1 + 4),
     )
 

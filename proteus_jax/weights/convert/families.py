@@ -113,7 +113,7 @@ def detect_architecture(
         if array.size or not name.endswith("register_tokens")
     }
     layout, fitting = _layout(arrays)
-    name = _chosen(fitting, family, _told_family(settings, prefix))
+    name = _chosen(fitting, family, _configured_family(settings, prefix))
     found = layout.to_canonical(arrays)
     left_out = tuple(n for n in arrays if layout.left_out and re.fullmatch(layout.left_out, n))
     choices = dict(FAMILIES[name].choices)
@@ -121,13 +121,13 @@ def detect_architecture(
         choices |= {"pooling": "mean"}
         if layout is name_maps.TIMM_MEAN:
             choices |= {"final_norm": "class"}
-    choices |= _told_choices(settings)
+    choices |= _configured_choices(settings)
     if name == "dinov3" and "grid" not in choices:
         choices["grid"] = max(1, _DINOV3_SIDE // found["patch_embed.proj.weight"].shape[-1])
     _refuse_without(name, found)
     heads = settings.get("num_attention_heads") if heads is None else heads
     spec = state_dict.infer_spec(found, heads, **choices)
-    normalisation = _told_normalisation(settings) or FAMILIES[name].normalisation
+    normalisation = _configured_normalization(settings) or FAMILIES[name].normalisation
     return Detected(name, found, spec, normalisation, left_out, layout)
 
 
@@ -209,7 +209,7 @@ def _chosen(fitting: Sequence[str], asked: str | None, told: str | None) -> str:
     return fitting[0]
 
 
-def _told_family(settings: Mapping[str, Any], prefix: str) -> str | None:
+def _configured_family(settings: Mapping[str, Any], prefix: str) -> str | None:
     """By a directory's config.json, or by the prefix that SynCLR's files have."""
     kind, architecture = str(settings.get("model_type", "")), str(settings.get("architecture", ""))
     if "clip" in kind:
@@ -224,7 +224,7 @@ def _told_family(settings: Mapping[str, Any], prefix: str) -> str | None:
     return "synclr" if prefix.endswith("module.visual.") else None
 
 
-def _told_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _configured_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
     choices: dict[str, Any] = {}
     if "layer_norm_eps" in settings:
         choices["norm_epsilon"] = float(_number(settings, "layer_norm_eps", 1e-15, 1.0))
@@ -263,7 +263,7 @@ def _number(
     return value
 
 
-def _told_normalisation(settings: Mapping[str, Any]) -> Normalization | None:
+def _configured_normalization(settings: Mapping[str, Any]) -> Normalization | None:
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None and std is None:
         return None

@@ -83,8 +83,8 @@ _ELSEWHERE = ("out/all", "out/prenorm")
 def _golden_arrays(file: Path) -> dict[str, np.ndarray]:
     with (
         refusing(f"{file}: not a readable .npz of plain arrays"),
-        open(file, "rb") as opened,
-        np.load(opened, allow_pickle=False) as stored,
+        open(file, "rb") as file_of_numbers,
+        np.load(file_of_numbers, allow_pickle=False) as stored,
     ):
         arrays = {name: stored[name] for name in stored.files}
     if not {"image", "image_uint8"} & arrays.keys():

@@ -98,14 +98,14 @@ def _refuse_members_outside(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> Arrays:
-    opened = torch_file.TorchFile(path)
-    found = _items(opened.value)
+    torch_weights = torch_file.TorchFile(path)
+    found = _items(torch_weights.value)
     for wrapper in _WRAPPERS:
         # Training code saves the model beside the optimizer and the epoch.
         if found is not None and _items(found.get(wrapper)) is not None:
             found = _items(found[wrapper])
     if found is None:
-        raise InputError(f"{path}: expected a state dict, found {_kind(opened.value)}")
+        raise InputError(f"{path}: expected a state dict, found {_kind(torch_weights.value)}")
     others = [
         f"{name} ({_kind(value)})"
         for name, value in found.items()
@@ -113,7 +113,7 @@ def _read_torch(path: Path) -> Arrays:
     ]
     if others:
         raise InputError(f"{path}: expected tensors only, found others: {', '.join(others[:20])}")
-    return {str(name): opened.array(value) for name, value in found.items()}
+    return {str(name): torch_weights.array(value) for name, value in found.items()}
 
 
 def _items(value: Any) -> dict[Any, Any] | None:
