@@ -228,7 +228,7 @@ def _show(found: Comparison, passed: bool) -> None:
 
 
 def _report(compared: list[Comparison], source: str, passed: bool) -> dict[str, Any]:
-    """What config.json keeps of a comparison."""
+    """The comparison as config.json keeps it."""
     return {
         "against": source,
         "largest": max(one.largest for one in compared),

@@ -213,7 +213,7 @@ def distil(arguments: list[str], console: Console) -> int:
 
 
 def _versions() -> dict[str, str]:
-    """What all hosts must have the same of."""
+    """The versions that all hosts must have in common."""
     installed = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "flax")}
     return {"version": proteus_jax.__version__} | installed
 

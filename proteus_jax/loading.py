@@ -65,7 +65,7 @@ def _loaded(source: str | Path) -> Model:
 
 
 def _run_config(workdir: Path) -> dict[str, Any]:
-    """What a run was configured with; InputError where that is no run's."""
+    """The configuration of a run; InputError where the file is no run's."""
     path = workdir / CARD
     try:
         config = json.loads(path.read_text())
@@ -92,7 +92,7 @@ class Heads(NamedTuple):
 
     @property
     def teacher(self) -> dict[str, Any]:
-        """What the first one is: `spec`, `side`, `normalisation` and more."""
+        """Facts of the first teacher: `spec`, `side`, `normalisation` and more."""
         return self.facts["teachers"][PRIMARY] | {"width": self.facts["teacher_widths"][PRIMARY]}
 
     @property
@@ -101,8 +101,8 @@ class Heads(NamedTuple):
         return self.statistics.get(PRIMARY)
 
     def answers(self, images: np.ndarray | jax.Array) -> dict[str, Features]:
-        """What the student says of uint8 images [B, H, W, 3] in the space of each of its teachers:
-        class token [B, T] and patches [B, N, T], in the teacher's own scale.
+        """Predicts each teacher's tokens of uint8 images [B, H, W, 3]: class token [B, T] and
+        patches [B, N, T], in the teacher's own scale.
         """
         outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
         nothing = jnp.zeros((len(images), 0, 1))

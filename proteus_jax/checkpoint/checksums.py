@@ -48,7 +48,8 @@ def write_checksums(folder: epath.PathLike, what: str) -> None:
 
 
 def verify_checksums(folder: epath.PathLike, what: str) -> str | None:
-    """What is wrong with a sealed directory, in words; None where it is as it was sealed.
+    """Compares a directory with its checksums. Returns what is wrong with it, None where nothing
+    is.
 
     Interrupted where it cannot be read, as of a store that is away: that says nothing about it.
     """
@@ -79,7 +80,7 @@ def verify_checksums(folder: epath.PathLike, what: str) -> str | None:
 
 
 def is_sealed(directory: epath.Path) -> bool:
-    """Whether there is a seal, whole or not."""
+    """Returns True where there is a file of checksums, whole or not."""
     return path_exists(directory / SEAL)
 
 
@@ -89,8 +90,8 @@ def _is_file(path: epath.Path) -> bool:
 
 
 def path_exists(path: epath.Path) -> bool:
-    """Whether something is at a path. Interrupted where that cannot be told: exists() says no of
-    what lies on a file system that is away.
+    """Returns True where something is at a path. Interrupted where that cannot be told: exists()
+    says no of what lies on a file system that is away.
     """
     if not _is_local(path):
         return path.exists()
@@ -130,8 +131,8 @@ def _files(directory: epath.Path) -> list[str]:
 
 
 def _digest(path: epath.Path, *, sync: bool = True) -> dict[str, Any]:
-    """Of one file; with `sync` it is on the disk itself first, and read back from there where the
-    system lets go of its copy in memory.
+    """Digest of one file; with `sync` it is on the disk itself first, and read back from there
+    where the system lets go of its copy in memory.
     """
     digest, count = hashlib.sha256(), 0
     with path.open("rb") as file:

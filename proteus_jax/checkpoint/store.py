@@ -43,7 +43,7 @@ class RetentionPolicy(NamedTuple):
     every: int | None = None
 
     def steps_to_delete(self, steps: Sequence[int]) -> list[int]:
-        """Of the steps that are saved, those to be removed; never the newest."""
+        """Selects the saved steps to be removed; never the newest."""
         older = sorted(steps)[: -self.last]
         return [step for step in older if not (self.every and step % self.every == 0)]
 
@@ -72,7 +72,7 @@ class CheckpointStore:
         return self._root / str(step)
 
     def steps(self) -> list[int]:
-        """Of all directories that are named like one, whatever is in them."""
+        """Steps of all directories with a number as their name, whatever is in them."""
         if not path_exists(self._root) or not self._root.is_dir():
             return []
         names = [path.name for path in self._root.iterdir()]
@@ -149,7 +149,7 @@ class CheckpointStore:
             time.sleep(REST / 10)
 
     def save_error(self, step: int) -> OSError | None:
-        """What would stop a save at once: then no host has to begin with it."""
+        """Returns the error that would stop a save at once: then no host has to begin it."""
         target, trial = self.place(step), self._root / f"trial{UNFINISHED}"
         try:
             if target.exists():
@@ -174,7 +174,9 @@ class CheckpointStore:
         self.clear()
 
     def remove_oldest(self, keep: RetentionPolicy) -> None:
-        """What cannot be removed now is met again at the next save."""
+        """Removes the steps that the policy does not keep. One that cannot be removed now is tried
+        again at the next save.
+        """
         steps = self.steps()
         sealed = [step for step in steps if is_sealed(self.place(step))]
         incomplete = [step for step in steps if step < max(sealed) and step not in sealed]
@@ -220,12 +222,12 @@ def _remove(path: epath.Path) -> None:
 
 
 def _is_orbaxs(directory: epath.Path) -> bool:
-    """Whether orbax had come to its end there."""
+    """Returns True where orbax finished the directory."""
     return (directory / ORBAXS).exists() and (directory / PARAMS).exists()
 
 
 def _is_a_part(directory: epath.Path) -> bool:
-    """Whether there is nothing in it but what belongs to a checkpoint."""
+    """Returns True where a directory holds only items of a checkpoint."""
     own = (PARAMS, PROGRESS, STATISTICS, FACTS, SEAL, COMMITTED)
     return directory.is_dir() and all(
         # Orbax's other ones begin so; and what a file system keeps of files that are still open.

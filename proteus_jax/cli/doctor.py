@@ -1,5 +1,5 @@
-"""What `--doctor` does: looks at every image, says what is wrong, and writes down what training
-should leave out.
+"""The command --doctor: looks at every image, reports the faults, and lists the images that
+training should leave out.
 """
 
 import json

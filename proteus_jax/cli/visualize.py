@@ -1,4 +1,4 @@
-"""What models see in images, as one picture.
+"""Draws what models see in images, as one picture.
 
     python -m proteus_jax.cli.visualize MODEL IMAGES... --output out.png
         [--beside MODEL] [--size 448]

@@ -1,4 +1,4 @@
-"""What the one line of a configuration that says where the images are can mean."""
+"""Opens the places of images that a configuration names."""
 
 import itertools
 import json
@@ -160,7 +160,7 @@ def _open_directory(root: str) -> tuple[Source, tuple[str, ...]]:
 
 
 def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
-    """What `--doctor` wrote: its source without the images that it found wrong."""
+    """Opens what `--doctor` wrote: its source without the images that it found wrong."""
     try:
         manifest = json.loads(remote_fs.local(path).read_text())
         root, fingerprint = str(manifest["root"]), manifest["fingerprint"]

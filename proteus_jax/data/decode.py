@@ -98,7 +98,7 @@ class _Jpeg:
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether a file that begins so is a JPEG, PNG, WebP or BMP."""
+    """Returns True for the beginning of a JPEG, PNG, WebP or BMP file."""
     return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
         head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
@@ -137,8 +137,8 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _markers(jpeg: bytes) -> tuple[bool, int]:
-    """Whether a JPEG has a segment that may tell of an orientation (EXIF, XMP), and where its frame
-    header begins if it is a baseline one; 0 if not.
+    """Returns whether a JPEG has a segment that may tell of an orientation (EXIF, XMP), and where
+    its frame header begins if it is a baseline one; 0 if not.
     """
     tagged, frame, at = False, 0, 2
     while at + 10 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
@@ -153,7 +153,7 @@ def _markers(jpeg: bytes) -> tuple[bool, int]:
 
 
 def _is_turned(data: bytes) -> bool:
-    """Whether Pillow would turn or mirror a picture upright."""
+    """Returns True where Pillow would turn or mirror an image upright."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
@@ -162,7 +162,7 @@ def _is_turned(data: bytes) -> bool:
 
 
 def _ends(jpeg: bytes) -> bool:
-    """Whether a JPEG has its end: it was not cut short."""
+    """Returns True where a JPEG has its end: it was not cut short."""
     return jpeg.endswith(b"\xff\xd9") or b"\xff\xd9" in jpeg[-64:]
 
 

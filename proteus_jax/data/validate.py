@@ -46,16 +46,14 @@ _RECORD = np.dtype(
 
 
 class Look(NamedTuple):
-    """What was found of some images in a row: records, and of each why it cannot be read ("" where
-    it can).
-    """
+    """Records of some images in a row, and for each why it cannot be read ("" where it can)."""
 
     records: np.ndarray
     faults: tuple[str, ...]
 
 
 class Findings(NamedTuple):
-    """What was found of a source's images, in their order."""
+    """The findings about a source's images, in their order."""
 
     records: np.ndarray
     faults: list[str]
@@ -165,7 +163,7 @@ def _describe(record: Any, content: bytes | np.ndarray) -> None:
 
 
 def _oddities(data: bytes) -> dict[str, bool]:
-    """Of an image that could be decoded, by its header; nothing where Pillow trips over that."""
+    """Oddities of a decoded image, by its header; none where Pillow trips over that."""
     with (
         contextlib.suppress(Exception),
         Image.open(io.BytesIO(data), formats=decode.FORMATS) as image,

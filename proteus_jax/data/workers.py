@@ -49,7 +49,7 @@ class WorkerLost(Interrupted):
 
 
 class Makers(NamedTuple):
-    """Who makes images on this host: worker processes or, where there are none, threads.
+    """The workers that make images on this host: processes or, where there are none, threads.
 
     `remark` says why there are fewer workers than were asked for; empty where there are not.
     """
@@ -63,9 +63,9 @@ class Makers(NamedTuple):
 
 
 def makers(workers: int | None, threads: int, side: int) -> Makers:
-    """As many workers as are asked for or, for None, this process's cores less two, none where
-    there are four or fewer; of either as many as have room for their pieces of images of `side`
-    pixels in shared memory, and for the files that they open.
+    """Chooses the number of workers: as many as are asked for or, for None, this process's cores
+    less two, none where there are four or fewer; of either as many as have room for their pieces of
+    images of `side` pixels in shared memory, and for the files that they open.
     """
     if workers is None:
         count = cores()
@@ -162,8 +162,8 @@ def _in_descriptors() -> tuple[int | None, str]:
 
 
 def edges_of(share: int) -> tuple[int, ...]:
-    """Where one host's share of a batch is cut into pieces, its ends among them. What a worker
-    process holds does not grow with the batch.
+    """Edges of the pieces that one host's share of a batch is cut into, its ends among them. What a
+    worker process holds does not grow with the batch.
     """
     return (*range(0, share, CHUNK), share)
 
@@ -297,8 +297,8 @@ def _end_with_parent() -> None:
 
 
 def _remove_open_segments() -> None:
-    """Of shared memory that this worker was about to fill: Python's tracker, which removes all
-    others, may not have heard of it yet.
+    """Removes the shared memory that this worker was about to fill: Python's tracker, which removes
+    all others, may not have heard of it yet.
     """
     files = Path("/proc/self/fd")
     for file in files.iterdir() if files.is_dir() else ():

@@ -67,12 +67,12 @@ class CheckpointManager:
             self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))
 
     def reason_to_stop(self) -> Interrupted | None:
-        """Where too many failed one after the other."""
+        """Returns an Interrupted where too many saves failed one after the other."""
         failed = self.checkpoints.failed_in_a_row
         if failed <= self._limit:
             return None
         return Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
 
     def resume_point(self) -> str:
-        """In words."""
+        """The step that a resumed run would go on from, in words."""
         return "its beginning" if self.newest is None else f"step {self.newest}"

@@ -1,5 +1,5 @@
-"""What the loop keeps an eye on: its time, who waits for whom, requests to stop, steps that are not
-finite, and images that cannot be read.
+"""Monitors of the loop: its time, a slow input, steps that are not finite, and images that cannot
+be read.
 """
 
 import collections

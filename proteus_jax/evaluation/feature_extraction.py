@@ -34,8 +34,8 @@ class LoaderConfig(NamedTuple):
 
 
 class FeatureTable(NamedTuple):
-    """What a pass found: arrays [n, ...] on the host, the number of each row's image, and how many
-    images had to be left out.
+    """The features of a pass: arrays [n, ...] on the host, the number of each row's image, and how
+    many images had to be left out.
     """
 
     values: Any
@@ -104,8 +104,8 @@ def feature_pass(
     chosen: Sequence[int] | np.ndarray | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> FeatureTable:
-    """What a `compiled_pass` says of every image of a source, or of the chosen ones, whole on every
-    host.
+    """Applies a `compiled_pass` to every image of a source, or to the chosen ones. The result is
+    whole on every host.
 
     InputError where none of the images can be read.
     """

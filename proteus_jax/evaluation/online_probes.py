@@ -1,4 +1,4 @@
-"""What class tokens are worth while a student trains: neighbours and a ridge probe on images with
+"""Probes of class tokens while a student trains: neighbours and a ridge probe on images with
 classes.
 """
 
@@ -28,8 +28,8 @@ class Scores(NamedTuple):
 def scores(
     pair: TrainTestSplit, tokens: Callable[[LabeledDataset], FeatureTable], mesh: Mesh
 ) -> Scores:
-    """Of class tokens, by one pass over each part: of NEIGHBOURS, or of as many as there are images
-    to learn from, and of the ridge probe.
+    """Scores class tokens by one pass over each part: by NEIGHBOURS, or as many as there are images
+    to learn from, and by the ridge probe.
     """
     rows, labels = [], []
     for part in (pair.train, pair.test):

@@ -1,4 +1,4 @@
-"""What accuracy hides where some classes have more images than others."""
+"""Accuracy by class, for sets whose classes differ in size."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def rows(
 
 
 def uneven(labels: np.ndarray) -> str:
-    """What to say where one class has far more images [M] than its share; else nothing."""
+    """Warns where one class has far more images [M] than its share; else an empty text."""
     classes = len(np.unique(labels))
     share = chance(labels)
     if classes < 2 or share < UNEVEN * 100 / classes:

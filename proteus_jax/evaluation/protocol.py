@@ -1,4 +1,4 @@
-"""What every protocol is given."""
+"""The context that every protocol is given."""
 
 from collections.abc import Callable
 from pathlib import Path

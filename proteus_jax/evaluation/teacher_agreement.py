@@ -39,7 +39,7 @@ class TeacherTokens(NamedTuple):
 
 
 class StudentOutputs(NamedTuple):
-    """What a student says of a batch: its own features, and its answers to the first teacher in
+    """A student's outputs for a batch: its own features, and its answers to the first teacher in
     that teacher's own scale.
     """
 
@@ -49,7 +49,7 @@ class StudentOutputs(NamedTuple):
 
 
 class StudentTokens(NamedTuple):
-    """What a student says of the views in the teacher's space, [M, T] and [M, N, T], and its own
+    """A student's tokens of the views in the teacher's space, [M, T] and [M, N, T], and its own
     class tokens [M, D]; float32 on the host.
     """
 

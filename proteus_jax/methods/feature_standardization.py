@@ -32,7 +32,7 @@ def init_moments(width: int) -> RunningMoments:
 
 
 def batch_moments(features: Features) -> RunningMoments:
-    """Of one batch."""
+    """Moments of one batch."""
     cls = features.cls.astype(jnp.float32)
     patches = features.patches.astype(jnp.float32)
     return RunningMoments(
@@ -46,8 +46,8 @@ def batch_moments(features: Features) -> RunningMoments:
 def moments_for_step(
     updates: jax.Array, running: RunningMoments, found: RunningMoments
 ) -> RunningMoments:
-    """What a step after so many updates may use: the running moments or, before there are any, the
-    batch's own.
+    """The moments that a step after so many updates uses: the running ones or, before there are
+    any, the batch's own.
     """
     return jax.tree.map(lambda old, new: jnp.where(updates == 0, new, old), running, found)
 

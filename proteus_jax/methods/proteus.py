@@ -31,7 +31,7 @@ class Proteus:
 
     @property
     def masks(self) -> bool:
-        """Whether any teacher's patches are predicted under a mask."""
+        """True where any teacher's patches are predicted under a mask."""
         return any(weights.patch > 0 for weights in self.loss_weights.values())
 
     @property

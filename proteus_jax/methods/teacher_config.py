@@ -1,4 +1,4 @@
-"""What a configuration says of its teachers: the first, in fields of its own, and any more."""
+"""The teachers of a configuration: the first, in fields of its own, and any more."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,12 +21,14 @@ class TeacherConfig(NamedTuple):
     standardise: bool = False
 
     def statistics(self, own: Normalization) -> Normalization:
-        """Of the images that it is given; `own` are those that it was trained with."""
+        """Statistics of the images that the teacher is given; `own` are those that it was trained
+        with.
+        """
         return own if self.normalisation == NATIVE else STATISTICS[self.normalisation]
 
 
 def teacher_configs(config: Any) -> dict[str, TeacherConfig]:
-    """By name, the first teacher first."""
+    """The teachers by name, the first teacher first."""
     found = {
         PRIMARY: TeacherConfig(
             config.teacher,
@@ -47,7 +49,7 @@ def teacher_configs(config: Any) -> dict[str, TeacherConfig]:
 
 
 def masks(config: Any) -> bool:
-    """Whether any teacher's patches are guessed under a mask."""
+    """True where any teacher's patches are predicted under a mask."""
     return any(lesson.weights.patch > 0 for lesson in teacher_configs(config).values())
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 def forward(
     qkv: Float[Array, "b t 3 h d"],
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:
-    """What queries attend to, in the dtype of `qkv`, and the logarithms of their normalizers,
-    float32.
+    """Attends: returns the weighted values, in the dtype of `qkv`, and the logarithms of the
+    normalizers, float32.
     """
     return _on_any_platform(_mix, qkv)
 
@@ -101,7 +101,7 @@ def _unmix(
 
 
 def _heads_first(tokens: Float[Array, "b t h d"]) -> Float[Array, "b h t d"]:
-    """Its own inverse."""
+    """Swaps the axes of tokens and heads; its own inverse."""
     return jnp.swapaxes(tokens, 1, 2)
 
 

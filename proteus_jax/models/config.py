@@ -128,7 +128,7 @@ class ViTSpec:
 
 
 def _of_another_type(values: Mapping[str, Any]) -> list[str]:
-    """What should be a whole number, a number, true or false, or a text, and is not."""
+    """Fields whose value is no whole number, number, true or false, or text, and should be one."""
     problems = []
     for field in dataclasses.fields(ViTSpec):
         kind = int if field.default is dataclasses.MISSING else type(field.default)

@@ -60,7 +60,7 @@ def training(
 
 
 class Device(NamedTuple):
-    """What a device can do: bfloat16 operations a second without sparsity, bytes of memory."""
+    """A kind of device: bfloat16 operations a second without sparsity, bytes of memory."""
 
     name: str
     peak: float

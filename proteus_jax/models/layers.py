@@ -121,7 +121,7 @@ class LayerScale(nnx.Module):
 
 
 class Unscaled(nnx.Module):
-    """In the place of a LayerScale where a model has none."""
+    """Stands in the place of a LayerScale where a model has none."""
 
     def __call__(self, linear: nnx.Linear, tokens: Float[Array, "*b i"]) -> Float[Array, "*b d"]:
         """The Linear's output."""

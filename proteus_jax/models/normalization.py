@@ -14,7 +14,9 @@ class Normalization(NamedTuple):
 
     @classmethod
     def checked(cls, mean: Any, std: Any) -> "Normalization":
-        """Of lists from outside; ValueError where they are not three numbers each."""
+        """Makes a normalization of lists from outside; ValueError where they are not three numbers
+        each.
+        """
         for values, least in ((mean, -1e3), (std, 1e-6)):
             fits = isinstance(values, list | tuple) and len(values) == 3
             if not fits or not all(

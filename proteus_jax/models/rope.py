@@ -16,7 +16,9 @@ PERIOD = 100.0
 
 
 class Rotation(NamedTuple):
-    """Of every token and channel of a head, float32; the tokens before the patches do not turn."""
+    """The rotation of every token and channel of a head, float32; the tokens before the patches do
+    not turn.
+    """
 
     cosine: Float[np.ndarray, "t d"]
     sine: Float[np.ndarray, "t d"]

@@ -21,7 +21,7 @@ HEAD_NORM_EPSILON = 1e-5
 
 
 class HeadOutputs(NamedTuple):
-    """What the student says of a batch in one teacher's space; `patch` is None without a masked
+    """A student's outputs for a batch in one teacher's space; `patch` is None without a masked
     pass.
     """
 

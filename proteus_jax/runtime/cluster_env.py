@@ -178,7 +178,7 @@ def _port_of(job: str) -> int:
 
 
 def _with_one_device(place: ProcessInfo, environment: Mapping[str, str], local: str) -> ProcessInfo:
-    """Of several processes on a machine each takes the device of its number, which the variable
+    """Gives each of several processes on a machine the device of its number, which the variable
     `local` has, unless a scheduler has hidden all but one from it.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
@@ -277,8 +277,8 @@ def _metadata(name: str) -> str:
 
 
 def unseen_gpus(platform: str) -> str | None:
-    """What to say where JAX computes on the CPU of a machine with GPUs; None where it does not, or
-    was told to.
+    """Warns where JAX computes on the CPU of a machine with GPUs; None where it does not, or was
+    told to.
     """
     found = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
     if platform != "cpu" or not found or "cpu" in os.environ.get("JAX_PLATFORMS", ""):

@@ -1,4 +1,4 @@
-"""What hosts tell each other: small numbers and texts, through the devices."""
+"""Small numbers and texts exchanged between hosts, through the devices."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ def same_on_all_hosts(text: str) -> bool:
 
 
 def gather_from_all_hosts(text: str) -> list[str]:
-    """What each host has to say, in their order, on all hosts; all must say something."""
+    """Gathers a text of each host, in their order, on all hosts; all must call it."""
     if jax.process_count() == 1:
         return [text]
     content = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
@@ -31,7 +31,7 @@ def gather_from_all_hosts(text: str) -> list[str]:
 
 
 def broadcast_from_rank0(number: int) -> int:
-    """What host 0 says, on all hosts; all must ask."""
+    """Broadcasts a number of host 0 to all hosts; all must call it."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))

@@ -1,5 +1,5 @@
-"""What a person sees: this project's own lines, a live line where there is a terminal, and no
-library's chatter.
+"""The terminal: this project's own lines, a live line where there is a terminal, and no library's
+chatter.
 """
 
 import contextlib

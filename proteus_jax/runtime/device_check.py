@@ -1,4 +1,6 @@
-"""Whether all devices of all hosts can speak with each other, and how fast: what --devices says."""
+"""The command --devices: checks that all devices of all hosts can speak with each other, and how
+fast.
+"""
 
 import contextlib
 import os

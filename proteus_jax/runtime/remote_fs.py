@@ -28,7 +28,7 @@ PATIENCE = 10.0
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path names a store rather than a disk."""
+    """Returns True for a path that names a store rather than a disk."""
     return "://" in path
 
 
@@ -151,7 +151,7 @@ def remote_listing(root: str) -> Iterator[tuple[str, int]]:
 
 
 def _tried_again() -> Callable[[], str]:
-    """What is said of a store that takes long: its library does not tell of what it tries."""
+    """Words for a store that takes long: its library does not tell of what it tries."""
     began = time.monotonic()
 
     def attempts() -> str:

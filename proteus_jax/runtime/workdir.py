@@ -1,4 +1,4 @@
-"""Where a run lies: a folder, or an address on gs:// with a folder that stands for it meanwhile.
+"""The place of a run: a folder, or an address on gs:// with a folder that stands for it meanwhile.
 
 Checkpoints go to an address directly, through orbax. Small files are written locally and uploaded
 at every checkpoint; the address is the truth, and what a machine had of its own is not looked for.
@@ -52,7 +52,7 @@ class Workdir:
 
     @property
     def checkpoints(self) -> str:
-        """Where orbax writes."""
+        """The directory that orbax writes to."""
         return self.address_of(self.local / CHECKPOINTS)
 
     def compare(self, host: int, of_all_hosts: Callable[[str], list[str]]) -> None:
@@ -155,7 +155,7 @@ class Workdir:
             system.put_file(str(path), f"{root}/{path.relative_to(self.local).as_posix()}")
 
     def address_of(self, path: Path) -> str:
-        """What all hosts call a path under `local`, for orbax."""
+        """The name of a path under `local` that is the same on all hosts, for orbax."""
         return self.named(path) if self.remote else str(path.absolute())
 
     def named(self, path: Path) -> str:
@@ -212,7 +212,9 @@ class Workdir:
 
 
 def _is_there(path: Path, text: str) -> bool:
-    """Whether a file with that text is there, or comes: NFS shows a new file after a while."""
+    """Returns True where a file with that text is there, or comes: NFS shows a new file after a
+    while.
+    """
     deadline = time.monotonic() + NEWS
     while True:
         with contextlib.suppress(OSError):

@@ -53,7 +53,7 @@ class Assembly(NamedTuple):
     remarks: tuple[str, ...] = ()
 
     def work(self, config: Any) -> flops.Work:
-        """What an image of the batch costs."""
+        """FLOPs for an image of the batch."""
         specs = [student.spec for student in self.students.values()]
         teachers = [
             (each.backbone.spec, each.side or config.data.crop) for each in self.teachers.values()
@@ -97,7 +97,7 @@ def schedule_of(config: Any, images: int) -> Schedule:
 
 
 class Known(NamedTuple):
-    """What there is to know of a model before its weights."""
+    """The facts about a model that are known before its weights."""
 
     spec: ViTSpec
     normalisation: Normalization
@@ -185,7 +185,7 @@ def assemble(
 
 
 def check_platform(config: Any, platform: str) -> list[str]:
-    """What a platform does not have of what is asked for, in words."""
+    """Lists what is asked for and a platform does not have, in words."""
     problems = []
     if config.teacher_precision == "float16" and platform == "tpu":
         problems.append(
@@ -203,8 +203,8 @@ def check_platform(config: Any, platform: str) -> list[str]:
 def check_compatibility(
     config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None
 ) -> list[str]:
-    """What the sizes of the models make wrong, in words. Students without a model to start from
-    have been checked with the configuration.
+    """Lists what the sizes of the models make wrong, in words. Students without a model to start
+    from have been checked with the configuration.
     """
     problems = []
     for name, given in teacher_configs(config).items():
@@ -230,8 +230,8 @@ def check_compatibility(
 
 
 def _teacher(given: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
-    """With its position table made for the size of images that it sees, and its LayerScale in its
-    weights.
+    """Builds a teacher, with its position table made for the size of images that it sees, and its
+    LayerScale in its weights.
     """
     grid = (given.crop or crop) // known.spec.patch_size
     spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)

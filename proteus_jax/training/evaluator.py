@@ -1,5 +1,5 @@
-"""What a run learns of its students while it trains: agreement with the teacher, scores on images
-with classes, pictures, and the report that shows them.
+"""Evaluation of students while they train: agreement with the teacher, scores on images with
+classes, pictures, and the report that shows them.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ class Evaluator:
     def _agreement_of_average(
         self, name: str, state: TrainState, views: np.ndarray
     ) -> dict[str, float]:
-        """What can be said of the average of a student's weights, which has no heads."""
+        """Agreement of the average of a student's weights, which has no heads."""
         if state.ema is None or self._target is None:
             return {}
         averaged = state.params[name] | {"backbone": state.ema[name]}
@@ -123,11 +123,11 @@ class Evaluator:
 
     @property
     def _says_patches(self) -> bool:
-        """Whether the feature head is trained: CLIP's student answers with its class token only."""
+        """True where the feature head is trained: CLIP's student has its class token only."""
         return self.config.loss.feature > 0
 
     def _guessed(self, name: str, state: TrainState, scene: snapshots.Scene) -> np.ndarray | None:
-        """What the patch head says where the scene hides patches; None where it is not trained."""
+        """The patch head's predictions of hidden patches; None where it is not trained."""
         if not self.config.loss.patch or not scene.hidden.any():
             return None
         shown = len(scene.hidden)
@@ -153,7 +153,7 @@ class Evaluator:
         return values
 
     def _scored(self, name: str, params: Params, pair: TrainTestSplit, step: int) -> Scores:
-        """Of the teacher, or of a student's backbone."""
+        """Scores of the teacher, or of a student's backbone."""
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
         view = CenterCrop(round(experiment.side * MARGIN), experiment.side)

@@ -1,4 +1,4 @@
-"""What a run leaves: each student as a model directory, with its card and README."""
+"""Export of students: each as a model directory, with its card and README."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def export_students(experiment: Experiment, state: TrainState, workdir: Path) ->
 
 
 def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
-    """What config.json says of a student."""
+    """A student's config.json."""
     config = experiment.config
     sources = {key: each.source for key, each in teacher_configs(config).items()}
     digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}

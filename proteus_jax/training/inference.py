@@ -29,7 +29,7 @@ from proteus_jax.training.train_state import TrainState
 def class_token_functions(
     config: Any, assembly: Assembly
 ) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
-    """By model, the first teacher's and each student's: class tokens of uint8 images."""
+    """Functions from uint8 images to class tokens: the first teacher's, and each student's."""
     crop, teacher = config.data.crop, assembly.teachers[PRIMARY]
     grid = common_grid_size(assembly.students)
 

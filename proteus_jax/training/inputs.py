@@ -1,4 +1,4 @@
-"""What a run reads, found and checked before anything is fetched or written."""
+"""A run's inputs, found and checked before anything is fetched or written."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ WRITTEN = (METRICS, *STUDENTS, "report.html", "report", "agreement.png", "dump",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads: images, the directories of its teachers' weights by name, and that of the
+    """A run's inputs: images, the directories of its teachers' weights by name, and that of the
     model to start from.
     """
 
@@ -100,7 +100,7 @@ def _field(teacher: str) -> str:
 
 
 def _sources(config: Any) -> dict[str, str]:
-    """What each field that names a model says."""
+    """The models that the fields of a configuration name, by field."""
     found = {_field(name): each.source for name, each in teacher_configs(config).items()}
     return found | ({START: config.start} if config.start else {})
 
@@ -152,7 +152,7 @@ def _why_among_images(workdir: str, roots: Sequence[str]) -> str | None:
 
 
 def describe_devices() -> str:
-    """What JAX found, as "2 hosts x 4 devices"."""
+    """Describes the devices that JAX found, as "2 hosts x 4 devices"."""
 
     def several(count: int, name: str) -> str:
         return f"{count} {name}{'' if count == 1 else 's'}"
@@ -182,14 +182,14 @@ def _check_devices(config: Any) -> list[str]:
 
 
 def images_together(config: Any) -> int:
-    """What a batch has to be a multiple of."""
+    """The number that a batch has to be a multiple of."""
     # Half of the images is masked, and each device has its share of that half, in every part.
     return (2 if masks(config) else 1) * jax.device_count() * config.accumulate
 
 
 def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
-    """What the sizes of the models make wrong, of those still to be fetched by what is known of
-    them.
+    """Lists what the sizes of the models make wrong, of those still to be fetched by what is known
+    of them.
     """
     sources = _sources(config)
     specs = {

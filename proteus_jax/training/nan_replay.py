@@ -155,7 +155,7 @@ def replay(source: str, console: Console) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """What dump.json and batch.npz hold; InputError where that is no dump's."""
+    """Reads dump.json and batch.npz; InputError where the folder is no dump."""
     wrong = f"--replay: {folder} is no dump of a step"
     reason = verify_checksums(folder, SEALED_AS) if folder.is_dir() else "no such folder"
     if reason is not None:
@@ -196,7 +196,7 @@ def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
 
 
 def _mesh(config: Any, images: int) -> jax.sharding.Mesh:
-    """Of all devices here; InputError where the batch does not divide among them."""
+    """The mesh of all devices here; InputError where the batch does not divide among them."""
     devices = jax.device_count()
     if images % images_together(config):
         raise InputError(
@@ -215,7 +215,9 @@ def _not_finite(
     names: list[str],
     mesh: jax.sharding.Mesh,
 ) -> list[str]:
-    """Whose numbers are not: of parameters, of what a teacher or a student makes of each image."""
+    """Lists what is not finite: parameters, and the features that a teacher or a student has of
+    each image.
+    """
 
     def finite(features: Features) -> jax.Array:
         patches = jnp.isfinite(features.patches).all((1, 2))

@@ -1,4 +1,4 @@
-"""What differs between a run and the command that goes on with it, and what of it may."""
+"""Compatibility of a run with the command that resumes it: what differs, and what of it may."""
 
 import json
 import re
@@ -37,7 +37,7 @@ LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "data.epoch")
 
 
 class Differences(NamedTuple):
-    """In words, a line each: what a run is refused for, and what may differ."""
+    """Differences in words, a line each: those that a run is refused for, and those that may be."""
 
     refused: list[str]
     allowed: list[str]
@@ -62,7 +62,9 @@ def compare_facts(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Diff
 
 
 def _refusal(key: str, before: Any, after: Any) -> str:
-    """Of digests, which say nothing to a reader, what they are of."""
+    """Words for a refused difference; digests, which say nothing to a reader, are named by what
+    they are of.
+    """
     if not (_is_digest(before) and _is_digest(after)):
         return f"the checkpoint has {_short(before)}, this run has {_short(after)}"
     what = "other weights"
@@ -103,7 +105,7 @@ def _within(field: str, groups: tuple[str, ...]) -> bool:
 
 
 def _rule(field: str, given: set[str]) -> str:
-    """What a change comes to; `given` are the fields in steps that a run has."""
+    """The effect of a change; `given` are the fields in steps that a run has."""
     if _IN_STEPS.get(field) in given:
         return f", which counts for nothing beside --config.{_IN_STEPS[field]}"
     if _within(field, IDENTITY + WITHOUT_EFFECT):

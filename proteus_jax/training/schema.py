@@ -1,4 +1,4 @@
-"""What the fields of a configuration that trains may hold."""
+"""Rules for the fields of a configuration that trains."""
 
 import math
 import re
@@ -113,7 +113,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _check(config: Any) -> list[str]:
-    """What only two fields together make wrong; InputError where that cannot be told."""
+    """Lists what two fields make wrong only together; InputError where that cannot be told."""
     problems = _check_teachers(config.more_teachers)
     if problems:
         # Nothing else can be looked at.
@@ -204,5 +204,5 @@ TRAINING = Schema(_RULES, _check, _is_optional, numbers=("data.weights",))
 
 
 def schema_of(config: Any) -> Schema:
-    """Whether a configuration trains or evaluates shows in its fields."""
+    """Chooses the schema of a configuration: whether it trains or evaluates shows in its fields."""
     return EVALUATION if "protocol" in config else TRAINING

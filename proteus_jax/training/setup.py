@@ -166,7 +166,7 @@ def _started(
 
 
 def _peak(config: Any) -> float | None:
-    """Of all devices together, for matmuls in bfloat16."""
+    """Peak of all devices together, for matmuls in bfloat16."""
     device = known_device(jax.devices()[0].device_kind)
     if device is None or dtype_of(config.precision, jax.default_backend()) != jnp.bfloat16:
         return None

@@ -1,4 +1,4 @@
-"""What a run says at its beginning and at its end."""
+"""The lines that a run prints at its beginning and at its end."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,9 +26,7 @@ def print_header(
     remarks: Sequence[str],
     console: Console,
 ) -> None:
-    """Who teaches whom with which images, how far it is, and what there is to say of where it goes
-    on.
-    """
+    """Prints teachers, students and images, how far the run is, and remarks."""
     config = experiment.config
     kind = jax.devices()[0].device_kind
     console.line(f"proteus_jax {proteus_jax.__version__} on {describe_devices()} ({kind})")
@@ -67,7 +65,7 @@ def print_header(
 
 
 def _given(each: TeacherConfig) -> str:
-    """What of its images and tokens is not as usual."""
+    """Words for a teacher whose images or tokens are not as usual."""
     facts = []
     if each.crop is not None:
         facts.append(f"images of {each.crop} px")
@@ -81,7 +79,7 @@ def _given(each: TeacherConfig) -> str:
 def print_summary(
     experiment: Experiment, workdir: Path, directories: Sequence[str], console: Console
 ) -> None:
-    """What was learnt, where it lies, and how to load it."""
+    """Prints what was learned, where it lies, and how to load it."""
     rows = list(read_metrics(workdir))
     for name, directory in zip(experiment.students, directories, strict=True):
         prefix = f"{name}/" if len(directories) > 1 else ""

@@ -139,15 +139,16 @@ def ramp(updates: jax.Array) -> jax.Array:
 
 
 def _finite(found: Any) -> Bool[Array, ""]:
-    """Whether all numbers are, and their squares: AdamW keeps those of gradients, and one that
-    overflows would stay. One that is not makes the sum of its array none.
+    """Returns True where all numbers and their squares are finite: AdamW keeps the squares of
+    gradients, and one that overflows would stay. A number that is not finite makes the sum of its
+    array not finite.
     """
     sums = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(found)]
     return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 
 class _Found(NamedTuple):
-    """What a part of a batch gives: by student (gradients, losses), by teacher moments."""
+    """Results of a part of a batch: by student (gradients, losses), by teacher moments."""
 
     students: dict[str, tuple[Params, NamedLosses]]
     moments: dict[str, RunningMoments]

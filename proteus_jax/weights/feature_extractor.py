@@ -79,7 +79,7 @@ class Model:
             )
 
     def attention(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """What the class token attends to in the last block, [B, heads, N]; images as in a call."""
+        """Attention of the class token in the last block, [B, heads, N]; images as in a call."""
         self._refuse_floats(images)
         with _promoting():
             return self._attention(self.params, images)

@@ -80,8 +80,8 @@ def obtain_teacher(name: str) -> Path:
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Of several processes that want one model, as the hosts of a run that share a home, one
-    fetches it while the others wait. Where a file system has no locks each fetches its own.
+    """Lets one of several processes that want a model, as the hosts of a run that share a home,
+    fetch it while the others wait. Where a file system has no locks each fetches its own.
     """
     with (cache_folder("locks") / target.name).open("a") as file:
         with (

@@ -1,4 +1,4 @@
-"""What a student's folder says of it to people: README.md beside its weights."""
+"""A student's README.md, beside its weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -80,7 +80,7 @@ def _lines(
 
 
 def _front_matter(card: ModelCard) -> Iterator[str]:
-    """What Hugging Face's hub reads."""
+    """The front matter that Hugging Face's hub reads."""
     yield "---"
     yield "library_name: proteus_jax"
     yield "pipeline_tag: image-feature-extraction"

@@ -33,7 +33,7 @@ README, NO_LICENCE = "README.md", "not stated"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What config.json says: sizes, normalisation, and where the weights come from.
+    """A model's config.json: sizes, normalisation, and where the weights come from.
 
     `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the
     source did not have and that are zeros here. `verified` is what the last comparison with other

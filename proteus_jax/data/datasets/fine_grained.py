@@ -35,7 +35,9 @@ class Images(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """What is learnt from, what C is chosen by (None: a part of the former), and the test set."""
+    """The training set, the set that C is chosen by (None: a part of the training set), and the
+    test set.
+    """
 
     train: Images
     validation: Images | None
@@ -99,7 +101,9 @@ class _Absent(Exception):
 
 
 def _folder(base: Path, marker: str) -> Path | None:
-    """Where the marker lies: the folder itself or one or two (VOCdevkit/VOC2007) inside it."""
+    """Finds the folder of the marker: the folder itself or one or two (VOCdevkit/VOC2007) inside
+    it.
+    """
     inside = [*sorted(base.glob("*/")), *sorted(base.glob("*/*/"))] if base.is_dir() else []
     return next((place for place in (base, *inside) if (place / marker).exists()), None)
 
@@ -318,7 +322,9 @@ def _voc2007(folder: Path) -> Splits:
 
 
 def _shown(path: Path) -> list[int]:
-    """Of an annotation, for each class: 1 where it is shown, 0 where only difficult to see, -1."""
+    """Reads an annotation. Returns for each class 1 where it is shown, 0 where only difficult to
+    see, else -1.
+    """
     text = path.read_text()
     if re.search(r"<!(DOCTYPE|ENTITY)", text):
         raise ValueError(f"{path.name} declares entities")

@@ -43,9 +43,7 @@ class LabeledDataset(NamedTuple):
 
 
 class TrainTestSplit(NamedTuple):
-    """What is learnt from and what is tested on, with the same classes; `told` says how they were
-    told apart.
-    """
+    """A training set and a test set of the same classes; `told` says how they were told apart."""
 
     train: LabeledDataset
     test: LabeledDataset
@@ -148,8 +146,8 @@ def open_pair(root: str) -> TrainTestSplit:
 
 
 def images_on_both_sides(pair: TrainTestSplit) -> str:
-    """What to say where images are tested on that are learnt from: of files that have the same name
-    on both sides some are looked at. Nothing where none is the same.
+    """Warns of images that are both trained and tested on: of files that have the same name on both
+    sides some are compared. Returns an empty text where none is the same.
     """
     sides = (pair.train.source, pair.test.source)
     if not all(isinstance(side, FileSource) for side in sides):

@@ -1,4 +1,4 @@
-"""Where images come from: random access, a length, a fingerprint."""
+"""Sources of images: random access, a length, a fingerprint."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """The name of an image in messages."""
         ...
 
     def key(self, index: int) -> str:

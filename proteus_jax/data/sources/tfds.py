@@ -70,7 +70,7 @@ class TfdsSource:
             raise Unreadable(str(error)) from None
 
     def class_names(self) -> list[str]:
-        """By number; none where the builder does not know them."""
+        """Names of the classes by number; none where the builder does not know them."""
         return list(getattr(self._builder.info.features[self._label], "names", None) or ())
 
     def labels(self) -> np.ndarray | None:

@@ -196,8 +196,9 @@ _NAMES = tuple(OPERATIONS)
 
 
 class RandAugment(NamedTuple):
-    """As timm's "rand-m9-mstd0.5-inc1": so many operations an image, drawn with replacement, each
-    applied with a probability, its magnitude normal and clipped to 0 to 10, its sign even.
+    """RandAugment as timm's "rand-m9-mstd0.5-inc1": so many operations an image, drawn with
+    replacement, each applied with a probability, its magnitude normal and clipped to 0 to 10, its
+    sign even.
 
     No operations at all where `operations` is 0.
     """

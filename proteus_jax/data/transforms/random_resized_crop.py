@@ -68,8 +68,8 @@ def resized_crop(picture: decode.LazyImage, box: Box, size: int) -> np.ndarray:
 
 
 class TrainTransform(NamedTuple):
-    """What is done to an image: a random resized crop of `size` pixels, flipped half of the time,
-    then RandAugment.
+    """The transform of training images: a random resized crop of `size` pixels, flipped half of the
+    time, then RandAugment.
     """
 
     size: int

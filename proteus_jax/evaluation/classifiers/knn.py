@@ -54,7 +54,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 class _Bank:
-    """What is searched: rows spread over the devices."""
+    """The rows that are searched, spread over the devices."""
 
     def __init__(self, rows: np.ndarray, mesh: Mesh):
         self._mesh, count = mesh, len(rows)

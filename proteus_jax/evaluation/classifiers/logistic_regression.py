@@ -42,8 +42,8 @@ def fit(
     tolerance: float = 1e-7,
     most: int = 1000,
 ) -> Fit:
-    """Of standardised features [N, D]. Targets are classes [N], for one softmax, or 0 and 1 [N, K],
-    for K classifiers of their own.
+    """Fits standardised features [N, D]. Targets are classes [N], for one softmax, or 0 and 1 [N,
+    K], for K classifiers of their own.
 
     Each fit goes on until no derivative is larger than `tolerance`, at most `most` steps.
     """

@@ -51,8 +51,8 @@ class Data(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Of each block the class token [b, blocks, d] and the mean patch token [b, blocks, d], and the
-    features after the final LayerNorm: class [b, d] and mean patch token [b, d].
+    """Tokens of each block: class tokens [b, blocks, d] and mean patch tokens [b, blocks, d], and
+    the features after the final LayerNorm: class [b, d] and mean patch token [b, d].
     """
 
     cls: Any
@@ -109,7 +109,7 @@ def check(config: Any, model: Model) -> list[str]:
 
 
 def layers(backbone: BackboneFunction, params: Params, images: jax.Array) -> Layers:
-    """What is compared, float32."""
+    """The tokens that are compared, float32."""
     depth = backbone.spec.depth
     blocks = backbone.intermediates(params, images, range(depth), normalise=False)
     final = backbone(params, images)

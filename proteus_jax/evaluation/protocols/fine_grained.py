@@ -133,7 +133,7 @@ def _features(
 
 
 def _dtype() -> np.dtype:
-    """Of the solver: float64 where that costs little."""
+    """The dtype of the solver: float64 where that costs little."""
     return np.dtype(np.float64 if jax.default_backend() == "cpu" else np.float32)
 
 
@@ -172,7 +172,7 @@ def _scores(train_features: Features, tested: Features, decays: np.ndarray) -> n
 
 
 def _percent(scores: np.ndarray, labels: np.ndarray, metric: str) -> float:
-    """Of scores [N, K]."""
+    """The metric in percent, from scores [N, K]."""
     if metric == "map":
         columns = range(labels.shape[1])
         return 100 * float(

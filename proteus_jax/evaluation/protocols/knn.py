@@ -35,7 +35,7 @@ def check(config: Any, model: Model) -> list[str]:
 
 
 def described(config: Any, pair: TrainTestSplit, unreadable: int) -> dict[str, Any]:
-    """What results.json says of the images."""
+    """The description of the images in results.json."""
     return {
         "root": config.data.root,
         "test": pair.told,

@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a head sees."""
+    """The tokens that a head sees."""
 
     blocks: int
     pooled: bool
@@ -72,7 +72,7 @@ class Probe(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of all heads, in the order of `predictions`."""
+        """Names of all heads, in the order of `predictions`."""
         return [kind.name(rate) for kind in self.kinds for rate in self.rates]
 
     def init(self, width: int, seed: int) -> Params:
@@ -120,7 +120,7 @@ class Probe(NamedTuple):
 def last_tokens(
     backbone: BackboneFunction, params: Params, images: jax.Array, *, blocks: int
 ) -> Tokens:
-    """What the heads see of normalised images."""
+    """The tokens of normalised images that the heads see."""
     depth = backbone.spec.depth
     outputs = backbone.intermediates(params, images, range(depth - blocks, depth))
     cls = jnp.stack([features.cls for features in outputs], axis=1)
@@ -352,8 +352,8 @@ def _show(context: Context, probe: Probe, step: int, loss: jax.Array) -> None:
 
 
 class _HeadAnswers(NamedTuple):
-    """Of a pass over labelled images: which heads are right of each [M, heads], the classes [M],
-    and how many images could not be read.
+    """The answers of all heads to labelled images: which heads are right of each [M, heads], the
+    classes [M], and how many images could not be read.
     """
 
     right: np.ndarray

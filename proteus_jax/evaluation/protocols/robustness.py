@@ -68,7 +68,7 @@ class Data(NamedTuple):
 
 
 def open_head(directory: str) -> Head:
-    """Of the workdir of a linear evaluation; InputError where there is none."""
+    """Opens the head in the workdir of a linear evaluation; InputError where there is none."""
     path = Path(directory).expanduser() / HEAD
     if not path.is_file():
         raise InputError(
@@ -203,7 +203,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
 
 
 def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float:
-    """In percent, of errors from 0 to 1 by corruption and severity."""
+    """Mean corruption error in percent, from errors of 0 to 1 by corruption and severity."""
     relative = [np.mean([*levels.values()]) / ALEXNET[name] for name, levels in errors.items()]
     return 100 * float(np.mean(relative))
 

@@ -46,7 +46,7 @@ PUBLISHED = {
 
 
 def cells(results: dict[str, Any]) -> dict[str, float]:
-    """What one evaluation has to say, by column."""
+    """The cells of one evaluation, by column."""
     protocol = results["protocol"]
     if protocol in ("linear", "linear, frozen crops"):
         return {protocol: results["best"]["test"]["top1"]}

@@ -1,4 +1,4 @@
-"""What a report shows of one moment of a run: pictures in WORKDIR/report, by student and step.
+"""Snapshots of a run for its report: pictures in WORKDIR/report, by student and step.
 
 views.png, teacher.png                the same eight views, and the teacher's patch tokens of them
 neighbours-teacher.png                the nearest held-out views of a few, by the teacher
@@ -20,7 +20,7 @@ FOLDER, VIEWS, QUERIES, NEIGHBOURS = "report", 8, 5, 5
 
 
 class Scene(NamedTuple):
-    """What does not change during a run: views uint8 [M, H, W, 3], the teacher's tokens of them,
+    """The views that a report shows all along: uint8 [M, H, W, 3], the teacher's tokens of them,
     and which patches bool [VIEWS, N] are hidden.
     """
 
@@ -39,7 +39,7 @@ def scene(views: np.ndarray, target: TeacherTokens, ratio: float, most: int) -> 
 
 
 def draw_teacher(scene: Scene, workdir: Path) -> None:
-    """What is drawn once."""
+    """Draws the pictures that do not change during a run."""
     folder, shown = workdir / FOLDER, len(scene.hidden)
     views = scene.views[:shown]
     sides = views.shape[1:3]
@@ -57,7 +57,7 @@ def draw_student(
     predicted: np.ndarray | None,
     workdir: Path,
 ) -> None:
-    """What a student looks like at a step; `predicted` are the patch head's tokens [VIEWS, N, T]
+    """Draws a student's pictures at a step; `predicted` are the patch head's tokens [VIEWS, N, T]
     where patches are hidden.
     """
     folder, shown = workdir / FOLDER / name, len(scene.hidden)

@@ -1,5 +1,5 @@
-"""What models see in images, as one picture: patch tokens as colors, as in the DINOv2 papers, and
-what the class token attends to in the last block.
+"""Patch tokens as colors, as in the DINOv2 papers, and the attention of the class token in the last
+block.
 """
 
 from collections.abc import Sequence

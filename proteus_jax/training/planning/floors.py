@@ -1,5 +1,5 @@
-"""What steps compiled for TPUs move: a table that benchmarks/topologies.py makes (floors.json), and
-the share of a chip's peak that it leaves.
+"""Floors of steps compiled for TPUs: a table of the bytes that they move, made by
+benchmarks/topologies.py (floors.json), and the share of a chip's peak that this leaves.
 """
 
 import functools

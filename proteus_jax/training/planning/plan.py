@@ -52,9 +52,9 @@ GB = 1e9
 
 
 class Settings(NamedTuple):
-    """What the command line adds to a configuration: `mfu` is the share of the devices' peak that
-    is assumed, where it is not to come from what was compiled; `price` that of a device-hour; `hlo`
-    where the compiled program goes.
+    """Settings of the command line: `mfu` is the share of the devices' peak that is assumed, where
+    it is not to come from what was compiled; `price` that of a device-hour; `hlo` where the
+    compiled program goes.
     """
 
     topology: str = ""
@@ -171,7 +171,7 @@ def _sizes(assembly: Assembly) -> Iterator[str]:
 
 
 def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
-    """What a device must hold while it trains with a global batch on so many devices."""
+    """The memory of a device that trains with a global batch on so many devices."""
     state, parts = assembly.state_shapes(), config.fsdp
     images = batch / devices / config.accumulate
     rows = images * (1.5 if masks(config) else 1.0)
@@ -303,7 +303,7 @@ def _compiled_from(floor: Floor) -> str:
 def _compiler_lines(
     config: Any, assembly: Assembly, topology: Topology, hlo: Path | None
 ) -> Iterator[str]:
-    """What XLA's TPU compiler says of the real step, or why there is none."""
+    """The verdict of XLA's TPU compiler on the real step, or why there is none."""
     try:
         compiled = compiled_step(config, assembly, topology.name)
     except Exception as error:  # The compiler's own words are all there is.

@@ -47,7 +47,7 @@ class ExportSource(NamedTuple):
 
     @property
     def spec(self) -> ViTSpec:
-        """Its sizes."""
+        """The sizes of the model."""
         return self.card.spec
 
 
@@ -228,7 +228,7 @@ def _write_timm(subject: ExportSource, path: Path, _: Settings) -> None:
 
 
 def _timm_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
-    """What the file holds, by our own reading in any case, by timm where it can be imported."""
+    """Outputs of the file: by our own reading in any case, by timm where it can be imported."""
     spec, pixels = subject.spec, _pixels(subject, images)
     found, _ = read_model(path, family=subject.card.family, heads=spec.heads)
     choices = {"interpolate_offset": spec.interpolate_offset, "grid": spec.grid}

@@ -24,7 +24,7 @@ _WITHOUT_OFFSET: dict[str, Any] = {"interpolate_offset": 0.0, "interpolate_antia
 
 
 class Family(NamedTuple):
-    """What a family's members have in common and no array says."""
+    """Facts that a family's members have in common and no array says."""
 
     choices: Mapping[str, Any]
     normalisation: Normalization
@@ -74,8 +74,8 @@ class Detected(NamedTuple):
 
 
 def find_prefix(names: list[str]) -> str:
-    """What stands before every name of the one ViT among them; InputError where there is none, or
-    several.
+    """Finds the prefix of all names of the one ViT among the arrays; InputError where there is
+    none, or several.
     """
     found = set()
     for name in names:
@@ -132,7 +132,9 @@ def detect_architecture(
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:
-    """What every member of a family has: that it is absent must not pass for another choice."""
+    """Refuses arrays without what every member of a family has: its absence must not pass for
+    another choice.
+    """
     needed = {"class token": "cls_token", "position table": "pos_embed"}
     needed["patch bias"] = "patch_embed.proj.bias"
     spared = {
@@ -170,7 +172,7 @@ def _layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
 
 
 def _plain_layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
-    """Of what has the names that DINOv2, SynCLR and timm share."""
+    """The layout of arrays with the names that DINOv2, SynCLR and timm share."""
     if "norm_pre.weight" in arrays:
         return name_maps.TIMM, ("clip", "openclip")
     if "fc_norm.weight" in arrays:
@@ -210,7 +212,7 @@ def _chosen(fitting: Sequence[str], asked: str | None, told: str | None) -> str:
 
 
 def _configured_family(settings: Mapping[str, Any], prefix: str) -> str | None:
-    """By a directory's config.json, or by the prefix that SynCLR's files have."""
+    """The family by a directory's config.json, or by the prefix that SynCLR's files have."""
     kind, architecture = str(settings.get("model_type", "")), str(settings.get("architecture", ""))
     if "clip" in kind:
         # transformers leaves out of a file what is its default, and QuickGELU is.
@@ -274,7 +276,7 @@ def _configured_normalization(settings: Mapping[str, Any]) -> Normalization | No
 
 
 def transformers_layout(family: str, spec: ViTSpec) -> NameMap:
-    """What transformers names the parameters of such a model."""
+    """The names that transformers has for the parameters of such a model."""
     if family in ("clip", "openclip"):
         return name_maps.HF_CLIP
     if family == "siglip":

@@ -65,7 +65,7 @@ def read_model(
 
 
 def _of_card(text: str, arrays: Arrays) -> tuple[Detected, str]:
-    """What a file of this project says of itself, and its licence."""
+    """The description in a file of this project, and its licence."""
     with refusing("its card makes no sense"):
         card = ModelCard.from_json(json.loads(text))
     found = Detected(card.family, arrays, card.spec, card.normalisation, (), DINOV2)

@@ -118,7 +118,7 @@ def _parameters(modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_axes(array: np.ndarray, count: int) -> np.ndarray:
-    """With so many axes, by axes of length one in front."""
+    """Adds axes of length one in front, up to so many."""
     if array.ndim == count:
         return array
     while array.ndim > count and array.shape[0] == 1:

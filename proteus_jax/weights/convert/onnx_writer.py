@@ -80,7 +80,7 @@ class _Graph:
         return list(outputs)
 
     def outputs(self, tokens: str) -> dict[str, str]:
-        """As VisionTransformer makes its Features."""
+        """Writes the outputs as VisionTransformer makes its Features."""
         spec = self.spec
         if spec.final_norm == "tokens":
             tokens = self.norm(tokens, "norm")
@@ -226,7 +226,7 @@ class _Graph:
         return self.node("LayerNormalization", tokens, scale, bias, axis=-1, epsilon=epsilon)
 
     def linear(self, tokens: str, name: str, scale: str = "") -> str:
-        """With a LayerScale's factors in its weights."""
+        """Writes a Linear with a LayerScale's factors in its weights."""
         weight, bias = self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"]
         gamma = self.arrays.get(f"{scale}.gamma")
         if gamma is not None:

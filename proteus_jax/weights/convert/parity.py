@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the largest error is within tolerance; not a number is not."""
+        """True where the largest error is within tolerance; not a number is not."""
         return self.largest <= TOLERANCE
 
 

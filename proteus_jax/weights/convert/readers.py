@@ -80,8 +80,8 @@ def _bits(dtype: np.dtype) -> int:
 
 
 def _refuse_members_outside(path: Path) -> None:
-    """Nothing is ever unpacked to a disk, but who writes such a name means harm. Nor is a
-    TorchScript archive a file of weights.
+    """Refuses members outside of the archive: nothing is ever unpacked to a disk, but who writes
+    such a name means harm. Nor is a TorchScript archive a file of weights.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -117,7 +117,7 @@ def _read_torch(path: Path) -> Arrays:
 
 
 def _items(value: Any) -> dict[Any, Any] | None:
-    """Of a dictionary, or of an object that is filled like one."""
+    """Items of a dictionary, or of an object that is filled like one."""
     if isinstance(value, Opaque):
         return value.items or None
     return value if isinstance(value, dict) else None

@@ -111,7 +111,7 @@ def transformers_outputs(
 
 
 def directory_outputs(folder: Path, spec: ViTSpec, pixels: Float[np.ndarray, "b h w 3"]) -> Outputs:
-    """As `transformers_outputs`, of a directory that it can open by itself."""
+    """Outputs as of `transformers_outputs`, of a directory that it can open by itself."""
     _, transformers = _libraries()
     transformers.utils.logging.disable_progress_bar()
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
