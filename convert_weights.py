@@ -198,17 +198,17 @@ def _verify(options: argparse.Namespace) -> int:
     if (options.against is None) == (options.golden is None):
         raise InputError("verify: expected one of --against SOURCE and --golden FILE")
     if options.golden is not None:
-        found = verify_golden(directory, options.golden)
+        comparisons = verify_golden(directory, options.golden)
         print(f"outputs of {options.golden}; errors in standard deviations")
     else:
         photographs = _photographs(options.images, spec.grid * spec.patch_size)
-        found = verify(directory, options.against, photographs, options.prefix)
+        comparisons = verify(directory, options.against, photographs, options.prefix)
         print(
             f"{len(photographs)} photographs of {spec.grid * spec.patch_size} px; errors in "
             "standard deviations"
         )
     compared = []
-    for one in found:
+    for one in comparisons:
         _show(one, one.passed)
         compared.append(one)
     passed = all(one.passed for one in compared)
@@ -220,10 +220,10 @@ def _verify(options: argparse.Namespace) -> int:
     return DIFFERENT
 
 
-def _show(found: Comparison, passed: bool) -> None:
+def _show(comparison: Comparison, passed: bool) -> None:
     print(
-        f"  {'ok  ' if passed else 'FAIL'} {found.name:20} largest {found.largest:.1e}  mean "
-        f"{found.mean:.1e}  1 - cosine {max(0.0, 1 - found.cosine):.1e}"
+        f"  {'ok  ' if passed else 'FAIL'} {comparison.name:20} largest {comparison.largest:.1e}  "
+        f"mean {comparison.mean:.1e}  1 - cosine {max(0.0, 1 - comparison.cosine):.1e}"
     )
 
 
@@ -259,7 +259,7 @@ def _export(options: argparse.Namespace) -> int:
         if output.exists():
             raise InputError(f"{output}: exists already; give another name or remove it first")
     for side, output in outputs.items():
-        found = export(
+        comparisons = export(
             options.directory,
             options.format,
             output,
@@ -271,7 +271,7 @@ def _export(options: argparse.Namespace) -> int:
             print(f"{output}: written, and not loaded back (--no-check)")
             continue
         print(f"{output}: loaded back, errors in standard deviations")
-        for one in found:
+        for one in comparisons:
             _show(one, True)
     return 0
 
@@ -279,9 +279,12 @@ def _export(options: argparse.Namespace) -> int:
 def _photographs(folder: Path | None, side: int) -> np.ndarray:
     """Square middles of photographs, uint8 [n, side, side, 3]. InputError where one is broken."""
     if folder is None:
-        found = skimage.obtain_pictures()
+        folder_of_pictures = skimage.obtain_pictures()
         return np.stack(
-            [_square(decode.decode((found / name).read_bytes()), side) for name in PHOTOGRAPHS]
+            [
+                _square(decode.decode((folder_of_pictures / name).read_bytes()), side)
+                for name in PHOTOGRAPHS
+            ]
         )
     source, _ = open_source(str(folder))
     squares = []

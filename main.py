@@ -203,9 +203,9 @@ def distil(arguments: list[str], console: Console) -> int:
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ) as company:
         if evaluates:
-            found = evaluation.open_inputs(configuration, workdir, known)
+            evaluation_inputs = evaluation.open_inputs(configuration, workdir, known)
             with opened_workdir(workdir) as folder, fitting(LESS_IN_EVALUATION):
-                return evaluation.run(configuration, found, folder, console)
+                return evaluation.run(configuration, evaluation_inputs, folder, console)
         inputs = open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS_IN_TRAINING):

@@ -68,8 +68,8 @@ class Runner:
         job = {"kind": kind, **options}
         if self.section_end - time.monotonic() < 1:
             return [self.record({**job, "error": "no time was left for it"})]
-        found = [self.record({**job, **result}) for result in self._lines(job)]
-        return found or [self.record({**job, "error": "it ended without a word"})]
+        results = [self.record({**job, **result}) for result in self._lines(job)]
+        return results or [self.record({**job, "error": "it ended without a word"})]
 
     def _lines(self, job: dict[str, Any]) -> Iterator[Result]:
         """What the process says, until it ends or is ended."""

@@ -51,25 +51,25 @@ def _jpeg(image: Image.Image) -> bytes:
 
 def photographs() -> list[bytes]:
     """Photographs out of scikit-image's wheel, as large as ImageNet's."""
-    folder, found = obtain_pictures(), []
+    folder, encoded = obtain_pictures(), []
     for name in PHOTOGRAPHS:
         image = Image.open(folder / name).convert("RGB")
         side = min(image.width / WIDTH, image.height / HEIGHT)
         x, y = (image.width - WIDTH * side) / 2, (image.height - HEIGHT * side) / 2
         box = (x, y, x + WIDTH * side, y + HEIGHT * side)
-        found.append(_jpeg(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)))
-    return found
+        encoded.append(_jpeg(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)))
+    return encoded
 
 
 def drawn(count: int = 16) -> list[bytes]:
     """Pictures of nothing, with more noise than photographs have: more bytes to decode each."""
-    rng, found = np.random.default_rng(0), []
+    rng, images = np.random.default_rng(0), []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (40, 54, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32)
         noisy = smooth + rng.normal(0, 4, (HEIGHT, WIDTH, 1))
-        found.append(_jpeg(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))))
-    return found
+        images.append(_jpeg(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))))
+    return images
 
 
 def _ours(

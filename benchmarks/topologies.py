@@ -74,9 +74,9 @@ def compiled(name: str, topology_name: str) -> Floor | None:
         except Exception as error:
             print(f"  {name} {settings}: {str(error)[:200]}", file=sys.stderr)
             continue
-        found = step.memory_analysis()
-        assert found is not None
-        memory = found.peak_memory_in_bytes
+        analysis = step.memory_analysis()
+        assert analysis is not None
+        memory = analysis.peak_memory_in_bytes
         if memory > limit:
             continue
         moved = count(step.as_text(), CHIPS[topology_name.partition(":")[0]])
@@ -151,11 +151,11 @@ def main() -> None:
     for name in args.configs:
         for topology in args.topologies:
             start = time.perf_counter()
-            found = compiled(name, topology)
-            print(found or f"{name} {topology}: none fits", flush=True)
+            floor = compiled(name, topology)
+            print(floor or f"{name} {topology}: none fits", flush=True)
             print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            if args.write and found is not None:
-                write([found])
+            if args.write and floor is not None:
+                write([floor])
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ class Heads(NamedTuple):
         """
         outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
         nothing = jnp.zeros((len(images), 0, 1))
-        found = {
+        features = {
             name: Features(each.token, each.feature, nothing) for name, each in outputs.items()
         }
         return {
             name: unstandardize(each, self.statistics[name]) if name in self.statistics else each
-            for name, each in found.items()
+            for name, each in features.items()
         }
 
 
@@ -157,14 +157,14 @@ def _from_checkpoint(workdir: Path) -> Model:
     config = _run_config(workdir)
     if len(config["student"]) != 1:
         raise InputError(f"{workdir}: a run with several students that has not ended")
-    found = load_heads(workdir)
-    if found is None:
+    heads = load_heads(workdir)
+    if heads is None:
         raise InputError(f"{workdir}: a run without a checkpoint")
     card = ModelCard(
-        spec=found.student.spec,
-        family=next(iter(found.facts["card"]["families"].values())),
-        normalisation=found.normalisation,
-        licence=found.facts["card"]["licence"],
-        source={"run": str(workdir), "step": found.step, "teacher": config["teacher"]},
+        spec=heads.student.spec,
+        family=next(iter(heads.facts["card"]["families"].values())),
+        normalisation=heads.normalisation,
+        licence=heads.facts["card"]["licence"],
+        source={"run": str(workdir), "step": heads.step, "teacher": config["teacher"]},
     )
-    return Model(jax.device_get(found.params["backbone"]), card)
+    return Model(jax.device_get(heads.params["backbone"]), card)

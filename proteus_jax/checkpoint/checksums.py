@@ -36,13 +36,13 @@ def write_checksums(folder: epath.PathLike, what: str) -> None:
     files = sorted(_files(directory))
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         digests = readers.map(lambda name: _digest(directory / name), files)
-        found = dict(zip(files, digests, strict=True))
+        checksums = dict(zip(files, digests, strict=True))
     if _is_local(directory):
         # The names too: those of the files, and the directory's own.
         inside = {parent for name in files for parent in PurePosixPath(name).parents}
         for each in (*(directory / parent for parent in inside), directory.parent):
             synced(each)
-    body = json.dumps({"of": what, "files": found}, sort_keys=True)
+    body = json.dumps({"of": what, "files": checksums}, sort_keys=True)
     text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n"
     write_whole(directory / SEAL, text)
 
@@ -60,8 +60,8 @@ def verify_checksums(folder: epath.PathLike, what: str) -> str | None:
         if missing:
             return f"{missing[0]} is missing"
         with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-            found = readers.map(lambda name: _digest(directory / name, sync=False), sealed)
-            for (name, expected), digest in zip(sealed.items(), found, strict=True):
+            digests = readers.map(lambda name: _digest(directory / name, sync=False), sealed)
+            for (name, expected), digest in zip(sealed.items(), digests, strict=True):
                 if digest["bytes"] != expected["bytes"]:
                     return f"{name}: expected {expected['bytes']} bytes, found {digest['bytes']}"
                 if digest != expected:
@@ -154,7 +154,7 @@ def _read_seal(directory: epath.Path, what: str) -> dict[str, dict[str, Any]]:
     body = body.removesuffix(b"\n")
     if head.decode(errors="replace") != hashlib.sha256(body).hexdigest():
         raise ValueError(f"{SEAL} is damaged")
-    found = json.loads(body)
-    if found["of"] != what:
-        raise ValueError(f"{SEAL} is that of {found['of']}")
-    return found["files"]
+    content = json.loads(body)
+    if content["of"] != what:
+        raise ValueError(f"{SEAL} is that of {content['of']}")
+    return content["files"]

@@ -105,17 +105,17 @@ class CheckpointStore:
             )
         return Found(None, faults, unfinished)
 
-    def quarantine_and_clean(self, found: Found) -> None:
+    def quarantine_and_clean(self, newest: Found) -> None:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
         if not path_exists(self._root):
             return
         last = self.noted()
         for step in self.steps():
             directory = self.place(step)
-            if step == found.step or (step not in found.faults and is_sealed(directory)):
+            if step == newest.step or (step not in newest.faults and is_sealed(directory)):
                 continue
-            was_saved = is_sealed(directory) or (step in found.faults and (last or -1) >= step)
-            was_saved |= found.step is None and _is_orbaxs(directory)
+            was_saved = is_sealed(directory) or (step in newest.faults and (last or -1) >= step)
+            was_saved |= newest.step is None and _is_orbaxs(directory)
             if was_saved or not _is_a_part(directory):
                 _quarantine(directory, self._root / DAMAGED)
             else:

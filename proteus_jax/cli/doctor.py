@@ -29,7 +29,7 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
     InputError, with nothing written, where a root has no images or `problems`, which are those of
     the configuration, are not empty; what was found of the images is said all the same.
     """
-    found, manifests = [*problems, *_check_output(output)], []
+    faults, manifests = [*problems, *_check_output(output)], []
     images, seconds = 0, 0.0
     for root in config.data.root:
         try:
@@ -37,7 +37,7 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
                 raise InputError(f"{root}: expected a place of images, found what --doctor wrote")
             source, skipped = dataset.open_source(root)
         except InputError as error:
-            found += [f"--config.data.root: {problem}" for problem in error.problems]
+            faults += [f"--config.data.root: {problem}" for problem in error.problems]
             continue
         findings, elapsed = _examined(config, root, source, console)
         images, seconds = images + len(source), seconds + elapsed
@@ -45,11 +45,11 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
             console.line(line)
         manifests.append(_manifest(root, source, skipped, findings))
     if not config.data.root:
-        found.append("--config.data.root: expected a place of images, found none")
+        faults.append("--config.data.root: expected a place of images, found none")
     if images:
         console.line(_what_the_run_needs(config, images, seconds))
-    if found:
-        raise InputError(found)
+    if faults:
+        raise InputError(faults)
     output.parent.mkdir(parents=True, exist_ok=True)
     for number, manifest in enumerate(manifests, 1):
         path = output
@@ -79,10 +79,10 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
         )
 
     # What workers send back of an image is a few numbers.
-    found = makers(config.data.workers, max(config.data.threads, cores()), side=1)
-    if found.remark:
-        console.line(found.remark)
-    parallel = partial(in_parallel, workers=found.workers, threads=found.threads)
+    pool = makers(config.data.workers, max(config.data.threads, cores()), side=1)
+    if pool.remark:
+        console.line(pool.remark)
+    parallel = partial(in_parallel, workers=pool.workers, threads=pool.threads)
     return examine(source, parallel, show_progress), time.monotonic() - start
 
 

@@ -117,16 +117,16 @@ _OPENERS = {".tar": open_tar, ".parquet": open_parquet, ".array_record": open_re
 
 def _kind(name: str) -> str | None:
     """The kind of shard that a file name tells."""
-    found = _SHARD.search(name.lower())
-    return found[1].replace("arrayrecord", "array_record") if found else None
+    match = _SHARD.search(name.lower())
+    return match[1].replace("arrayrecord", "array_record") if match else None
 
 
 def _pattern(name: str) -> str:
     """The shards that belong with one: what comes before its number tells the split."""
-    found = _SHARD.search(name.lower())
-    assert found is not None
-    suffix = name[found.start(1) : found.end(1)] + ("-*" if found[2] else "")
-    before = name[: found.start()]
+    match = _SHARD.search(name.lower())
+    assert match is not None
+    suffix = name[match.start(1) : match.end(1)] + ("-*" if match[2] else "")
+    before = name[: match.start()]
     numbered = _NUMBER.search(before)
     return (f"{before[: numbered.start()]}*" if numbered else before) + suffix
 

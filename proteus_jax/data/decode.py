@@ -116,11 +116,11 @@ def open_image(content: bytes | np.ndarray, *, reused: bool = False) -> LazyImag
     if content.startswith(b"\xff\xd8\xff"):
         tagged, frame = _markers(content)
         try:
-            found = simplejpeg.decode_jpeg_header(content)
+            header = simplejpeg.decode_jpeg_header(content)
         except Exception:
             # It raises what it likes for what it does not know; Pillow is the judge.
             return _Pixels(_decode_with_pillow(content))
-        height, width, colours = int(found[0]), int(found[1]), found[2]
+        height, width, colours = int(header[0]), int(header[1]), header[2]
         _refuse_bomb(width, height)
         if colours in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
             return _Jpeg(content, height, width, frame, reused)

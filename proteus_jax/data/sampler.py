@@ -95,7 +95,7 @@ def _epoch(seed: int, epoch: int, sizes: tuple[int, ...], weights: tuple[float, 
     places = _permutation(seed, _EPOCH, epoch, sum(sizes))
     if not weights:
         return places
-    found, first = [], 0
+    permutations, first = [], 0
     for part, (size, count) in enumerate(zip(sizes, shares(sum(sizes), weights), strict=True)):
         # This epoch's stretch of the part's own epochs, one after the other.
         start, stop = epoch * count, (epoch + 1) * count
@@ -106,9 +106,9 @@ def _epoch(seed: int, epoch: int, sizes: tuple[int, ...], weights: tuple[float, 
         within = start - start // size * size
         # A small part of a small share may have none of an epoch.
         drawn = np.concatenate(turns or [np.empty(0, np.uint32)])
-        found.append(first + drawn[within : within + count])
+        permutations.append(first + drawn[within : within + count])
         first += size
-    return np.concatenate(found)[places]
+    return np.concatenate(permutations)[places]
 
 
 def shares(total: int, weights: Sequence[float]) -> tuple[int, ...]:

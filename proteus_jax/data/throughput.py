@@ -48,5 +48,5 @@ def views_per_second(recipe: TrainTransform, repeats: int) -> Rate:
     make(0)
     count = cores()
     with ThreadPoolExecutor(count) as pool:
-        found = list(pool.map(make, range(count)))
-    return Rate(sum(made / spent for made, spent in found), count)
+        seconds = list(pool.map(make, range(count)))
+    return Rate(sum(made / spent for made, spent in seconds), count)

@@ -120,10 +120,10 @@ def examine(
     records = np.zeros(len(source), _RECORD)
     faults: list[str] = []
     for look in in_parallel(functools.partial(_look, source=source), pieces):
-        found = np.asarray(look.records).view(_RECORD).reshape(-1)
-        records[len(faults) : len(faults) + len(found)] = found
+        rows = np.asarray(look.records).view(_RECORD).reshape(-1)
+        records[len(faults) : len(faults) + len(rows)] = rows
         faults += look.faults
-        progress(len(faults), sum(map(bool, faults[-len(found) :])))
+        progress(len(faults), sum(map(bool, faults[-len(rows) :])))
     return Findings(records, faults)
 
 

@@ -73,17 +73,17 @@ def makers(workers: int | None, threads: int, side: int) -> Makers:
             # Nothing has divided the machine among the processes that share it.
             count = max(1, count // processes_here())
         workers = count - 2 if count > 4 else 0
-    found, reasons = workers, []
+    allowed, reasons = workers, []
     for room, why in (_in_shared_memory(max(CHUNK * side**2 * 3, SMALLEST)), _in_descriptors()):
         if room is not None and room < workers:
-            found = min(found, room)
+            allowed = min(allowed, room)
             reasons.append(why)
     if not reasons:
         return Makers(workers, threads)
-    instead = f"{found} in place of {workers}" if found else f"threads in place of {workers}"
+    instead = f"{allowed} in place of {workers}" if allowed else f"threads in place of {workers}"
     # What is asked for may be none.
     threads = max(threads, 2)
-    return Makers(found, threads, f"{instead} worker processes make images: {'; '.join(reasons)}")
+    return Makers(allowed, threads, f"{instead} worker processes make images: {'; '.join(reasons)}")
 
 
 def cores() -> int:
@@ -140,10 +140,10 @@ def _in_shared_memory(piece: int) -> tuple[int | None, str]:
     try:
         if not os.access(SHARED_MEMORY, os.W_OK):
             return 0, f"shared memory ({SHARED_MEMORY}) cannot be written; {more}"
-        found = os.statvfs(SHARED_MEMORY)
+        statistics = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0, f"there is no shared memory ({SHARED_MEMORY}); {more}"
-    free = found.f_bavail * found.f_frsize // processes_here()
+    free = statistics.f_bavail * statistics.f_frsize // processes_here()
     reason = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
     return free // each, f"{reason} takes up to {each / 1e6:.3g} MB; {more}"
 
@@ -245,10 +245,10 @@ def _naming_lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-        if found is None:
+        match = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if match is None:
             raise
-        raise WorkerLost(f"a worker process {_how(int(found.group(1)))}; {advice}") from None
+        raise WorkerLost(f"a worker process {_how(int(match.group(1)))}; {advice}") from None
     except OSError as error:
         # One that this process raises of its own files is none of shared memory.
         if error.errno not in (errno.ENOSPC, errno.EMFILE, errno.ENFILE):

@@ -125,11 +125,11 @@ def feature_pass(
     parts, pending = [], None
     with contextlib.closing(batches):
         for number, made in enumerate(batches):
-            found = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
+            outputs = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
             if pending is not None:
                 # Fetched while the device is busy with the next batch.
                 parts.append(_readable(*jax.device_get(pending)))
-            pending = found
+            pending = outputs
             progress(f"{min((number + 1) * batch, total)} of {total} images")
     parts.append(_readable(*jax.device_get(pending)))
     values = jax.tree.map(lambda *rows: np.concatenate(rows), *[part for part, _ in parts])

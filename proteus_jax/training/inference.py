@@ -75,12 +75,12 @@ def evaluation_functions(
     def student_pass(
         name: str, params: Params, statistics: Any, images: jax.Array
     ) -> StudentOutputs:
-        found = assembly.students[name](params, resize_images(normalise(images), crop))
-        answers = found.answers[PRIMARY]
+        output = assembly.students[name](params, resize_images(normalise(images), crop))
+        answers = output.answers[PRIMARY]
         spoken = in_its_scale(
-            Features(answers.token, answers.feature, found.features.registers), statistics
+            Features(answers.token, answers.feature, output.features.registers), statistics
         )
-        return StudentOutputs(found.features, spoken.cls, spoken.patches)
+        return StudentOutputs(output.features, spoken.cls, spoken.patches)
 
     @functools.partial(compiled, static_argnums=0)
     def masked_pass(

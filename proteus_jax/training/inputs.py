@@ -85,11 +85,11 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     if not problems and fetched and config.eval.root == skimage.NAME:
         with collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
-    found = {field: path for field, path in models.items() if path is not None}
-    if problems or split is None or len(found) < len(models):
+    directories = {field: path for field, path in models.items() if path is not None}
+    if problems or split is None or len(directories) < len(models):
         raise InputError(problems)
-    teachers = {name: found[_field(name)] for name in teacher_configs(config)}
-    return Inputs(split=split, teachers=teachers, labelled=labelled, start=found.get(START))
+    teachers = {name: directories[_field(name)] for name in teacher_configs(config)}
+    return Inputs(split=split, teachers=teachers, labelled=labelled, start=directories.get(START))
 
 
 START = "start"
@@ -101,8 +101,8 @@ def _field(teacher: str) -> str:
 
 def _sources(config: Any) -> dict[str, str]:
     """The models that the fields of a configuration name, by field."""
-    found = {_field(name): each.source for name, each in teacher_configs(config).items()}
-    return found | ({START: config.start} if config.start else {})
+    sources = {_field(name): each.source for name, each in teacher_configs(config).items()}
+    return sources | ({START: config.start} if config.start else {})
 
 
 def _check_workdir(workdir: str | None, roots: Sequence[str]) -> list[str]:

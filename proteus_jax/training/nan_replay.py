@@ -126,13 +126,13 @@ def replay(source: str, console: Console) -> None:
     _, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
     with contextlib.closing(Checkpoints(str((folder / STATE).absolute()))) as checkpoints:
-        found = checkpoints.shelf.newest()
-        if found.step is None:
+        newest = checkpoints.shelf.newest()
+        if newest.step is None:
             raise InputError(f"{folder / STATE}: expected the state of a step, found none")
         places = sharding.shardings(shapes, mesh)
-        state = from_items(checkpoints.restore(found.step, to_items(shapes), to_items(places)))
-        facts = checkpoints.facts(found.step)
-    step = found.step
+        state = from_items(checkpoints.restore(newest.step, to_items(shapes), to_items(places)))
+        facts = checkpoints.facts(newest.step)
+    step = newest.step
     compared = (facts["teachers"], teacher_facts(assembly, directories))
     different = compare_facts(*({"teachers": each} for each in compared)).refused
     if different:
@@ -175,8 +175,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
         config = description["configuration"] = complete(description["configuration"], TRAINING)
         expected = (config.batch, image_side(config), image_side(config), 3)
         if images.dtype != np.uint8 or images.shape != expected:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {found}")
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {shape}")
     return description, images
 
 

@@ -43,9 +43,9 @@ class Differences(NamedTuple):
     allowed: list[str]
 
 
-def compare_facts(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:
+def compare_facts(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:
     """Between the facts of a checkpoint and those of this run."""
-    was, now = dict(found), dict(expected)
+    was, now = dict(saved), dict(expected)
     own = [dict(_leaves(facts.pop(CONFIGURATION, {}))) for facts in (was, now)]
     for facts in (was, now):
         facts.pop(CARD, None)

@@ -82,8 +82,8 @@ def make_train_step(
             return loss, {"loss": loss} | named
 
         gradients = jax.grad(objective, has_aux=True)
-        found = {name: gradients(state.params[name], s) for name, s in students.items()}
-        return _Found(found, moments)
+        by_student = {name: gradients(state.params[name], s) for name, s in students.items()}
+        return _Found(by_student, moments)
 
     def train_step(
         state: TrainState, teacher_params: dict[str, Params], images: jax.Array
@@ -94,17 +94,17 @@ def make_train_step(
         if erasing:
             pixels = random_erasing(erasing_key, pixels, erasing)
         draws = method.draw(draw_key, len(images), grid**2)
-        found = _mean_over_parts(
+        results = _mean_over_parts(
             lambda part: gradients_of(state, teacher_params, part),
             Batch(pixels, draws, drop_key),
             accumulate,
             method.group,
         )
 
-        good = _finite(found)
+        good = _finite(results)
         params, optimizer_state, ema = {}, {}, {}
         metrics: Metrics = {"learning_rate": jnp.asarray(schedule(updates_made(state)))}
-        for name, (gradients, losses) in found.students.items():
+        for name, (gradients, losses) in results.students.items():
             updates, optimizer_state[name] = optimizer.update(
                 gradients, state.optimizer[name], state.params[name]
             )
@@ -118,7 +118,7 @@ def make_train_step(
                 )
         statistics = {
             name: ema_update(updates_made(state), state.statistics[name], moments)
-            for name, moments in found.moments.items()
+            for name, moments in results.moments.items()
         }
         averages = ema if state.ema is not None else None
         total, in_a_row = state.skipped
@@ -138,12 +138,12 @@ def ramp(updates: jax.Array) -> jax.Array:
     return (1.0 + updates) / (10.0 + updates)
 
 
-def _finite(found: Any) -> Bool[Array, ""]:
+def _finite(tree: Any) -> Bool[Array, ""]:
     """Returns True where all numbers and their squares are finite: AdamW keeps the squares of
     gradients, and one that overflows would stay. A number that is not finite makes the sum of its
     array not finite.
     """
-    sums = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(found)]
+    sums = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(tree)]
     return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 

@@ -129,26 +129,26 @@ def _resumed(
     remarks = []
     if jax.process_index() == 0:
         try:
-            found = checkpoints.shelf.newest()
+            newest = checkpoints.shelf.newest()
             left = [name for name in STUDENTS if (workdir / name).exists()]
-            if found.step is None and left:
+            if newest.step is None and left:
                 raise InputError(f"{workdir} has {left[0]}/, but no checkpoint: of another run")
         except InputError as error:
             raise InputError(
                 f"{error}. Restore its checkpoints/ from a copy, give another workdir, or remove "
                 "this one to begin anew"
             ) from None
-        step = -1 if found.step is None else found.step
-        instead = "there is none before it" if found.step is None else f"step {step} is whole"
+        step = -1 if newest.step is None else newest.step
+        instead = "there is none before it" if newest.step is None else f"step {step} is whole"
         remarks += [
             f"the checkpoint of step {number} is not whole: {reason}; {instead}"
-            for number, reason in found.faults.items()
+            for number, reason in newest.faults.items()
         ]
         remarks += [
-            f"{name}, which a save left unfinished, is removed" for name in found.unfinished
+            f"{name}, which a save left unfinished, is removed" for name in newest.unfinished
         ]
     else:
-        found, step = None, -1
+        newest, step = None, -1
     step = collectives.broadcast_from_rank0(step)
     if step >= 0:
         different = compare_facts(checkpoints.facts(step), experiment.facts)
@@ -159,8 +159,8 @@ def _resumed(
                 error.add_note(f"{line} (this may differ)")
             raise error
         remarks += different.allowed
-    if found is not None:
-        checkpoints.shelf.quarantine_and_clean(found)
+    if newest is not None:
+        checkpoints.shelf.quarantine_and_clean(newest)
     return (None if step < 0 else step), remarks
 
 

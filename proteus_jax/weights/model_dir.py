@@ -72,7 +72,7 @@ class ModelCard:
         if card.get("format") != FORMAT:
             raise ValueError(f"format should be {FORMAT!r}, found {card.get('format')!r}")
         statistics = card["normalisation"]
-        found = cls(
+        made = cls(
             spec=ViTSpec.from_json(card["spec"]),
             family=card["family"],
             normalisation=Normalization.checked(statistics["mean"], statistics["std"]),
@@ -83,12 +83,12 @@ class ModelCard:
             verified=card.get("verified", {}),
         )
         kinds = (("family", str), ("licence", str), ("source", dict), ("verified", dict))
-        wrong = [name for name, kind in kinds if not isinstance(getattr(found, name), kind)]
-        wrong += ["family"] if found.family not in FAMILY_NAMES else []
-        wrong += ["absent"] if not set(found.absent) <= set(OPTIONAL) else []
+        wrong = [name for name, kind in kinds if not isinstance(getattr(made, name), kind)]
+        wrong += ["family"] if made.family not in FAMILY_NAMES else []
+        wrong += ["absent"] if not set(made.absent) <= set(OPTIONAL) else []
         if wrong:
             raise ValueError(f"{wrong[0]}: {card[wrong[0]]!r}")
-        return found
+        return made
 
 
 def save_model(
@@ -141,10 +141,10 @@ def load_model(directory: Path) -> tuple[Params, ModelCard]:
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{directory}: {WEIGHTS} is missing")
-    found = sha256(weights)
-    if found != digest:
+    checksum = sha256(weights)
+    if checksum != digest:
         raise InputError(
-            f"{weights}: changed since it was written: its sha256 should be {digest}, found {found}"
+            f"{weights}: changed since it was written: its sha256 should be {digest}, found {checksum}"
         )
     try:
         arrays = safetensors.numpy.load_file(weights)

@@ -60,18 +60,18 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
 
     InputError where one is there and does not hold what it should, or where there is none at all.
     """
-    found, absent, problems = {}, {}, []
+    splits, absent, problems = {}, {}, []
     for name in names:
         dataset = DATASETS[name]
         try:
             if root.lower() == PREFIX:
-                found[name] = _not_empty(_from_tfds(dataset))
+                splits[name] = _not_empty(_from_tfds(dataset))
                 continue
             folder = _folder(Path(root).expanduser() / name, dataset.marker)
             if folder is None:
                 absent[name] = f"no {dataset.marker} below {root}/{name}"
             else:
-                found[name] = _not_empty(dataset.read(folder))
+                splits[name] = _not_empty(dataset.read(folder))
         except _Absent as error:
             absent[name] = str(error)
         except InputError as error:
@@ -82,9 +82,9 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
             )
     if problems:
         raise InputError(problems)
-    if not found:
+    if not splits:
         raise InputError(f"{root}: none of {', '.join(names)} in it")
-    return found, absent
+    return splits, absent
 
 
 def _not_empty(splits: Splits) -> Splits:
@@ -147,10 +147,10 @@ def _labels_of(source: TfdsSource, metric: str) -> np.ndarray:
         labels = source.labels()
         assert labels is not None
         return labels
-    found = np.full((len(source), len(VOC_CLASSES)), -1)
-    for row, classes in zip(found, source.values("labels_no_difficult"), strict=True):
+    table = np.full((len(source), len(VOC_CLASSES)), -1)
+    for row, classes in zip(table, source.values("labels_no_difficult"), strict=True):
         row[classes] = 1
-    return found
+    return table
 
 
 def _lines(path: Path) -> list[str]:
@@ -205,8 +205,8 @@ def _cars(folder: Path) -> Splits:
     """Stanford Cars: annotations in .mat files, with the test set's labels."""
 
     def part(place: str, annotations: str) -> Images:
-        found = _mat(folder / annotations)["annotations"]
-        rows = [(str(row["fname"]), int(row["class"]) - 1) for row in np.atleast_1d(found)]
+        annotated = _mat(folder / annotations)["annotations"]
+        rows = [(str(row["fname"]), int(row["class"]) - 1) for row in np.atleast_1d(annotated)]
         return _images(folder / place, rows)
 
     test = "cars_test_annos_withlabels.mat"
@@ -329,10 +329,10 @@ def _shown(path: Path) -> list[int]:
     if re.search(r"<!(DOCTYPE|ENTITY)", text):
         raise ValueError(f"{path.name} declares entities")
     shown = dict.fromkeys(VOC_CLASSES, -1)
-    for found in ElementTree.fromstring(text).iter("object"):
+    for element in ElementTree.fromstring(text).iter("object"):
         kind, difficult = (
-            found.findtext("name", ""),
-            found.findtext("difficult", "0").strip() == "1",
+            element.findtext("name", ""),
+            element.findtext("difficult", "0").strip() == "1",
         )
         shown[kind.strip()] = max(shown[kind.strip()], 0 if difficult else 1)
     return list(shown.values())

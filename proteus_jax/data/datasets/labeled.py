@@ -68,13 +68,13 @@ def open_labeled(root: str) -> LabeledDataset:
             )
         names: Sequence[str] = [part[0] for part in parts]
     else:
-        found = source.labels()
-        if found is None:
+        values = source.labels()
+        if values is None:
             raise InputError(f"{root}: expected images with classes, found none")
-        if found.min() < 0:
-            raise InputError(f"{root}: its labels are {found.min()}: this split has no classes")
+        if values.min() < 0:
+            raise InputError(f"{root}: its labels are {values.min()}: this split has no classes")
         known = source.class_names() if isinstance(source, TfdsSource) else ()
-        names = [known[label] if known else str(label) for label in found.tolist()]
+        names = [known[label] if known else str(label) for label in values.tolist()]
     classes, labels = np.unique(names, return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"{root}: expected two classes or more, found only {classes[0]}")
@@ -85,7 +85,7 @@ def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[
     """Squares of at most `side` pixels of each image, at most so many, spread evenly over a grid;
     and which image each is of.
     """
-    found, labels = [], []
+    squares, labels = [], []
     for number in range(len(source)):
         pixels = decode.open_image(source.read(number)).pixels()
         height, width = pixels.shape[:2]
@@ -97,9 +97,9 @@ def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[
         ]
         picked = np.linspace(0, len(corners) - 1, min(most, len(corners))).round().astype(int)
         for top, left in (corners[at] for at in picked):
-            found.append(pixels[top : top + length, left : left + length].copy())
+            squares.append(pixels[top : top + length, left : left + length].copy())
             labels.append(number)
-    return found, labels
+    return squares, labels
 
 
 def open_pictures_pair() -> TrainTestSplit:
@@ -111,9 +111,9 @@ def open_pictures_pair() -> TrainTestSplit:
 
     def part(source: Source | None, most: int) -> LabeledDataset:
         assert source is not None
-        found, labels = tiles(source, TILE, most)
+        squares, labels = tiles(source, TILE, most)
         titles = [f"tile {at} of {names[label]}" for at, label in enumerate(labels)]
-        return LabeledDataset(MemorySource(found, titles), np.array(labels), names)
+        return LabeledDataset(MemorySource(squares, titles), np.array(labels), names)
 
     return TrainTestSplit(
         part(split.training, TILES), part(split.held_out, TILES // 4), "tiles of the right quarters"

@@ -75,10 +75,10 @@ def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
     InputError where there is no folder or no image in it.
     """
     if remote_fs.is_remote(root):
-        found = (
+        listed = (
             e for e in remote_fs.remote_listing(root) if e[0].lower().endswith(decode.SUFFIXES)
         )
-        return _source(root, sorted(found)), ()
+        return _source(root, sorted(listed)), ()
     folder = remote_fs.local(root)
     if not os.path.isdir(folder):
         raise InputError(f"{root}: no such folder")

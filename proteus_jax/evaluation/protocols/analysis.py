@@ -94,12 +94,12 @@ def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
     if heads is None:
         return
     student_size = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
-    found = teacher.spec.width, teacher.spec.patch_size
-    if student_size != found:
+    teacher_size = teacher.spec.width, teacher.spec.patch_size
+    if student_size != teacher_size:
         raise InputError(
             f"expected a teacher as the run had, {student_size[0]} wide with patches of "
             f"{student_size[1]} px, "
-            f"found {found[0]} and {found[1]}"
+            f"found {teacher_size[0]} and {teacher_size[1]}"
         )
 
 
@@ -141,9 +141,9 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     views = _views(context, data, numbers)
     for name, tokens in (("student", student.final), ("teacher", teacher_layers.final)):
         if len(numbers) > 1 and jax.process_index() == 0:
-            found = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
+            neighbours = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
             queries = np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers)))
-            sheet = figures.neighbour_sheet(views, queries.round().astype(int).tolist(), found)
+            sheet = figures.neighbour_sheet(views, queries.round().astype(int).tolist(), neighbours)
             figures.save_picture(sheet, context.workdir / f"neighbours-{name}.png")
     errors = None if data.heads is None else _errors(context, data, data.heads, teacher)
     ranks = {
@@ -193,13 +193,13 @@ def _alignment(student: np.ndarray, teacher: np.ndarray) -> list[list[float]]:
 
 def _views(context: Context, data: Data, numbers: np.ndarray) -> np.ndarray:
     """The images as the models saw them."""
-    found = []
+    views = []
     for number in numbers.tolist():
         try:
-            found.append(context.view(open_image(data.source.read(number))))
+            views.append(context.view(open_image(data.source.read(number))))
         except Unreadable:  # between the pass and now
-            found.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
-    return np.stack(found)
+            views.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
+    return np.stack(views)
 
 
 def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone) -> dict[str, Any]:
@@ -237,25 +237,25 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone)
         data.chosen,
         lambda text: context.progress(f"errors: {text}"),
     )
-    found, hidden = table.values, np.asarray(mask)
+    errors, hidden = table.values, np.asarray(mask)
     names = [data.source.name(number) for number in table.numbers.tolist()]
-    patch = found["patch"][:, hidden].mean(axis=1)
-    position = np.where(hidden, found["patch"].mean(axis=0), np.nan)
+    patch = errors["patch"][:, hidden].mean(axis=1)
+    position = np.where(hidden, errors["patch"].mean(axis=0), np.nan)
     if jax.process_index() == 0:
-        tile = figures.number_tile(found["feature"].mean(axis=0).reshape(side, side))
+        tile = figures.number_tile(errors["feature"].mean(axis=0).reshape(side, side))
         figures.save_picture(tile, context.workdir / "errors-by-position.png")
     return {
         "step": heads.step,
         "by_image": {
             name: {
-                "token": float(found["token"][row]),
-                "feature": float(found["feature"][row].mean()),
+                "token": float(errors["token"][row]),
+                "feature": float(errors["feature"][row].mean()),
                 "patch": float(patch[row]),
             }
             for row, name in enumerate(names)
         },
         "by_position": {
-            "feature": found["feature"].mean(axis=0).reshape(side, side).tolist(),
+            "feature": errors["feature"].mean(axis=0).reshape(side, side).tolist(),
             "patch": [
                 [None if np.isnan(value) else float(value) for value in row]
                 for row in position.reshape(side, side)

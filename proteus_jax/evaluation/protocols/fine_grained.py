@@ -167,8 +167,8 @@ def _scores(train_features: Features, tested: Features, decays: np.ndarray) -> n
     deviation[deviation == 0] = 1.0
     labels = train_features.labels
     targets = (labels == 1).astype(np.float64) if labels.ndim == 2 else labels
-    found = logistic_regression.fit((rows - mean) / deviation, targets, decays, dtype=_dtype())
-    return found.scores((tested.rows.astype(np.float64) - mean) / deviation)
+    probe = logistic_regression.fit((rows - mean) / deviation, targets, decays, dtype=_dtype())
+    return probe.scores((tested.rows.astype(np.float64) - mean) / deviation)
 
 
 def _percent(scores: np.ndarray, labels: np.ndarray, metric: str) -> float:
@@ -191,5 +191,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     if not positive.any():
         return 0.0
     recall, precision = hits / hits[-1], hits / np.arange(1, len(hits) + 1)
-    found = [precision[recall >= at - 1e-12].max(initial=0.0) for at in np.linspace(0.0, 1.0, 11)]
-    return float(np.mean(found))
+    precisions = [
+        precision[recall >= at - 1e-12].max(initial=0.0) for at in np.linspace(0.0, 1.0, 11)
+    ]
+    return float(np.mean(precisions))

@@ -53,10 +53,10 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     config, unreadable = context.config, 0
     tokens, labels = [], []
     for title, part in (("train", pair.train), ("test", pair.test)):
-        found = class_tokens(context, part, title)
-        tokens.append(found.values)
-        labels.append(part.labels[found.numbers])
-        unreadable += found.unreadable
+        table = class_tokens(context, part, title)
+        tokens.append(table.values)
+        labels.append(part.labels[table.numbers])
+        unreadable += table.unreadable
     wanted = [int(k) for k in config.knn.neighbours]
     predicted = knn.predictions(
         tokens[0],

@@ -75,14 +75,14 @@ def open_head(directory: str) -> Head:
             f"expected the workdir of a linear evaluation, which holds {HEAD}, found {directory!r}"
         )
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with np.load(path, allow_pickle=False) as arrays:
             head = Head(
-                Kind(int(found["blocks"]), bool(found["pooled"])),
-                found["weight"].astype(np.float32),
-                found["bias"].astype(np.float32),
-                tuple(str(name) for name in found["classes"]),
-                str(found["model"]),
-                str(found["protocol"]),
+                Kind(int(arrays["blocks"]), bool(arrays["pooled"])),
+                arrays["weight"].astype(np.float32),
+                arrays["bias"].astype(np.float32),
+                tuple(str(name) for name in arrays["classes"]),
+                str(arrays["model"]),
+                str(arrays["protocol"]),
             )
         classes = (len(head.classes),)
         if head.weight.ndim != 2 or not head.weight.shape[1:] == head.bias.shape == classes:
@@ -127,21 +127,23 @@ def open_data(config: Any) -> Data:
     return Data(head, plain, corrupted, absent)
 
 
-def _matched(found: LabeledDataset, head: Head, name: str) -> LabeledDataset:
+def _matched(labeled: LabeledDataset, head: Head, name: str) -> LabeledDataset:
     """Labels as numbers of the head's classes: by name, or where folders are numbers (-V2) by the
     place among the sorted names.
     """
     number = {kind: at for at, kind in enumerate(head.classes)}
-    if not number.keys() & set(found.classes) and all(kind.isdecimal() for kind in found.classes):
+    if not number.keys() & set(labeled.classes) and all(
+        kind.isdecimal() for kind in labeled.classes
+    ):
         number = {str(at): at for at in range(len(head.classes))}
-    strange = [kind for kind in found.classes if kind not in number]
+    strange = [kind for kind in labeled.classes if kind not in number]
     if strange:
         raise InputError(
             f"{name}: {len(strange)} of its classes are none of the head's, as {strange[0]}; the "
             f"head has {len(head.classes)}, as {head.classes[0]}"
         )
-    own = np.array([number[kind] for kind in found.classes])
-    return LabeledDataset(found.source, own[found.labels], head.classes)
+    own = np.array([number[kind] for kind in labeled.classes])
+    return LabeledDataset(labeled.source, own[labeled.labels], head.classes)
 
 
 def check(config: Any, model: Model) -> list[str]:

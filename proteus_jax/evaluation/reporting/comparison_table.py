@@ -58,12 +58,12 @@ def cells(results: dict[str, Any]) -> dict[str, float]:
     if protocol == "robustness":
         names = {"A": "imagenet-a", "R": "imagenet-r", "Sketch": "imagenet-sketch"}
         names |= {"V2": "imagenet-v2"}
-        found = {
+        values = {
             column: results["top1"][name]
             for column, name in names.items()
             if name in results["top1"]
         }
-        return found if results["mce"] is None else found | {"mCE": results["mce"]}
+        return values if results["mce"] is None else values | {"mCE": results["mce"]}
     return {}
 
 

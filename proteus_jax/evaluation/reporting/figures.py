@@ -65,11 +65,11 @@ def error_strip(views: np.ndarray, errors: np.ndarray, mask: np.ndarray) -> Imag
     return strip(tiles)
 
 
-def neighbour_sheet(views: np.ndarray, queries: Sequence[int], found: np.ndarray) -> Image.Image:
+def neighbour_sheet(views: np.ndarray, queries: Sequence[int], nearest: np.ndarray) -> Image.Image:
     """One row a query: itself, and the views [M, H, W, 3] that are nearest [M, K] to it."""
     side = CELL // 2
     rows = [
-        strip([Image.fromarray(views[at]) for at in (query, *found[query])], side)
+        strip([Image.fromarray(views[at]) for at in (query, *nearest[query])], side)
         for query in queries
     ]
     sheet = Image.new("RGB", (rows[0].width, len(rows) * (side + GAP) - GAP), "white")

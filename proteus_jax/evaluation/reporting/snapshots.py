@@ -77,6 +77,6 @@ def draw_student(
 def _draw_neighbours(scene: Scene, tokens: np.ndarray, path: Path) -> None:
     count = len(scene.views)
     if count > 1:
-        found = nearest(tokens, min(NEIGHBOURS, count - 1))
+        neighbours = nearest(tokens, min(NEIGHBOURS, count - 1))
         queries = np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int).tolist()
-        figures.save_picture(figures.neighbour_sheet(scene.views, queries, found), path)
+        figures.save_picture(figures.neighbour_sheet(scene.views, queries, neighbours), path)

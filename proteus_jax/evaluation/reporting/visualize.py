@@ -19,20 +19,20 @@ SIZE, HEIGHT, THIN = 448, 224, 20
 
 def read_images(paths: Sequence[str]) -> list[np.ndarray]:
     """Pixels uint8 [H, W, 3] of each; InputError lists those that cannot be read."""
-    found, problems = [], []
+    pictures, problems = [], []
     for path in paths:
         try:
             pixels = decode.decode(Path(path).expanduser().read_bytes())
             if max(pixels.shape[:2]) > THIN * min(pixels.shape[:2]):
                 raise Unreadable(f"one side is more than {THIN} times the other")
-            found.append(pixels)
+            pictures.append(pixels)
         except Unreadable as error:
             problems.append(f"{path}: {error}")
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
     if problems:
         raise InputError(problems)
-    return found
+    return pictures
 
 
 def columns(model: Model, title: str, pixels: Sequence[np.ndarray], size: int) -> list:

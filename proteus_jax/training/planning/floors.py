@@ -50,8 +50,8 @@ class Table(NamedTuple):
 @functools.cache
 def table() -> Table:
     """The table of this package."""
-    found = json.loads(FILE.read_text(encoding="utf-8"))
-    return Table(found["made"], [Floor(**row) for row in found["floors"]])
+    content = json.loads(FILE.read_text(encoding="utf-8"))
+    return Table(content["made"], [Floor(**row) for row in content["floors"]])
 
 
 def nearest(topology: str, work: float, images: float) -> Floor | None:

@@ -124,8 +124,8 @@ def _images(config: Any) -> tuple[int, str]:
         return IMAGENET_IMAGES, "ImageNet-1K's, as no --config.data.root is given"
     if skimage.NAME in config.data.root and not skimage.are_here():
         return IMAGENET_IMAGES, f"ImageNet-1K's, as {skimage.NAME}'s are not fetched for a plan"
-    found = open_configured(config.data, config.seed).training
-    return len(found), "those of --config.data.root to train on"
+    training = open_configured(config.data, config.seed).training
+    return len(training), "those of --config.data.root to train on"
 
 
 def _spec(source: str) -> ViTSpec:
@@ -315,11 +315,11 @@ def _compiler_lines(
             ) from None
         yield f"compiled for {topology.name}: not here ({reason}); pip install 'jax[tpu]'"
         return
-    found = compiled.memory_analysis()
-    assert found is not None
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
     assert topology.device is not None
     # The most that is there at one time; the sum of all temporaries is more.
-    peak, stored = found.peak_memory_in_bytes, found.argument_size_in_bytes
+    peak, stored = analysis.peak_memory_in_bytes, analysis.argument_size_in_bytes
     yield f"compiled, memory a device: {peak / GB:.2f} GB"
     yield f"compiled, memory a device, state, teacher and images: {stored / GB:.2f} GB"
     yield f"compiled, fits: {'yes' if peak <= topology.device.memory * USABLE else 'no'}"

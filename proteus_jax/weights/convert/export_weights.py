@@ -106,14 +106,14 @@ def export(
         if settings.batch:
             images = np.resize(images, (settings.batch, *images.shape[1:]))
         ours = our_outputs(subject.params, subject.spec, _pixels(subject, images))
-        found = list(compare(ours, chosen.outputs(subject, temporary, images)))
-        far = [one for one in found if not one.largest <= TOLERANCE]
+        comparisons = list(compare(ours, chosen.outputs(subject, temporary, images)))
+        far = [one for one in comparisons if not one.largest <= TOLERANCE]
         if far:
             raise InputError(
                 f"{output}: not written: loaded back, its {far[0].name} is {far[0].largest:.1e} "
                 f"standard deviations off, more than {TOLERANCE:g}"
             )
-    return found
+    return comparisons
 
 
 def _subject(directory: Path) -> ExportSource:
@@ -161,8 +161,8 @@ def _read_back(subject: ExportSource, path: Path) -> Arrays:
     """Canonical arrays of a file that was written, which PyTorch must read as this project does."""
     if path.suffix == ".pth":
         torch_reference.refuse_what_torch_reads_otherwise(path, read_weights(path).arrays)
-    found, _ = read_model(path, family=subject.card.family, heads=subject.spec.heads)
-    return found.arrays
+    model, _ = read_model(path, family=subject.card.family, heads=subject.spec.heads)
+    return model.arrays
 
 
 def _by_transformers(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
@@ -176,9 +176,9 @@ def _write_own(subject: ExportSource, path: Path, _: Settings) -> None:
 
 
 def _own_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
-    found, _ = read_model(path)
-    params = state_dict.to_params(found.arrays, found.spec, optional=subject.card.absent)
-    return our_outputs(params, found.spec, _pixels(subject, images))
+    model, _ = read_model(path)
+    params = state_dict.to_params(model.arrays, model.spec, optional=subject.card.absent)
+    return our_outputs(params, model.spec, _pixels(subject, images))
 
 
 def _write_dinov2(subject: ExportSource, path: Path, _: Settings) -> None:
@@ -230,13 +230,13 @@ def _write_timm(subject: ExportSource, path: Path, _: Settings) -> None:
 def _timm_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
     """Outputs of the file: by our own reading in any case, by timm where it can be imported."""
     spec, pixels = subject.spec, _pixels(subject, images)
-    found, _ = read_model(path, family=subject.card.family, heads=spec.heads)
+    model, _ = read_model(path, family=subject.card.family, heads=spec.heads)
     choices = {"interpolate_offset": spec.interpolate_offset, "grid": spec.grid}
     choices["interpolate_antialias"] = spec.interpolate_antialias
-    read = dataclasses.replace(found.spec, **choices)
-    params = state_dict.to_params(found.arrays, read, optional=OPTIONAL)
+    read = dataclasses.replace(model.spec, **choices)
+    params = state_dict.to_params(model.arrays, read, optional=OPTIONAL)
     return our_outputs(params, read, pixels) | (
-        torch_reference.timm_outputs(read, found.arrays, pixels) or {}
+        torch_reference.timm_outputs(read, model.arrays, pixels) or {}
     )
 
 
@@ -318,8 +318,8 @@ def _onnx_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outp
         ) from None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     pixels = np.ascontiguousarray(_pixels(subject, images).transpose(0, 3, 1, 2))
-    found = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels})
-    return dict(zip(("class token", "patches"), map(np.asarray, found), strict=True))
+    outputs = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels})
+    return dict(zip(("class token", "patches"), map(np.asarray, outputs), strict=True))
 
 
 def _write_stablehlo(subject: ExportSource, path: Path, settings: Settings) -> None:

@@ -77,19 +77,19 @@ def find_prefix(names: list[str]) -> str:
     """Finds the prefix of all names of the one ViT among the arrays; InputError where there is
     none, or several.
     """
-    found = set()
+    prefixes = set()
     for name in names:
         for patches in _PATCHES:
             before = name.removesuffix(patches)
             if before != name and (not before or before.endswith(".")):
-                found.add(before)
-    if not found:
+                prefixes.add(before)
+    if not prefixes:
         raise InputError(f"not a ViT: none of its {len(names)} names ends in {', '.join(_PATCHES)}")
-    if len(found) > 1:
+    if len(prefixes) > 1:
         raise InputError(
-            f"several models in it: choose one by --prefix: {', '.join(sorted(found))}"
+            f"several models in it: choose one by --prefix: {', '.join(sorted(prefixes))}"
         )
-    return found.pop()
+    return prefixes.pop()
 
 
 def detect_architecture(
@@ -114,7 +114,7 @@ def detect_architecture(
     }
     layout, fitting = _layout(arrays)
     name = _chosen(fitting, family, _configured_family(settings, prefix))
-    found = layout.to_canonical(arrays)
+    canonical = layout.to_canonical(arrays)
     left_out = tuple(n for n in arrays if layout.left_out and re.fullmatch(layout.left_out, n))
     choices = dict(FAMILIES[name].choices)
     if layout is name_maps.TIMM_MEAN or settings.get("global_pool") == "avg":
@@ -123,12 +123,12 @@ def detect_architecture(
             choices |= {"final_norm": "class"}
     choices |= _configured_choices(settings)
     if name == "dinov3" and "grid" not in choices:
-        choices["grid"] = max(1, _DINOV3_SIDE // found["patch_embed.proj.weight"].shape[-1])
-    _refuse_without(name, found)
+        choices["grid"] = max(1, _DINOV3_SIDE // canonical["patch_embed.proj.weight"].shape[-1])
+    _refuse_without(name, canonical)
     heads = settings.get("num_attention_heads") if heads is None else heads
-    spec = state_dict.infer_spec(found, heads, **choices)
+    spec = state_dict.infer_spec(canonical, heads, **choices)
     normalisation = _configured_normalization(settings) or FAMILIES[name].normalisation
-    return Detected(name, found, spec, normalisation, left_out, layout)
+    return Detected(name, canonical, spec, normalisation, left_out, layout)
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:

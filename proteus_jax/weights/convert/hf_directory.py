@@ -131,7 +131,7 @@ def _image_statistics(settings: Any, mean: str, std: str) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     with refusing(f"{path}: not readable as JSON"):
-        found = json.loads(path.read_text())
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+        content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected an object, found {type(content).__name__}")
+    return content

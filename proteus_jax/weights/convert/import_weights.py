@@ -49,27 +49,27 @@ def read_model(
         if not arrays:
             raise InputError(f"no name begins with {before!r}")
         if weights.card:
-            found, facts["licence"] = _of_card(weights.card, arrays)
+            detected, facts["licence"] = _of_card(weights.card, arrays)
         else:
             with refusing("its arrays are those of no ViT"):
-                found = detect_architecture(
+                detected = detect_architecture(
                     arrays, settings, family=family, heads=heads, prefix=before
                 )
     except InputError as error:
         raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
     if before:
         facts["prefix"] = before
-    if found.left_out:
-        facts["left_out"] = list(found.left_out)
-    return found, facts
+    if detected.left_out:
+        facts["left_out"] = list(detected.left_out)
+    return detected, facts
 
 
 def _of_card(text: str, arrays: Arrays) -> tuple[Detected, str]:
     """The description in a file of this project, and its licence."""
     with refusing("its card makes no sense"):
         card = ModelCard.from_json(json.loads(text))
-    found = Detected(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
-    return found, card.licence
+    detected = Detected(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
+    return detected, card.licence
 
 
 def import_weights(
@@ -90,23 +90,23 @@ def import_weights(
     A mask token alone may be absent: a teacher does not need it. It becomes zeros, and the card
     says so. What is `expected` must be what is found.
     """
-    found, facts = read_model(file, prefix=prefix, family=family, heads=heads)
+    detected, facts = read_model(file, prefix=prefix, family=family, heads=heads)
     try:
-        params = state_dict.to_params(found.arrays, found.spec, optional=OPTIONAL)
+        params = state_dict.to_params(detected.arrays, detected.spec, optional=OPTIONAL)
     except InputError as error:
         raise InputError([f"{file}: {problem}" for problem in error.problems]) from None
-    if expected is not None and found.spec != expected:
-        raise InputError(f"{file}: expected {expected}, found {found.spec}")
+    if expected is not None and detected.spec != expected:
+        raise InputError(f"{file}: expected {expected}, found {detected.spec}")
     own_licence = facts.pop("licence", NO_LICENCE)
     card = ModelCard(
-        spec=found.spec,
-        family=found.family,
-        normalisation=normalisation or found.normalisation,
+        spec=detected.spec,
+        family=detected.family,
+        normalisation=normalisation or detected.normalisation,
         licence=own_licence if licence == NO_LICENCE else licence,
         source=facts
-        | ({"left_out": list(found.left_out)} if found.left_out else {})
+        | ({"left_out": list(detected.left_out)} if detected.left_out else {})
         | (source or {}),
-        absent=tuple(name for name in OPTIONAL if name not in found.arrays),
+        absent=tuple(name for name in OPTIONAL if name not in detected.arrays),
     )
     save_model(target, params, card, replace=replace)
     return card

@@ -65,7 +65,7 @@ class NameMap:
 
     def from_canonical(self, arrays: Arrays, *, key_bias: bool = True) -> Arrays:
         """The inverse: their names and shapes. InputError for what they have no name for."""
-        layers = {int(found[1]) for name in arrays if (found := _BLOCK.match(name))}
+        layers = {int(match[1]) for name in arrays if (match := _BLOCK.match(name))}
         theirs = dict(self._pairs(sorted(layers)))
         result: Arrays = {}
         for name, array in arrays.items():

@@ -93,10 +93,10 @@ class _Graph:
             cls = self.pooled(patches)
         if spec.final_norm == "class":
             cls = self.norm(cls, "norm")
-        found = {"class_token": cls, "patch_tokens": patches}
+        outputs = {"class_token": cls, "patch_tokens": patches}
         if spec.registers:
-            found["registers"] = self.cut(tokens, int(spec.class_token), spec.prefix, axis=1)
-        return found
+            outputs["registers"] = self.cut(tokens, int(spec.class_token), spec.prefix, axis=1)
+        return outputs
 
     def embedded(self, table: np.ndarray | None) -> str:
         spec, arrays = self.spec, self.arrays
