@@ -50,7 +50,7 @@ def main() -> None:
     pictures = list(rng.integers(0, 256, (args.images, size, size, 3), dtype=np.uint8))
     source = MemorySource(pictures, [str(number) for number in range(args.images)])
     labels = rng.integers(0, args.classes, args.images)
-    learnt = LabeledDataset(source, labels, tuple(map(str, range(args.classes))))
+    train_set = LabeledDataset(source, labels, tuple(map(str, range(args.classes))))
     config = configuration.get_config()
     config.batch, config.data.crop = args.batch, args.crop
     mesh, spec = sharding.make_mesh(), SPECS[args.model]
@@ -78,7 +78,7 @@ def main() -> None:
         start = time.perf_counter()
         frozen.table(class_token, source, view, reading)
         between = time.perf_counter()
-        state = jax.block_until_ready(trainer(learnt, state))
+        state = jax.block_until_ready(trainer(train_set, state))
         end = time.perf_counter()
         if number:  # the first one compiles
             times["pass"].append(between - start)

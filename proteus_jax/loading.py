@@ -49,7 +49,10 @@ def _loaded(source: str | Path) -> Model:
     if (students / WEIGHTS).is_file():
         model = Model(*load_model(students))
         # A run that has been made longer, and has not ended again, has a newer one.
-        saved, exported = CheckpointStore(Workdir(directory).checkpoints).noted(), model.card.source
+        saved, exported = (
+            CheckpointStore(Workdir(directory).checkpoints).last_saved_step(),
+            model.card.source,
+        )
         if saved is None or saved <= exported.get("steps", saved):
             return model
         return _from_checkpoint(directory)
@@ -100,11 +103,11 @@ class Heads(NamedTuple):
         """The first teacher's."""
         return self.statistics.get(PRIMARY)
 
-    def answers(self, images: np.ndarray | jax.Array) -> dict[str, Features]:
+    def predictions(self, images: np.ndarray | jax.Array) -> dict[str, Features]:
         """Predicts each teacher's tokens of uint8 images [B, H, W, 3]: class token [B, T] and
         patches [B, N, T], in the teacher's own scale.
         """
-        outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
+        outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).by_teacher
         nothing = jnp.zeros((len(images), 0, 1))
         features = {
             name: Features(each.token, each.feature, nothing) for name, each in outputs.items()

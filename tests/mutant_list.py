@@ -305,8 +305,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/weights/convert/families.py",
-        "name = asked or told",
-        "name = told or asked",
+        "name = given or configured",
+        "name = configured or given",
         "what the user says of the family is overruled by the directory",
         ("test_families.py::test_what_a_timm_directory_says",),
     ),
@@ -613,8 +613,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/data/loader.py",
-        "return self.recipe(opened(index), rng), unreadable, index",
-        "return self.recipe(opened(index), rng), unreadable, index if unreadable < 0 else unreadable",
+        "return self.recipe(open_once(index), rng), unreadable, index",
+        "return self.recipe(open_once(index), rng), unreadable, index if unreadable < 0 else unreadable",
         "a replaced image keeps the label of the broken one",
         (
             "test_pipeline.py::test_numbers_are_those_of_the_images",
@@ -1228,8 +1228,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/evaluator.py",
-        "lambda images: self.experiment.said(name, at, images), views",
-        "lambda images: self.experiment.said(name, state, images), views",
+        "lambda images: self.experiment.student_outputs(name, at, images)",
+        "lambda images: self.experiment.student_outputs(name, state, images)",
         "what is measured of the average is measured of the student itself",
         ("test_teaching.py::test_two_teachers_and_a_start_from_the_command_line",),
     ),
@@ -1430,7 +1430,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/methods/teacher_config.py",
-        "return any(lesson.weights.patch > 0 for lesson in teacher_configs(config).values())",
+        "return any(teacher.weights.patch > 0 for teacher in teacher_configs(config).values())",
         "return teacher_configs(config)[PRIMARY].weights.patch > 0",
         "a second teacher's patch loss is not counted: odd batches pass, and plans are too small",
         ("test_assembly.py::test_each_teacher_has_its_own",),

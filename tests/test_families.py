@@ -88,7 +88,7 @@ def test_equal_to_transformers(name: str, tmp_path: Path, pixels: np.ndarray) ->
     again, _ = read_model(tmp_path / "theirs")
     theirs = read_directory(tmp_path / "theirs").weights.arrays
     back = again.layout.from_canonical(again.arrays, key_bias=card.spec.key_bias)
-    expected = {n: a for n, a in theirs.items() if a.size and n not in again.left_out}
+    expected = {n: a for n, a in theirs.items() if a.size and n not in again.ignored_keys}
     assert back.keys() == expected.keys()
     for key, array in expected.items():
         np.testing.assert_array_equal(back[key], array, strict=True)
@@ -225,7 +225,7 @@ def test_openclips_file_asks_for_the_activation(tmp_path: Path) -> None:
     for family, activation in (("clip", "quick_gelu"), ("openclip", "gelu")):
         found, facts = read_model(tmp_path / "w.safetensors", family=family, heads=2)
         assert found.spec == dataclasses.replace(spec, activation=activation)
-        assert found.left_out == ("proj",)
+        assert found.ignored_keys == ("proj",)
         assert facts["prefix"] == "visual."
 
 
@@ -240,7 +240,7 @@ def test_dinov3_in_its_own_names() -> None:
     found = detect_architecture(theirs, heads=2)
     assert found.family == "dinov3"
     assert found.spec == spec
-    assert found.left_out == ("rope_embed.periods", "blocks.0.attn.qkv.bias_mask")
+    assert found.ignored_keys == ("rope_embed.periods", "blocks.0.attn.qkv.bias_mask")
 
 
 def test_a_directory_of_several_files(tmp_path: Path) -> None:

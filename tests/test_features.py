@@ -117,7 +117,7 @@ def test_pairs_of_folders(labelled_folder: Path) -> None:
     assert pair.train.classes == pair.test.classes == CLASSES
     assert np.bincount(pair.train.labels).tolist() == [14, 14, 14]
     assert np.bincount(pair.test.labels).tolist() == [5, 5, 5]
-    assert pair.told == "test"
+    assert pair.test_name == "test"
     whole = open_pair(str(labelled_folder / "train"))
     assert np.bincount(whole.test.labels).tolist() == [2, 2, 2]
     assert np.bincount(whole.train.labels).tolist() == [12, 12, 12]
@@ -146,7 +146,7 @@ def test_addresses_and_lists_and_a_test_set_without_classes(
         write_classes(tmp_path / "flat" / split, rng, 2, ("a", "b"))
     (tmp_path / "flat" / "test").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "flat" / "test" / "x.png")
-    assert open_pair(str(tmp_path / "flat")).told == "val"
+    assert open_pair(str(tmp_path / "flat")).test_name == "val"
 
 
 def test_what_has_no_classes_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:

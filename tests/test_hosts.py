@@ -166,9 +166,9 @@ def test_a_host_that_is_wrong_waits_for_nobody() -> None:
     for host in ("0", "1"):
         place = {"--hosts": "2", "--host": host, "--coordinator": "127.0.0.1:9000"}
         with pytest.raises(InputError, match="a problem"):
-            command_line._company(place, ["a problem"])
+            command_line._process_info(place, ["a problem"])
     known = ["a problem"]
-    assert command_line._company({"--wait": "0"}, known)[0] == ALONE
+    assert command_line._process_info({"--wait": "0"}, known)[0] == ALONE
     assert len(known) == 2
 
 

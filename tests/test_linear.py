@@ -200,7 +200,7 @@ def test_labels_follow_their_images_where_one_is_broken(
     assert np.asarray(tokens.mean)[4, 0].round() == 0
     # A head that answers with the middle class.
     heads = [{"weight": jnp.zeros((1, 1, 3)), "bias": jnp.array([[0.0, 1.0, 0.0]])}]
-    found = linear._answers(context, probe, greys, learnt, heads, "test")
+    found = linear._run_heads(context, probe, greys, learnt, heads, "test")
     assert found.unreadable == 1
     np.testing.assert_array_equal(found.labels, np.delete(LABELS, 3))
     np.testing.assert_array_equal(found.right[:, 0], np.delete(LABELS, 3) == 1)

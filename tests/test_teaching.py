@@ -146,7 +146,7 @@ def test_a_finer_grid_with_registers_teaches_a_coarser_one(images: np.ndarray) -
     _, (row,), params = trained({"teacher": teacher}, images, weights=weights)
     student = StudentFunction(SMALL, {"teacher": OTHER.width})
     values = student.init(jax.random.key(3))
-    said = student(values, CLIP(jnp.asarray(images))).answers["teacher"]
+    said = student(values, CLIP(jnp.asarray(images))).by_teacher["teacher"]
     target = teacher.backbone(params["teacher"], CLIP(jnp.asarray(images)))
     assert target.patches.shape == (BATCH, 64, OTHER.width)
     target = resize_patch_grid(target, 4)
@@ -168,7 +168,9 @@ def test_a_teacher_of_larger_images(images: np.ndarray) -> None:
     pixels = IMAGENET(jnp.asarray(large))
     target = backbone(params["teacher"], pixels)
     student = StudentFunction(SMALL, {"teacher": TINY.width})
-    said = student(student.init(jax.random.key(3)), resize_images(pixels, CROP)).answers["teacher"]
+    said = student(student.init(jax.random.key(3)), resize_images(pixels, CROP)).by_teacher[
+        "teacher"
+    ]
     expected = float(jnp.mean((said.token - target.cls) ** 2))
     assert row["small/token_loss"] == pytest.approx(expected, rel=1e-5)
     assert np.isfinite(row["small/patch_loss"])
@@ -321,11 +323,11 @@ def test_two_teachers_and_a_start_from_the_command_line(
     assert heads is not None
     assert set(heads.statistics) == {"teacher", "other"}
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
-    answers = heads.answers(pixels)
+    answers = heads.predictions(pixels)
     assert answers["teacher"].patches.shape == (2, 4, TINY.width)
     assert answers["other"].cls.shape == (2, OTHER.width)
     # In the teacher's own scale, of which it learned the standardized tokens.
-    said = heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).answers["other"]
+    said = heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).by_teacher["other"]
     moments = heads.statistics["other"]
     deviation = np.sqrt(np.maximum(moments.cls_square - moments.cls**2, 0) + 1e-6)
     np.testing.assert_allclose(

@@ -82,7 +82,7 @@ class CheckpointStore:
         """The newest checkpoint that is whole. InputError where there is none, but one had been
         saved: a run that lost its checkpoints must not begin anew without a word.
         """
-        last = self.noted()
+        last = self.last_saved_step()
         faults: dict[int, str] = {}
         unfinished = sorted(path.name for path in self._unfinished())
         for step in sorted(self.steps(), reverse=True):
@@ -109,7 +109,7 @@ class CheckpointStore:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
         if not path_exists(self._root):
             return
-        last = self.noted()
+        last = self.last_saved_step()
         for step in self.steps():
             directory = self.place(step)
             if step == newest.step or (step not in newest.faults and is_sealed(directory)):
@@ -196,7 +196,7 @@ class CheckpointStore:
                 _remove(self.place(step))
         self.clear()
 
-    def noted(self) -> int | None:
+    def last_saved_step(self) -> int | None:
         """The newest step that was said to be saved; 0 where that cannot be read, None where there
         is no note. InputError where something else is in its place.
         """

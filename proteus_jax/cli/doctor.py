@@ -23,7 +23,7 @@ MANIFEST = "doctor.json"
 _SHOWN = 5
 
 
-def checkup(config: Any, output: Path, problems: Sequence[str], console: Console) -> None:
+def run_doctor(config: Any, output: Path, problems: Sequence[str], console: Console) -> None:
     """Looks at the images of every root, says what it finds, and writes one manifest for each.
 
     InputError, with nothing written, where a root has no images or `problems`, which are those of
@@ -170,7 +170,7 @@ def _manifest(
         "images": len(source),
         "left_out": [
             {"index": index, "name": source.name(index), "reason": reason}
-            for index, reason in findings.left_out().items()
+            for index, reason in findings.excluded().items()
         ],
         "no_images": list(skipped),
         "odd": {

@@ -57,7 +57,7 @@ class _Chunks(NamedTuple):
             np.empty((count, size, size, 3), np.uint8), np.full(count, -1), np.full(count, -1)
         )
         # The same image several times in a row is read and decoded once.
-        opened = functools.lru_cache(maxsize=1)(
+        open_once = functools.lru_cache(maxsize=1)(
             lambda index: decode.open_image(self.source.read(index), reused=self.order.repeats > 1)
         )
         randomness = ViewRandomness(self.order.seed)
@@ -65,18 +65,18 @@ class _Chunks(NamedTuple):
         for place in range(count):
             draw = base + place
             made.images[place], made.unreadable[place], made.numbers[place] = self._view(
-                self.order(draw).image, randomness.at(draw), opened
+                self.order(draw).image, randomness.at(draw), open_once
             )
         return made
 
     def _view(
-        self, index: int, rng: np.random.Generator, opened: Callable[[int], decode.LazyImage]
+        self, index: int, rng: np.random.Generator, open_once: Callable[[int], decode.LazyImage]
     ) -> tuple[np.ndarray, int, int]:
         """One slot; an unreadable image is replaced by another that the same slot chooses."""
         unreadable = -1
         for _ in range(MAXIMUM_REPLACEMENTS):
             try:
-                return self.recipe(opened(index), rng), unreadable, index
+                return self.recipe(open_once(index), rng), unreadable, index
             except Unreadable:
                 unreadable = index
                 index = int(rng.integers(len(self.source)))

@@ -86,7 +86,7 @@ class Findings(NamedTuple):
     def _readable(self) -> list[int]:
         return [index for index, fault in enumerate(self.faults) if not fault]
 
-    def left_out(self) -> dict[int, str]:
+    def excluded(self) -> dict[int, str]:
         """Index and reason of each image that training is better without: what cannot be read, and
         every copy but the first.
         """

@@ -45,8 +45,8 @@ def scores(
         temperature=TEMPERATURE,
         mesh=mesh,
     )
-    answers = voted[neighbours], ridge.fit(rows[0], labels[0])(rows[1])
-    right = [each == labels[1] for each in answers]
+    predicted = voted[neighbours], ridge.fit(rows[0], labels[0])(rows[1])
+    right = [each == labels[1] for each in predicted]
     return Scores(
         *(100 * float(np.mean(each)) for each in right),
         *(per_class.balanced(each, labels[1]) for each in right),

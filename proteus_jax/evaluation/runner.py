@@ -119,11 +119,13 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     """Measures, and writes results.json; returns the exit code."""
     place.compare(jax.process_index(), collectives.gather_from_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
-    workdir, leads = place.local, jax.process_index() == 0
+    workdir, is_primary = place.local, jax.process_index() == 0
     with about("--workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    console.quiet = not leads
-    console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
+    console.quiet = not is_primary
+    console.keep_log(
+        workdir / "log.txt" if is_primary else workdir / f"log.{jax.process_index()}.txt"
+    )
     mesh = sharding.make_mesh()
     dtype = dtype_of(config.precision, jax.default_backend())
     readers = makers(config.data.workers, config.data.threads, config.data.crop)
@@ -145,7 +147,7 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     results = {"protocol": config.protocol} | measured
     results["constants"] = _constants(config) | results.get("constants", {})
     results["model"] = describe(config.model, inputs.model)
-    if leads:
+    if is_primary:
         text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
         write_atomically(workdir / "config.json", text)
         write_results(workdir, results)

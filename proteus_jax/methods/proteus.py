@@ -104,6 +104,6 @@ def student_losses(
         wanted = mask is not None and weights[name].patch > 0
         masked_target = target.patches[masked_rows] if wanted else None
         losses[name] = distillation_losses(
-            predictions.answers[name], target, masked_target, mask, weights[name]
+            predictions.by_teacher[name], target, masked_target, mask, weights[name]
         )
     return losses

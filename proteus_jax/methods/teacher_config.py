@@ -50,7 +50,7 @@ def teacher_configs(config: Any) -> dict[str, TeacherConfig]:
 
 def masks(config: Any) -> bool:
     """True where any teacher's patches are predicted under a mask."""
-    return any(lesson.weights.patch > 0 for lesson in teacher_configs(config).values())
+    return any(teacher.weights.patch > 0 for teacher in teacher_configs(config).values())
 
 
 def image_side(config: Any) -> int:

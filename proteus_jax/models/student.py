@@ -34,7 +34,7 @@ class StudentOutput(NamedTuple):
     """The student's own features of a batch, and its answers to each teacher by name."""
 
     features: Features
-    answers: dict[str, HeadOutputs]
+    by_teacher: dict[str, HeadOutputs]
 
 
 class Head(nnx.Module):
@@ -107,8 +107,8 @@ class Student(nnx.Module):
             features = self.backbone(images, **training)
         else:
             features, masked = self._both_passes(images, masked_images, mask, training)
-        answers = {name: heads(features, masked) for name, heads in self.heads.items()}
-        return StudentOutput(features, answers)
+        outputs = {name: heads(features, masked) for name, heads in self.heads.items()}
+        return StudentOutput(features, outputs)
 
     def _both_passes(
         self,

@@ -89,7 +89,7 @@ class Evaluator:
         for name in state.params:
 
             def predict(images: np.ndarray, name: str = name) -> teacher_agreement.StudentOutputs:
-                return self.experiment.said(name, state, images)
+                return self.experiment.student_outputs(name, state, images)
 
             tokens = teacher_agreement.student_tokens(predict, views, batch)
             agreement = teacher_agreement.measure(tokens, self._target)
@@ -101,7 +101,7 @@ class Evaluator:
                 f"{name}/cka": agreement.cka,
             }
             values |= self._agreement_of_average(name, state, views)
-            predicted = self._guessed(name, state, self._scene)
+            predicted = self._masked_predictions(name, state, self._scene)
             if self.leads:
                 with self._writing("a picture"):
                     snapshots.draw_student(self._scene, name, step, tokens, predicted, self.workdir)
@@ -116,7 +116,9 @@ class Evaluator:
         averaged = state.params[name] | {"backbone": state.ema[name]}
         at = state._replace(params=state.params | {name: averaged})
         tokens = teacher_agreement.student_tokens(
-            lambda images: self.experiment.said(name, at, images), views, self.config.batch
+            lambda images: self.experiment.student_outputs(name, at, images),
+            views,
+            self.config.batch,
         )
         agreement = teacher_agreement.measure(tokens, self._target)
         return {
@@ -129,7 +131,9 @@ class Evaluator:
         """True where the feature head is trained: CLIP's student has its class token only."""
         return self.config.loss.feature > 0
 
-    def _guessed(self, name: str, state: TrainState, scene: snapshots.Scene) -> np.ndarray | None:
+    def _masked_predictions(
+        self, name: str, state: TrainState, scene: snapshots.Scene
+    ) -> np.ndarray | None:
         """The patch head's predictions of hidden patches; None where it is not trained."""
         if not self.config.loss.patch or not scene.hidden.any():
             return None
@@ -214,7 +218,7 @@ class Evaluator:
         rows = min(PICTURE_ROWS, len(batch))
         target = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
         outputs = [
-            (f"{name} {moment}", self.experiment.said(name, at, batch).feature)
+            (f"{name} {moment}", self.experiment.student_outputs(name, at, batch).feature)
             for name in self.experiment.students
             for moment, at in moments
         ]

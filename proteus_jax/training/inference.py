@@ -76,9 +76,9 @@ def evaluation_functions(
         name: str, params: Params, statistics: Any, images: jax.Array
     ) -> StudentOutputs:
         output = assembly.students[name](params, resize_images(normalise(images), crop))
-        answers = output.answers[PRIMARY]
+        answered = output.by_teacher[PRIMARY]
         spoken = in_its_scale(
-            Features(answers.token, answers.feature, output.features.registers), statistics
+            Features(answered.token, answered.feature, output.features.registers), statistics
         )
         return StudentOutputs(output.features, spoken.cls, spoken.patches)
 
@@ -87,9 +87,9 @@ def evaluation_functions(
         name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
     ) -> jax.Array:
         pixels = resize_images(normalise(images), crop)
-        answers = assembly.students[name](params, pixels, pixels, mask).answers[PRIMARY]
-        assert answers.patch is not None
-        spoken = Features(answers.token, answers.patch, answers.patch[:, :0])
+        answered = assembly.students[name](params, pixels, pixels, mask).by_teacher[PRIMARY]
+        assert answered.patch is not None
+        spoken = Features(answered.token, answered.patch, answered.patch[:, :0])
         return in_its_scale(spoken, statistics).patches
 
     def features(images: np.ndarray) -> Features:

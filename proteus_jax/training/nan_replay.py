@@ -250,9 +250,9 @@ def _not_finite(
     ]
     for name in (*assembly.teachers, *assembly.students):
         bad = np.flatnonzero(~np.concatenate([part[name] for part in parts])).tolist()
-        who = "the teacher" if name == PRIMARY else name
+        label = "the teacher" if name == PRIMARY else name
         named = ", ".join(names[at] if at < len(names) else f"image {at}" for at in bad[:8])
         lines.append(
-            f"{who}: features of {len(bad)} images are not finite{': ' * bool(bad)}{named}"
+            f"{label}: features of {len(bad)} images are not finite{': ' * bool(bad)}{named}"
         )
     return lines

@@ -77,8 +77,8 @@ class Experiment:
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
     # The first teacher's, its patches on the students' grid.
     teacher_features: Callable[[np.ndarray], Features]
-    said: Callable[[str, TrainState, np.ndarray], StudentOutputs]
-    # As `said`, with the patches under a mask [b, n] hidden: what the patch head says there.
+    student_outputs: Callable[[str, TrainState, np.ndarray], StudentOutputs]
+    # The patch head's predictions of the patches under a mask [b, n].
     hidden_patches: Callable[[str, TrainState, np.ndarray, np.ndarray], np.ndarray]
     # Floating-point operations for an image, and what all devices could do in a second; None where
     # that is not known.
@@ -109,7 +109,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
     init, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
     places = sharding.shardings(shapes, mesh)
-    features, said, hidden = evaluation_functions(config, assembly, teacher_params, mesh)
+    features, outputs, hidden = evaluation_functions(config, assembly, teacher_params, mesh)
     return Experiment(
         config=config,
         mesh=mesh,
@@ -131,7 +131,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         init=_started(init, inputs.start, assembly, mesh),
         train_step=train_step,
         teacher_features=features,
-        said=said,
+        student_outputs=outputs,
         hidden_patches=hidden,
         work=assembly.work(config).total,
         peak=_peak(config),

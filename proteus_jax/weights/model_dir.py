@@ -144,7 +144,8 @@ def load_model(directory: Path) -> tuple[Params, ModelCard]:
     checksum = sha256(weights)
     if checksum != digest:
         raise InputError(
-            f"{weights}: changed since it was written: its sha256 should be {digest}, found {checksum}"
+            f"{weights}: changed since it was written: its sha256 should be {digest}, found "
+            f"{checksum}"
         )
     try:
         arrays = safetensors.numpy.load_file(weights)

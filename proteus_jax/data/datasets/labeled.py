@@ -43,11 +43,11 @@ class LabeledDataset(NamedTuple):
 
 
 class TrainTestSplit(NamedTuple):
-    """A training set and a test set of the same classes; `told` says how they were told apart."""
+    """A training set and a test set of the same classes; `test_name` is what the second is called."""
 
     train: LabeledDataset
     test: LabeledDataset
-    told: str
+    test_name: str
 
 
 def open_labeled(root: str) -> LabeledDataset:
@@ -191,7 +191,7 @@ def _first(root: str, splits: Sequence[str], between: str) -> tuple[LabeledDatas
     raise InputError([f"{root}: no split to test on", *reasons])
 
 
-def _matched(train: LabeledDataset, test: LabeledDataset, told: str) -> TrainTestSplit:
+def _matched(train: LabeledDataset, test: LabeledDataset, test_name: str) -> TrainTestSplit:
     """The test set's labels as numbers of the training set's classes."""
     number = {name: label for label, name in enumerate(train.classes)}
     strange = [name for name in test.classes if name not in number]
@@ -201,7 +201,9 @@ def _matched(train: LabeledDataset, test: LabeledDataset, told: str) -> TrainTes
             f"{len(train.classes)}, as {train.classes[0]}"
         )
     own = np.array([number[name] for name in test.classes])
-    return TrainTestSplit(train, LabeledDataset(test.source, own[test.labels], train.classes), told)
+    return TrainTestSplit(
+        train, LabeledDataset(test.source, own[test.labels], train.classes), test_name
+    )
 
 
 def _parted(whole: LabeledDataset) -> TrainTestSplit:

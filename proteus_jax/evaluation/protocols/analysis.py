@@ -219,7 +219,7 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone)
         if heads.moments is not None:
             target = standardize(target, heads.moments)
         masks = jnp.broadcast_to(mask, (len(images), len(mask)))
-        outputs = student(params[0], pixels, pixels, masks).answers[PRIMARY]
+        outputs = student(params[0], pixels, pixels, masks).by_teacher[PRIMARY]
         assert outputs.patch is not None
         return {
             "token": jnp.mean((outputs.token - target.cls) ** 2, axis=-1),

@@ -38,7 +38,7 @@ def described(config: Any, pair: TrainTestSplit, unreadable: int) -> dict[str, A
     """The description of the images in results.json."""
     return {
         "root": config.data.root,
-        "test": pair.told,
+        "test": pair.test_name,
         "train_images": len(pair.train.labels),
         "test_images": len(pair.test.labels),
         "classes": len(pair.train.classes),

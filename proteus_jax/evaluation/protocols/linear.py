@@ -189,14 +189,14 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     else:
         state = CropTrainer(context, probe, tokens)(train_set, state)
     scores, unreadable = {}, 0
-    answers = None
+    results = None
     for title, part in (("held_out", held_out), ("test", pair.test)):
         if part is not None:
-            answers = _answers(context, probe, tokens, part, state["heads"], title)
-            scores[title] = [100 * float(share) for share in answers.right.mean(axis=0)]
-            unreadable += answers.unreadable
-    assert answers is not None
-    even = [per_class.balanced(head, answers.labels) for head in answers.right.T]
+            results = _run_heads(context, probe, tokens, part, state["heads"], title)
+            scores[title] = [100 * float(share) for share in results.right.mean(axis=0)]
+            unreadable += results.unreadable
+    assert results is not None
+    even = [per_class.balanced(head, results.labels) for head in results.right.T]
     best = {"test": int(np.argmax(scores["test"]))}
     if held_out is not None:
         best["held_out"] = int(np.argmax(scores["held_out"]))
@@ -207,8 +207,8 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
             f"balanced {even[number]:6.2f} %  {probe.names[number]}"
         )
     chosen = best.get("held_out", best["test"])
-    rows = per_class.rows(answers.right[:, chosen], answers.labels, pair.train.classes)
-    knn.say_what_it_is_worth(context, pair, answers.labels, rows)
+    rows = per_class.rows(results.right[:, chosen], results.labels, pair.train.classes)
+    knn.say_what_it_is_worth(context, pair, results.labels, rows)
     if jax.process_index() == 0:
         _save_head(context, probe, state["heads"], best, pair.train.classes, protocol)
     return {
@@ -223,7 +223,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
             }
             for title, number in best.items()
         },
-        "chance": per_class.chance(answers.labels),
+        "chance": per_class.chance(results.labels),
         "per_class": rows,
         "data": knn.described(config, pair, unreadable)
         | {"held_out_images": 0 if held_out is None else len(held_out.labels)},
@@ -361,7 +361,7 @@ class _HeadAnswers(NamedTuple):
     unreadable: int
 
 
-def _answers(
+def _run_heads(
     context: Context,
     probe: Probe,
     tokens: Callable,

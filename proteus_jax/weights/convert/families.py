@@ -28,7 +28,7 @@ class Family(NamedTuple):
 
     choices: Mapping[str, Any]
     normalisation: Normalization
-    told: str
+    title: str
 
 
 _CLIP = {name: config.CLIP[name] for name in ("norm_epsilon", "activation", "xavier_qkv")}
@@ -69,7 +69,7 @@ class Detected(NamedTuple):
     spec: ViTSpec
     normalisation: Normalization
     # Names that carry nothing a backbone needs.
-    left_out: tuple[str, ...]
+    ignored_keys: tuple[str, ...]
     layout: NameMap
 
 
@@ -115,7 +115,9 @@ def detect_architecture(
     layout, fitting = _layout(arrays)
     name = _chosen(fitting, family, _configured_family(settings, prefix))
     canonical = layout.to_canonical(arrays)
-    left_out = tuple(n for n in arrays if layout.left_out and re.fullmatch(layout.left_out, n))
+    ignored_keys = tuple(
+        n for n in arrays if layout.ignored_keys and re.fullmatch(layout.ignored_keys, n)
+    )
     choices = dict(FAMILIES[name].choices)
     if layout is name_maps.TIMM_MEAN or settings.get("global_pool") == "avg":
         choices |= {"pooling": "mean"}
@@ -128,7 +130,7 @@ def detect_architecture(
     heads = settings.get("num_attention_heads") if heads is None else heads
     spec = state_dict.infer_spec(canonical, heads, **choices)
     normalisation = _configured_normalization(settings) or FAMILIES[name].normalisation
-    return Detected(name, canonical, spec, normalisation, left_out, layout)
+    return Detected(name, canonical, spec, normalisation, ignored_keys, layout)
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:
@@ -145,7 +147,7 @@ def _refuse_without(family: str, arrays: Arrays) -> None:
     }.get(family, set())
     for what, array in needed.items():
         if what not in spared and array not in arrays:
-            raise InputError(f"not a ViT of {FAMILIES[family].told}: it has no {what}")
+            raise InputError(f"not a ViT of {FAMILIES[family].title}: it has no {what}")
 
 
 def _layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
@@ -197,8 +199,8 @@ def _plain_layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
     return name_maps.DINOV2, ("dinov2",)
 
 
-def _chosen(fitting: Sequence[str], asked: str | None, told: str | None) -> str:
-    name = asked or told
+def _chosen(fitting: Sequence[str], given: str | None, configured: str | None) -> str:
+    name = given or configured
     if name is not None:
         if name not in fitting:
             raise InputError(
@@ -206,7 +208,7 @@ def _chosen(fitting: Sequence[str], asked: str | None, told: str | None) -> str:
             )
         return name
     if len(fitting) > 1:
-        kinds = "; ".join(f"--family {name} ({FAMILIES[name].told})" for name in fitting)
+        kinds = "; ".join(f"--family {name} ({FAMILIES[name].title})" for name in fitting)
         raise InputError(f"the names do not tell the family: give {kinds}")
     return fitting[0]
 

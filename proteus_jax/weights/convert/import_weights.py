@@ -59,8 +59,8 @@ def read_model(
         raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
     if before:
         facts["prefix"] = before
-    if detected.left_out:
-        facts["left_out"] = list(detected.left_out)
+    if detected.ignored_keys:
+        facts["left_out"] = list(detected.ignored_keys)
     return detected, facts
 
 
@@ -104,7 +104,7 @@ def import_weights(
         normalisation=normalisation or detected.normalisation,
         licence=own_licence if licence == NO_LICENCE else licence,
         source=facts
-        | ({"left_out": list(detected.left_out)} if detected.left_out else {})
+        | ({"left_out": list(detected.ignored_keys)} if detected.ignored_keys else {})
         | (source or {}),
         absent=tuple(name for name in OPTIONAL if name not in detected.arrays),
     )

@@ -32,7 +32,7 @@ class NameMap:
     block_arrays: dict[str, str] = dataclasses.field(default_factory=dict)
     axes: dict[str, int] = dataclasses.field(default_factory=dict)
     # Names without a counterpart, which carry nothing that a backbone needs.
-    left_out: str = ""
+    ignored_keys: str = ""
 
     def to_canonical(self, arrays: Arrays) -> Arrays:
         """Canonical names; query, key and value become one. What is not known keeps its name, so
@@ -43,7 +43,7 @@ class NameMap:
         result: Arrays = {}
         parts: dict[str, dict[int, np.ndarray]] = {}
         for name, array in arrays.items():
-            if self.left_out and re.fullmatch(self.left_out, name):
+            if self.ignored_keys and re.fullmatch(self.ignored_keys, name):
                 continue
             whole, _, part = ours.get(name, name).partition("#")
             if part:
@@ -161,7 +161,7 @@ DINOV2 = NameMap(
     block_arrays=_SCALES,
 )
 # The authors' SynCLR; its mask token has three axes.
-SYNCLR = dataclasses.replace(DINOV2, axes={"mask_token": 3}, left_out=_CLASSIFIER)
+SYNCLR = dataclasses.replace(DINOV2, axes={"mask_token": 3}, ignored_keys=_CLASSIFIER)
 # Packed: gate and value are one fc1.
 TIMM_SWIGLU = dataclasses.replace(
     DINOV2,
@@ -173,14 +173,14 @@ TIMM = dataclasses.replace(
     modules=DINOV2.modules | {"norm_pre": "norm_pre"},
     block_modules=_PLAIN_BLOCK,
     arrays=_TOKENS | {"register_tokens": "reg_token"},
-    left_out=_CLASSIFIER,
+    ignored_keys=_CLASSIFIER,
 )
 # Average pooling: its one norm comes after the mean.
 TIMM_MEAN = dataclasses.replace(TIMM, modules=TIMM.modules | {"norm": "fc_norm"})
 DINOV3 = dataclasses.replace(
     DINOV2,
     arrays=_TOKENS | {"register_tokens": "storage_tokens"},
-    left_out=r"rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask",
+    ignored_keys=r"rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask",
 )
 CLIP = NameMap(
     block="transformer.resblocks.{}.",
@@ -199,7 +199,7 @@ CLIP = NameMap(
         "mask_token": "mask_token",
     },
     axes={"cls_token": 1, "pos_embed": 2},
-    left_out="proj",
+    ignored_keys="proj",
 )
 HF_DINOV2 = NameMap(
     block="encoder.layer.{}.",
@@ -216,7 +216,7 @@ HF_DINOV2 = NameMap(
     qkv=_HF_QKV,
     arrays=_HF_TOKENS,
     block_arrays=_HF_SCALES,
-    left_out=r"classifier\.(weight|bias)",
+    ignored_keys=r"classifier\.(weight|bias)",
 )
 HF_VIT = dataclasses.replace(
     HF_DINOV2,
@@ -229,7 +229,7 @@ HF_VIT = dataclasses.replace(
     },
     block_arrays={},
     axes={"mask_token": 3},
-    left_out=r"classifier\.(weight|bias)|pooler\.dense\.(weight|bias)",
+    ignored_keys=r"classifier\.(weight|bias)|pooler\.dense\.(weight|bias)",
 )
 _HF_CLIP_BLOCK = {
     "norm1": "layer_norm1",
@@ -252,7 +252,7 @@ HF_CLIP = NameMap(
         "pos_embed": "embeddings.position_embedding.weight",
     },
     axes={"cls_token": 1, "pos_embed": 2},
-    left_out=r"embeddings\.position_ids",
+    ignored_keys=r"embeddings\.position_ids",
 )
 HF_SIGLIP = dataclasses.replace(
     HF_CLIP,
