@@ -43,7 +43,7 @@ class LabeledDataset(NamedTuple):
 
 
 class TrainTestSplit(NamedTuple):
-    """A training set and a test set of the same classes; `test_name` is what the second is called."""
+    """A training set and a test set of the same classes; `test_name` names the second."""
 
     train: LabeledDataset
     test: LabeledDataset
