@@ -39,7 +39,7 @@ TOKEN_TOLERANCE = 2e-4
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 1e-4
 GRADIENT_TOLERANCE = 1e-4
 WITHIN_LEARNING_RATE, OUTSIDE_TOLERANCE = 0.02, 0.02
-COLOUR_TOLERANCE, GEOMETRY_TOLERANCE = 1.0, 2.0
+COLOR_TOLERANCE, GEOMETRY_TOLERANCE = 1.0, 2.0
 GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 HEADS = {"token_head": "token", "fea_head": "feature", "patch_head": "patch"}
 HEAD_ARRAYS = {
@@ -344,7 +344,7 @@ def _check_operations(arrays: Arrays) -> Iterator[Check]:
         error = np.inf
         if output.shape == expected.shape:
             error = float(np.abs(output.astype(int) - expected.astype(int)).mean())
-        tolerance = GEOMETRY_TOLERANCE if name in GEOMETRY else COLOUR_TOLERANCE
+        tolerance = GEOMETRY_TOLERANCE if name in GEOMETRY else COLOR_TOLERANCE
         yield Check(f"out/{key}", error, tolerance, "levels of 255, mean")
 
 

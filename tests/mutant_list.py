@@ -654,7 +654,7 @@ MUTANTS = [
         "step = before[int(counts.nonzero()[0][-1])] // 255",
         "step = counts.sum() // 255",
         "equalizing counts the brightest level too",
-        ("test_augment.py::test_colours_as_by_pillow",),
+        ("test_augment.py::test_colors_as_by_pillow",),
     ),
     Mutant(
         "proteus_jax/data/transforms/randaugment.py",
@@ -693,7 +693,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/data/transforms/resize.py",
-        "    centred[:, 2] += centred[:, :2] @ (0.5, 0.5) - 0.5\n",
+        "    centered[:, 2] += centered[:, :2] @ (0.5, 0.5) - 0.5\n",
         "",
         "rotated and sheared images are moved by a part of a pixel",
         ("test_augment.py::test_geometry_as_by_pillow",),
@@ -941,10 +941,10 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/evaluation/reporting/svg_chart.py",
-        'parts.append(_line(each, f"var(--c{number % COLOURS})", x, y))',
+        'parts.append(_line(each, f"var(--c{number % COLORS})", x, y))',
         'parts.append(_line(each, f"var(--c{number})", x, y))',
         "a seventh line has a color that does not exist",
-        ("test_report.py::test_a_chart_of_many_lines_has_a_colour_for_each",),
+        ("test_report.py::test_a_chart_of_many_lines_has_a_color_for_each",),
     ),
     Mutant(
         "proteus_jax/evaluation/feature_extraction.py",
@@ -1116,8 +1116,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/evaluation/reporting/figures.py",
-        "        front = ~front\n    colours",
-        "        front = front\n    colours",
+        "        front = ~front\n    colors",
+        "        front = front\n    colors",
         "with the component's sign the other way the background is colored and the object black",
         ("test_report.py::test_the_background_is_black_whichever_way_a_component_points",),
     ),
@@ -1692,8 +1692,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/models/pos_embed.py",
-        "_cubic((index - centre + 0.5) / stretch, -0.5)",
-        "_cubic((index - centre + 0.5) / stretch, -0.75)",
+        "_cubic((index - center + 0.5) / stretch, -0.5)",
+        "_cubic((index - center + 0.5) / stretch, -0.75)",
         "tables of models with registers, and grids, are resized by another cubic than PyTorch's",
         ("test_models.py::test_a_smaller_grid_is_antialiased",),
     ),

@@ -9,7 +9,7 @@ from proteus_jax.evaluation.teacher_agreement import (
     StudentOutputs,
     StudentTokens,
     TeacherTokens,
-    centred_cosine,
+    centered_cosine,
     measure,
     neighbour_overlap,
     student_tokens,
@@ -19,23 +19,23 @@ from proteus_jax.models.vit import Features
 
 
 def test_a_constant_student_agrees_in_nothing(rng: np.random.Generator) -> None:
-    """The reason for centring: by the raw cosine a constant looks good."""
+    """The reason for centering: by the raw cosine a constant looks good."""
     teacher = rng.normal(size=(500, 64)).astype(np.float32) + 2.0
     constant = np.broadcast_to(teacher.mean(axis=0) + 0.01, teacher.shape)
     raw = np.sum(teacher * constant, axis=1)
     raw /= np.linalg.norm(teacher, axis=1) * np.linalg.norm(constant, axis=1)
     assert raw.mean() > 0.8
-    assert abs(centred_cosine(constant, teacher)) < 0.01
-    assert centred_cosine(teacher, teacher) == pytest.approx(1.0)
+    assert abs(centered_cosine(constant, teacher)) < 0.01
+    assert centered_cosine(teacher, teacher) == pytest.approx(1.0)
     # Scale is forgiven, direction is not.
     mean = teacher.mean(axis=0)
-    assert centred_cosine(mean + 3 * (teacher - mean), teacher) == pytest.approx(1.0, abs=1e-4)
-    assert centred_cosine(mean - (teacher - mean), teacher) == pytest.approx(-1.0, abs=1e-4)
+    assert centered_cosine(mean + 3 * (teacher - mean), teacher) == pytest.approx(1.0, abs=1e-4)
+    assert centered_cosine(mean - (teacher - mean), teacher) == pytest.approx(-1.0, abs=1e-4)
 
 
 def test_a_student_at_the_mean_itself_is_no_division_by_zero() -> None:
     teacher = np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32)
-    assert centred_cosine(np.zeros((2, 2), np.float32), teacher) == 0.0
+    assert centered_cosine(np.zeros((2, 2), np.float32), teacher) == 0.0
 
 
 def test_neighbours_written_out(rng: np.random.Generator) -> None:
@@ -68,8 +68,8 @@ def test_what_is_measured_of_which_tokens(rng: np.random.Generator) -> None:
         lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
         return float(np.mean((ours * theirs).sum(axis=1) / lengths))
 
-    centring = np.eye(24) - 1 / 24
-    k, n = (centring @ (each @ each.T) @ centring for each in (own, target.cls))
+    centering = np.eye(24) - 1 / 24
+    k, n = (centering @ (each @ each.T) @ centering for each in (own, target.cls))
     assert found.cls == pytest.approx(cosine(token, target.cls), abs=1e-6)
     assert found.patch == pytest.approx(cosine(feature, target.patches), abs=1e-6)
     assert found.cka == pytest.approx(
@@ -134,8 +134,8 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
     assert 0.5 < found[0].cka < 1
 
 
-def test_the_picture_has_the_teachers_colours(rng: np.random.Generator) -> None:
-    """A student that equals its teacher looks like it; one at the teacher's mean has no colour."""
+def test_the_picture_has_the_teachers_colors(rng: np.random.Generator) -> None:
+    """A student that equals its teacher looks like it; one at the teacher's mean has no color."""
     views = rng.integers(0, 256, (3, 28, 56, 3), dtype=np.uint8)
     teacher = rng.normal(size=(3, 8, 16)).astype(np.float32)
     mean = np.broadcast_to(teacher.mean(axis=(0, 1)), teacher.shape)

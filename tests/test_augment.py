@@ -244,8 +244,8 @@ def test_arguments_of_operations_are_timms() -> None:
             assert found == pytest.approx(expected), (name, magnitude, sign)
 
 
-def test_colours_as_by_pillow(rng: np.random.Generator) -> None:
-    """Each of the ten operations on colours, on an image that uses few levels of each channel:
+def test_colors_as_by_pillow(rng: np.random.Generator) -> None:
+    """Each of the ten operations on colors, on an image that uses few levels of each channel:
     at most one level apart.
     """
     levels = texture(rng, 48, 48).astype(int)
@@ -412,7 +412,7 @@ def test_erased_boxes_reach_their_bounds() -> None:
 def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
     picture = Image.fromarray(photograph(rng))
     expected = np.asarray(picture)
-    grey = np.asarray(picture.convert("L"))
+    gray = np.asarray(picture.convert("L"))
 
     def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
         buffer = io.BytesIO()
@@ -422,20 +422,20 @@ def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
     decoded = decode.decode(saved(picture.convert("RGBA")))
     np.testing.assert_array_equal(decoded, expected)
     decoded = decode.decode(saved(picture.convert("L")))
-    np.testing.assert_array_equal(decoded, np.dstack([grey] * 3))
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(decode.decode(saved(deep)), np.dstack([grey] * 3))
+    np.testing.assert_array_equal(decoded, np.dstack([gray] * 3))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decode.decode(saved(deep)), np.dstack([gray] * 3))
     assert mean_difference(decode.decode(saved(picture.quantize(256))), expected) < 12
     cmyk = saved(picture.convert("CMYK"), "JPEG", quality=100)
     assert mean_difference(decode.decode(cmyk), expected) < 12
     jpegs = {
-        "grey": picture.convert("L"),
-        "colours": picture,
+        "gray": picture.convert("L"),
+        "colors": picture,
         "progressive": picture,
-        "whole colours": picture,
+        "whole colors": picture,
     }
     for name, image in jpegs.items():
-        more = {"progressive": {"progressive": True}, "whole colours": {"subsampling": 0}}
+        more = {"progressive": {"progressive": True}, "whole colors": {"subsampling": 0}}
         data = saved(image, "JPEG", **more.get(name, {}))
         by_pillow_itself = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         np.testing.assert_array_equal(decode.decode(data), by_pillow_itself, err_msg=name)

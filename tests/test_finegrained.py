@@ -30,7 +30,7 @@ from proteus_jax.weights.model_dir import load_model
 
 
 def image(path: Path, label: int, number: int) -> None:
-    """One whose colour tells its class."""
+    """One whose color tells its class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(number)
     pixels = rng.normal(np.eye(3)[label % 3] * 200, 50, (20, 24, 3)).clip(0, 255)
@@ -238,7 +238,7 @@ def test_of_several_objects_of_a_class_a_plain_one_counts(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", FINEGRAINED)
 def test_each_layout(name: str, all_twelve: Path) -> None:
-    """The parts have their sizes, and each image the class that its colour tells."""
+    """The parts have their sizes, and each image the class that its color tells."""
     found, absent = find_datasets(str(all_twelve), [name])
     assert absent == {}
     for part, count in zip(found[name], COUNTS[name], strict=True):
@@ -251,14 +251,14 @@ def test_each_layout(name: str, all_twelve: Path) -> None:
             assert part.labels.shape == (9, 20)
             continue
         assert set(part.labels.tolist()) == {0, 1, 2}
-        colours = {}
+        colors = {}
         for number, label in enumerate(part.labels.tolist()):
             content = part.source.read(number)
             if isinstance(content, bytes):
                 content = np.asarray(Image.open(io.BytesIO(content)))
-            colours.setdefault(label, set()).add(int(content.mean(axis=(0, 1)).argmax()))
-        assert all(len(seen) == 1 for seen in colours.values()), colours
-        assert len(set.union(*colours.values())) == 3
+            colors.setdefault(label, set()).add(int(content.mean(axis=(0, 1)).argmax()))
+        assert all(len(seen) == 1 for seen in colors.values()), colors
+        assert len(set.union(*colors.values())) == 3
 
 
 def test_caltechs_draws(all_twelve: Path) -> None:

@@ -574,7 +574,7 @@ def assert_measured_alike(many: Path, one: Path) -> None:
     drawn = sorted(path.relative_to(one) for path in one.rglob("*.png"))
     assert len(drawn) > 2
     for name in drawn:
-        # Colours are scaled by the smallest and largest value: rounding may move a level or two.
+        # Colors are scaled by the smallest and largest value: rounding may move a level or two.
         assert np.abs(picture(many / name) - picture(one / name)).mean() < 2
 
 

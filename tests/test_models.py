@@ -97,7 +97,7 @@ def test_a_table_resized_once_equals_one_resized_each_time(params: dict) -> None
     )
 
 
-def test_initialisation_is_the_references() -> None:
+def test_initialization_is_the_references() -> None:
     """Normal of 0.02 without a cut, tiny tokens, PyTorch's uniform for patches and heads."""
     params = StudentFunction(SPECS["vit_tiny"], {"teacher": 384}).init(jax.random.key(0))
     backbone = params["backbone"]
@@ -340,6 +340,6 @@ def test_specs_refuse_nonsense() -> None:
         dataclasses.replace(TINY, interpolate_offset=0.0, norm_epsilon=0.0)
     )
     with pytest.raises(
-        ValueError, match=r"unknown field 'colour'.*missing field 'width'.*depth should be int"
+        ValueError, match=r"unknown field 'color'.*missing field 'width'.*depth should be int"
     ):
-        ViTSpec.from_json({"colour": 1, "depth": "two", "heads": 2})
+        ViTSpec.from_json({"color": 1, "depth": "two", "heads": 2})

@@ -253,7 +253,7 @@ def test_shares_add_up_whatever_the_weights() -> None:
 
 
 def shades(count: int) -> MemorySource:
-    """Images each of one grey, which tells its number."""
+    """Images each of one gray, which tells its number."""
     return MemorySource(
         [np.full((20, 30, 3), 8 * number, np.uint8) for number in range(count)],
         [str(number) for number in range(count)],
@@ -326,8 +326,8 @@ def test_views_of_one_image_differ_and_are_of_it(rng: np.random.Generator) -> No
             decode.open_image(pictures[index]), sampler.held_out_generator(index, 1)
         )
         np.testing.assert_array_equal(own[1], expected)
-    grey, _ = held_out_views(shades(4), count=8, size=8)
-    assert grey[:, 0, 0, 0].tolist() == [0, 8, 16, 24] * 2
+    gray, _ = held_out_views(shades(4), count=8, size=8)
+    assert gray[:, 0, 0, 0].tolist() == [0, 8, 16, 24] * 2
 
 
 def test_raw_bits_do_not_change_with_numpy() -> None:

@@ -72,7 +72,7 @@ class _Jpeg:
 
     def _decode(self, reduction: int, rows: int) -> np.ndarray:
         data, strict = self._data, True
-        # Two rows more, as colours of neighbouring rows are mixed.
+        # Two rows more, as colors of neighbouring rows are mixed.
         rows = -(-(rows + 2) // _MCU) * _MCU
         if rows < self.height and self._frame and _ends(data):
             # A decoder stops at the height that the header tells; that data follow is no error
@@ -120,15 +120,15 @@ def open_image(content: bytes | np.ndarray, *, reused: bool = False) -> LazyImag
         except Exception:
             # It raises what it likes for what it does not know; Pillow is the judge.
             return _Pixels(_decode_with_pillow(content))
-        height, width, colours = int(header[0]), int(header[1]), header[2]
+        height, width, colors = int(header[0]), int(header[1]), header[2]
         _refuse_bomb(width, height)
-        if colours in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
+        if colors in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
             return _Jpeg(content, height, width, frame, reused)
     return _Pixels(_decode_with_pillow(content))
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Uint8 [H, W, 3], upright: EXIF orientation applied; grey, palette, CMYK, alpha and 16 bits
+    """Uint8 [H, W, 3], upright: EXIF orientation applied; gray, palette, CMYK, alpha and 16 bits
     become RGB.
 
     Unreadable for anything that cannot be decoded whole.
@@ -178,8 +178,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 # Pillow's own conversion would clip 16 bits to white.
-                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                upright = Image.fromarray(grey)
+                gray = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                upright = Image.fromarray(gray)
             return np.asarray(upright.convert("RGB"))
     except Unreadable:
         raise

@@ -19,7 +19,7 @@ NEIGHBOURS = 5
 
 
 class Agreement(NamedTuple):
-    """Centred cosine of class and of patch tokens, -1 to 1; the share of nearest neighbours in
+    """Centered cosine of class and of patch tokens, -1 to 1; the share of nearest neighbours in
     common and the linear CKA of class tokens, 0 to 1.
     """
 
@@ -87,14 +87,16 @@ def measure(student: StudentTokens, target: TeacherTokens) -> Agreement:
     """
     width = student.feature.shape[-1]
     return Agreement(
-        cls=centred_cosine(student.token, target.cls),
-        patch=centred_cosine(student.feature.reshape(-1, width), target.patches.reshape(-1, width)),
+        cls=centered_cosine(student.token, target.cls),
+        patch=centered_cosine(
+            student.feature.reshape(-1, width), target.patches.reshape(-1, width)
+        ),
         neighbours=neighbour_overlap(student.own, target.cls, NEIGHBOURS),
         cka=linear_cka(student.own, target.cls),
     )
 
 
-def centred_cosine(student: np.ndarray, teacher: np.ndarray) -> float:
+def centered_cosine(student: np.ndarray, teacher: np.ndarray) -> float:
     """Mean cosine of [M, D] tokens after the mean of the teacher's is subtracted from both."""
     mean = teacher.mean(axis=0, dtype=np.float64).astype(np.float32)
     student, teacher = student - mean, teacher - mean

@@ -1,8 +1,8 @@
 """The three objectives of Proteus (arXiv 2407.10366, section 3), each a plain mean of squared
 errors in float32.
 
-No centring, scaling or temperature anywhere: both sides are tokens after their own final LayerNorm,
-the student's through a head.
+No centering, scaling or temperature anywhere: both sides are tokens after their own final
+LayerNorm, the student's through a head.
 """
 
 from typing import NamedTuple

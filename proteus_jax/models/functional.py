@@ -69,7 +69,7 @@ class _Functional:
         self.shapes: Params = nnx.to_pure_dict(state)
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters, as the reference initialises them."""
+        """Random float32 parameters, as the reference initializes them."""
         return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key))))
 
     def _module(self, params: Params) -> Any:

@@ -38,7 +38,7 @@ class StudentOutput(NamedTuple):
 
 
 class Head(nnx.Module):
-    """LayerNorm and a Linear with PyTorch's default initialisation; trained, then thrown away."""
+    """LayerNorm and a Linear with PyTorch's default initialization; trained, then thrown away."""
 
     def __init__(self, width: int, teacher_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = torch_uniform(width)

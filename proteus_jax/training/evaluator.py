@@ -34,7 +34,7 @@ from proteus_jax.training.train_state import TrainState
 # Before the key of what is measured of the average of a student's weights.
 AVERAGE = "ema_"
 PICTURE, PICTURE_ROWS = "agreement.png", 8
-# The shorter side of a test image over its centre crop, as in 256 to 224.
+# The shorter side of a test image over its center crop, as in 256 to 224.
 MARGIN = 8 / 7
 
 
@@ -206,7 +206,7 @@ class Evaluator:
             self.console.line(f"{what} could not be written: {error.strerror or error}")
 
     def draw(self, state: TrainState, *, again: bool) -> None:
-        """Patch tokens of some held-out views as colours: the teacher's and each student's; where
+        """Patch tokens of some held-out views as colors: the teacher's and each student's; where
         there is such a picture only if `again`.
         """
         path = self.workdir / PICTURE

@@ -109,8 +109,8 @@ def _score_lines(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     if measured:
         yield f"{'on held-out views':38}{'before':>12}{'after':>10}"
         labels = {
-            "agreement_class": "centred cosine, class token",
-            "agreement_patch": "centred cosine, patch tokens",
+            "agreement_class": "centered cosine, class token",
+            "agreement_patch": "centered cosine, patch tokens",
             "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
             "cka": "linear CKA, class token",
             "ema_neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours, average",

@@ -10,7 +10,7 @@ from proteus_jax.errors import Unreadable
 
 
 class CenterCrop(NamedTuple):
-    """The shorter side resized to `resize` pixels (Pillow's antialiased bicubic), then the centre
+    """The shorter side resized to `resize` pixels (Pillow's antialiased bicubic), then the center
     square of `crop`.
 
     Source: torchvision's Resize and CenterCrop, which DINOv2 and Proteus evaluate with.

@@ -276,7 +276,7 @@ class CropTrainer:
 def _train_on_kept_features(
     context: Context, probe: Probe, tokens: Callable, train_set: LabeledDataset, state: Params
 ) -> Params:
-    """Features of centre crops, made once and kept on the disk."""
+    """Features of center crops, made once and kept on the disk."""
     config, mesh = context.config, context.mesh
     kept, labels = _kept_features(context, tokens, train_set)
     compiled = jax.jit(probe.update, donate_argnums=0, out_shardings=sharding.replicated(mesh))

@@ -164,7 +164,7 @@ def _pictures(workdir: Path, name: str) -> Iterator[str]:
     moments = _chosen(sorted((folder / name).glob("pca-*.png")))
     if not moments or not (folder / "views.png").is_file():
         return
-    yield "<h3>Patch tokens as colours</h3>"
+    yield "<h3>Patch tokens as colors</h3>"
     yield "<p>the teacher's three principal components; the student through its feature head</p>"
     yield _moment("views", folder / "views.png")
     yield _moment("teacher", folder / "teacher.png")

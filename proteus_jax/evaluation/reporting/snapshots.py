@@ -27,7 +27,7 @@ class Scene(NamedTuple):
     views: np.ndarray
     target: TeacherTokens
     hidden: np.ndarray
-    colours: Callable[[np.ndarray], np.ndarray]
+    colors: Callable[[np.ndarray], np.ndarray]
 
 
 def scene(views: np.ndarray, target: TeacherTokens, ratio: float, most: int) -> Scene:
@@ -35,7 +35,7 @@ def scene(views: np.ndarray, target: TeacherTokens, ratio: float, most: int) -> 
     shown, patches = min(VIEWS, len(views), most), target.patches.shape[1]
     ranks = np.random.default_rng(0).random((shown, patches)).argsort(axis=1).argsort(axis=1)
     hidden = ranks < int(patches * ratio)
-    return Scene(views, target, hidden, figures.principal_colours(target.patches[:shown]))
+    return Scene(views, target, hidden, figures.principal_colors(target.patches[:shown]))
 
 
 def draw_teacher(scene: Scene, workdir: Path) -> None:
@@ -44,7 +44,7 @@ def draw_teacher(scene: Scene, workdir: Path) -> None:
     views = scene.views[:shown]
     sides = views.shape[1:3]
     figures.save_picture(figures.view_strip(views), folder / "views.png")
-    target_tiles = figures.token_strip(scene.target.patches[:shown], scene.colours, sides)
+    target_tiles = figures.token_strip(scene.target.patches[:shown], scene.colors, sides)
     figures.save_picture(target_tiles, folder / "teacher.png")
     _draw_neighbours(scene, scene.target.cls, folder / "neighbours-teacher.png")
 
@@ -62,7 +62,7 @@ def draw_student(
     """
     folder, shown = workdir / FOLDER / name, len(scene.hidden)
     views = scene.views[:shown]
-    seen = figures.token_strip(student.feature[:shown], scene.colours, views.shape[1:3])
+    seen = figures.token_strip(student.feature[:shown], scene.colors, views.shape[1:3])
     figures.save_picture(seen, folder / f"pca-{step:08}.png")
     if predicted is not None:
         target = scene.target.patches[:shown]

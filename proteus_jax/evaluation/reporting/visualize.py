@@ -48,8 +48,8 @@ def columns(model: Model, title: str, pixels: Sequence[np.ndarray], size: int) -
         inside[1:-1, 1:-1] = False
         edges.append(inside.ravel())
         views.append(grid)
-    colours = figures.foreground_colours(tokens, edges)
-    tiles = [figures.grid_tile(each, grid) for each, grid in zip(colours, views, strict=True)]
+    colors = figures.foreground_colors(tokens, edges)
+    tiles = [figures.grid_tile(each, grid) for each, grid in zip(colors, views, strict=True)]
     return [(title, tiles), ("attention", heats)]
 
 
