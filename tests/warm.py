@@ -16,6 +16,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ class Parent(NamedTuple):
 
 
 _parent: Parent | None = None
+_asking = threading.Lock()
 
 
 class Forked(subprocess.Popen):
@@ -64,7 +66,8 @@ def start(
 ) -> subprocess.Popen[str]:
     """Starts [python, script or "-c", ...] as subprocess.Popen does, its output as text."""
     command = [str(part) for part in arguments]
-    if not sys.platform.startswith("linux") or _differs(env) or command[1] in FLAGS:
+    forks = sys.platform.startswith("linux") and command[0] == sys.executable
+    if not forks or command[1] in FLAGS or _differs(env):
         return subprocess.Popen(command, env=env, text=True, **more)
     return Forked(command, env=dict(env), text=True, **more)
 
@@ -94,9 +97,10 @@ def _differs(environment: Mapping[str, str]) -> bool:
 def _fork(asked: list[Any], streams: tuple[int, int]) -> int:
     """The process that does what is asked: a child of this one."""
     global _parent
-    if _parent is None:
-        _parent = _started()
-    with _subreaper():
+    # Several threads may ask: until its child is theirs, nobody else may change who gets it.
+    with _asking, _subreaper():
+        if _parent is None:
+            _parent = _started()
         socket.send_fds(_parent.asked, [json.dumps(asked).encode()], streams)
         return int(_parent.asked.recv(LARGEST))
 
