@@ -222,7 +222,7 @@ def test_a_process_takes_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> Non
         raise Left
 
     company = SimpleNamespace(leave=lambda *_: None, lost_one=lambda _: False)
-    monkeypatch.setattr(distributed, "meet", lambda *_, **__: company)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: company)
     monkeypatch.setattr(distributed, "_exit_in_place_of_abort", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
     place = ProcessInfo(3, 4, "10.0.0.1", 9000, "a test", (1,))
@@ -726,11 +726,11 @@ def test_a_signal_while_hosts_wait_for_each_other(
 JOINED = """
 import os, signal, sys, time
 from proteus_jax.runtime import distributed
-from proteus_jax.runtime.cluster_env import Place
+from proteus_jax.runtime.cluster_env import ProcessInfo
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-place = Place(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
+place = ProcessInfo(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
 try:
-    with distributed.joined(place, {}, timeout=60, progress=print, say=print):
+    with distributed.initialize_distributed(place, {}, timeout=60, progress=print, say=print):
         print("joined", flush=True)
         time.sleep(300)
 except KeyboardInterrupt:

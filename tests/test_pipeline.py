@@ -95,16 +95,16 @@ def test_order_does_not_depend_on_workers(photographs: Path, alone: None) -> Non
 SCRIPT = """
 import sys
 import numpy as np
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.data.dataset import open_images
-from proteus_jax.data.sampler import Order
+from proteus_jax.data.sampler import Sampler
 from proteus_jax.data.loader import training_batches
 from proteus_jax.data.splits import HeldOut
 
 if __name__ == "__main__":
     training = open_images([sys.argv[1]], held_out=HeldOut(0.0, 1, 1)).training
-    batches = training_batches(training, order=Order(5, (40,)), recipe=Recipe(28), batch=64,
-                               steps=range(4), workers=2)
+    batches = training_batches(training, order=Sampler(5, (40,)), recipe=TrainTransform(28),
+                               batch=64, steps=range(4), workers=2)
     print(next(batches).images.sum())
 """
 
