@@ -41,7 +41,7 @@ from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden
 from proteus_jax.weights.fetch import copy_model, obtain_teacher
 from proteus_jax.weights.model_dir import NO_LICENCE, ModelCard, load_card, update_card
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.registry import TEACHERS
 
 DIFFERENT, WRONG_INPUT = 1, 2
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(options: argparse.Namespace) -> int:
-    if options.source in KNOWN or options.source.startswith(hub.PREFIX):
+    if options.source in TEACHERS or options.source.startswith(hub.PREFIX):
         directory = obtain_teacher(options.source)
         if options.output is not None:
             directory = copy_model(directory, options.output)
@@ -198,37 +198,37 @@ def _verify(options: argparse.Namespace) -> int:
     if (options.against is None) == (options.golden is None):
         raise InputError("verify: expected one of --against SOURCE and --golden FILE")
     if options.golden is not None:
-        found = verify_golden(directory, options.golden)
+        comparisons = verify_golden(directory, options.golden)
         print(f"outputs of {options.golden}; errors in standard deviations")
     else:
         photographs = _photographs(options.images, spec.grid * spec.patch_size)
-        found = verify(directory, options.against, photographs, options.prefix)
+        comparisons = verify(directory, options.against, photographs, options.prefix)
         print(
             f"{len(photographs)} photographs of {spec.grid * spec.patch_size} px; errors in "
             "standard deviations"
         )
     compared = []
-    for one in found:
+    for one in comparisons:
         _show(one, one.passed)
         compared.append(one)
     passed = all(one.passed for one in compared)
     print("equal" if passed else f"different: more than {TOLERANCE:g} somewhere")
     if passed or options.force:
         source: Any = options.golden if options.against is None else options.against
-        update_card(directory, verified=_told(compared, source.name, passed))
+        update_card(directory, verified=_report(compared, source.name, passed))
         return 0
     return DIFFERENT
 
 
-def _show(found: Comparison, passed: bool) -> None:
+def _show(comparison: Comparison, passed: bool) -> None:
     print(
-        f"  {'ok  ' if passed else 'FAIL'} {found.name:20} largest {found.largest:.1e}  mean "
-        f"{found.mean:.1e}  1 - cosine {max(0.0, 1 - found.cosine):.1e}"
+        f"  {'ok  ' if passed else 'FAIL'} {comparison.name:20} largest {comparison.largest:.1e}  "
+        f"mean {comparison.mean:.1e}  1 - cosine {max(0.0, 1 - comparison.cosine):.1e}"
     )
 
 
-def _told(compared: list[Comparison], source: str, passed: bool) -> dict[str, Any]:
-    """What config.json keeps of a comparison."""
+def _report(compared: list[Comparison], source: str, passed: bool) -> dict[str, Any]:
+    """The comparison as config.json keeps it."""
     return {
         "against": source,
         "largest": max(one.largest for one in compared),
@@ -259,7 +259,7 @@ def _export(options: argparse.Namespace) -> int:
         if output.exists():
             raise InputError(f"{output}: exists already; give another name or remove it first")
     for side, output in outputs.items():
-        found = export(
+        comparisons = export(
             options.directory,
             options.format,
             output,
@@ -271,7 +271,7 @@ def _export(options: argparse.Namespace) -> int:
             print(f"{output}: written, and not loaded back (--no-check)")
             continue
         print(f"{output}: loaded back, errors in standard deviations")
-        for one in found:
+        for one in comparisons:
             _show(one, True)
     return 0
 
@@ -279,15 +279,18 @@ def _export(options: argparse.Namespace) -> int:
 def _photographs(folder: Path | None, side: int) -> np.ndarray:
     """Square middles of photographs, uint8 [n, side, side, 3]. InputError where one is broken."""
     if folder is None:
-        found = skimage.obtain_pictures()
+        folder_of_pictures = skimage.obtain_pictures()
         return np.stack(
-            [_square(decode.decode((found / name).read_bytes()), side) for name in PHOTOGRAPHS]
+            [
+                _square(decode.decode((folder_of_pictures / name).read_bytes()), side)
+                for name in PHOTOGRAPHS
+            ]
         )
     source, _ = open_source(str(folder))
     squares = []
     for index in range(min(len(source), len(PHOTOGRAPHS))):
         try:
-            squares.append(_square(decode.opened(source.read(index)).pixels(), side))
+            squares.append(_square(decode.open_image(source.read(index)).pixels(), side))
         except Unreadable as error:
             raise InputError(f"{folder}: {source.name(index)}: {error}") from None
     return np.stack(squares)
@@ -303,7 +306,7 @@ def _square(array: np.ndarray, side: int) -> np.ndarray:
 
 def _list(_: argparse.Namespace) -> int:
     statistics = {value: name for name, value in STATISTICS.items()}
-    for name, known in KNOWN.items():
+    for name, known in TEACHERS.items():
         sources = [known.url, f"{hub.PREFIX}{known.repository}" if known.repository else ""]
         if known.wheel:
             sources = [f"{known.wheel.requirement} (package index)"]

@@ -65,7 +65,7 @@ from proteus_jax.errors import (
     is_of_the_disk,
 )
 from proteus_jax.runtime import process
-from proteus_jax.runtime.cluster_env import ALONE, Place, find_place
+from proteus_jax.runtime.cluster_env import ALONE, ProcessInfo, detect_cluster_env
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.download import go_offline
 from proteus_jax.runtime.process import REQUESTS
@@ -180,7 +180,7 @@ def distil(arguments: list[str], console: Console) -> int:
         if is_remote(output):
             problems.append(f"--doctor writes to this machine: expected a path, found {output}")
         output = Path(output).expanduser()
-        doctor.checkup(configuration, output, [*read.problems, *problems], console)
+        doctor.run_doctor(configuration, output, [*read.problems, *problems], console)
         return 0
     known = [*read.problems, *problems]
     evaluates = "protocol" in configuration
@@ -197,23 +197,23 @@ def distil(arguments: list[str], console: Console) -> int:
             prepare(configuration, known)
         console.line("ready: images and models are here")
         return 0
-    place, seconds = _company(read.place, known)
+    place, seconds = _process_info(read.place, known)
     about = _versions() | {"configuration": configuration.to_json()}
-    with distributed.joined(
+    with distributed.initialize_distributed(
         place, about, timeout=seconds, progress=console.progress, say=console.error
-    ) as company:
+    ) as group:
         if evaluates:
-            found = evaluation.open_inputs(configuration, workdir, known)
+            evaluation_inputs = evaluation.open_inputs(configuration, workdir, known)
             with opened_workdir(workdir) as folder, fitting(LESS_IN_EVALUATION):
-                return evaluation.run(configuration, found, folder, console)
+                return evaluation.run(configuration, evaluation_inputs, folder, console)
         inputs = open_inputs(configuration, workdir, known)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS_IN_TRAINING):
-            return trainer.run(configuration, inputs, folder, console, company, profile=profile)
+            return trainer.run(configuration, inputs, folder, console, group, profile=profile)
 
 
 def _versions() -> dict[str, str]:
-    """What all hosts must have the same of."""
+    """The versions that all hosts must have in common."""
     installed = {f"version of {name}": version(name) for name in ("jax", "jaxlib", "flax")}
     return {"version": proteus_jax.__version__} | installed
 
@@ -225,10 +225,10 @@ def _check_devices(read: Arguments, console: Console) -> int:
     others = [*read.paths, *read.planning, *(read.flags - {"--devices", "--offline"})]
     others += [f"--config.{field}" for field, _ in read.overrides]
     known = [*read.problems, *(f"{name}: not with --devices" for name in others)]
-    place, seconds = _company(read.place, known)
+    place, seconds = _process_info(read.place, known)
     if known:
         raise InputError(known)
-    with distributed.joined(
+    with distributed.initialize_distributed(
         place, _versions(), timeout=seconds, progress=console.progress, say=console.error
     ):
         console.quiet = place.host > 0
@@ -279,14 +279,14 @@ def _plan(configuration: Any, words: dict[str, str], known: list[str], console: 
         console.line(line)
 
 
-def _company(flags: dict[str, str], known: list[str]) -> tuple[Place, float]:
+def _process_info(flags: dict[str, str], known: list[str]) -> tuple[ProcessInfo, float]:
     """This host's place and how long it waits for the others; what is wrong goes to `known`.
 
     InputError at once on one of several hosts, where something is wrong already: nobody waits.
     """
     place, seconds = ALONE, flags.pop(WAIT, WAIT_SECONDS)
     try:
-        place = find_place(flags)
+        place = detect_cluster_env(flags)
     except InputError as error:
         known += error.problems
     if not seconds.isdecimal() or not 0 < int(seconds) <= LONGEST_WAIT:
@@ -309,11 +309,11 @@ def _end_at_a_signal(console: Console) -> None:
     handlers wait.
     """
     numbers = [number for number in REQUESTS if signal.getsignal(number) != signal.SIG_IGN]
-    ears, mouth = os.pipe()
-    os.set_blocking(mouth, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def listen() -> None:
-        while os.read(ears, 1)[0] not in numbers:
+        while os.read(reader, 1)[0] not in numbers:
             pass
         # Where nobody reads what is said, it ends all the same.
         threading.Timer(UNREAD, os._exit, [Interrupted.EXIT_CODE]).start()
@@ -324,7 +324,7 @@ def _end_at_a_signal(console: Console) -> None:
 
     for number in numbers:
         signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=listen, daemon=True, name="requests to end").start()
 
 
@@ -355,8 +355,8 @@ def main() -> int:
         return exit_code(error)
     except Exception as error:
         if is_of_the_disk(error):
-            said = f"{error}; the same command goes on once there is room to write"
-            console.error("\n".join([said, *_notes(error)]))
+            message = f"{error}; the same command goes on once there is room to write"
+            console.error("\n".join([message, *_notes(error)]))
         elif isinstance(error, OSError) and is_of_a_name(error):
             console.log(traceback.format_exc())
             console.error(f"1 problem with the input:\n  {error.filename}: {error.strerror}")

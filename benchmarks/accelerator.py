@@ -68,8 +68,8 @@ class Runner:
         job = {"kind": kind, **options}
         if self.section_end - time.monotonic() < 1:
             return [self.record({**job, "error": "no time was left for it"})]
-        found = [self.record({**job, **result}) for result in self._lines(job)]
-        return found or [self.record({**job, "error": "it ended without a word"})]
+        results = [self.record({**job, **result}) for result in self._lines(job)]
+        return results or [self.record({**job, "error": "it ended without a word"})]
 
     def _lines(self, job: dict[str, Any]) -> Iterator[Result]:
         """What the process says, until it ends or is ended."""
@@ -114,8 +114,8 @@ def _kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _last_line(said: bytes) -> str:
-    lines = said.decode(errors="replace").strip().splitlines()
+def _last_line(printed: bytes) -> str:
+    lines = printed.decode(errors="replace").strip().splitlines()
     return lines[-1][-LONGEST:] if lines else "it said nothing"
 
 

@@ -33,14 +33,14 @@ ATTENTIONS = ("cudnn", "pallas", "xla")
 
 def specs(job: Job) -> tuple[ViTSpec, ViTSpec]:
     """Teacher and student for the job's images; of a trial with few blocks alone."""
-    found = []
+    pairs = []
     for name in PAIRS[job["pair"]]:
         spec = SPECS[name]
         if name == "vit_giant2":
             spec = dataclasses.replace(spec, feed_forward="swiglu")
         blocks = job["blocks"] or spec.depth
-        found.append(dataclasses.replace(spec, grid=job["image"] // spec.patch_size, depth=blocks))
-    return found[0], found[1]
+        pairs.append(dataclasses.replace(spec, grid=job["image"] // spec.patch_size, depth=blocks))
+    return pairs[0], pairs[1]
 
 
 def median_seconds(call: Callable[[], Any], rounds: int) -> float:
@@ -54,7 +54,7 @@ def median_seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(spent)
 
 
-def said(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The first line of an error, not all of it."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first[:300]}"
@@ -105,14 +105,14 @@ class Bench:
 
         start = time.perf_counter()
         compiled = jax.jit(function).lower(*arguments).compile()
-        found: Result = {"compile_seconds": time.perf_counter() - start}
+        result: Result = {"compile_seconds": time.perf_counter() - start}
 
         def call() -> None:
             jax.block_until_ready(compiled(*arguments))
 
-        found["seconds"] = median_seconds(call, self.job["rounds"])
-        found["peak_bytes"] = compiled.memory_analysis().peak_memory_in_bytes
-        return found | self.rates(found["seconds"], work)
+        result["seconds"] = median_seconds(call, self.job["rounds"])
+        result["peak_bytes"] = compiled.memory_analysis().peak_memory_in_bytes
+        return result | self.rates(result["seconds"], work)
 
     def rates(self, seconds: float, work: float) -> Result:
         """Images a second, and the share of the device's peak that `work` an image makes."""
@@ -168,7 +168,7 @@ def attention(job: Job) -> Iterator[Result]:
                 qkv = jax.random.normal(jax.random.key(0), shape, bench.dtype)
                 yield label | bench.timed(function, qkv)
             except Exception as error:  # Not every platform has each of them.
-                yield label | {"error": said(error)}
+                yield label | {"error": error_text(error)}
 
 
 def parts(job: Job) -> Iterator[Result]:
@@ -201,7 +201,7 @@ def parts(job: Job) -> Iterator[Result]:
                     )
                     yield label | bench.timed(function, *arguments, work=student)
             except Exception as error:
-                yield label | {"error": said(error)}
+                yield label | {"error": error_text(error)}
 
 
 def step(job: Job) -> Iterator[Result]:
@@ -211,12 +211,12 @@ def step(job: Job) -> Iterator[Result]:
     bench = Bench(job)
     compiled, call, spent = _whole_step(bench)
     seconds = median_seconds(call, job["rounds"])
-    found = {"compile_seconds": spent, "seconds": seconds}
-    found["planned_bytes"] = compiled.memory_analysis().peak_memory_in_bytes
+    result = {"compile_seconds": spent, "seconds": seconds}
+    result["planned_bytes"] = compiled.memory_analysis().peak_memory_in_bytes
     # Nothing else ran in this process: the device's own figure is this step's.
     memory = jax.devices()[0].memory_stats() or {}
-    found["peak_bytes"] = memory.get("peak_bytes_in_use", found["planned_bytes"])
-    yield found | bench.rates(seconds, bench.work.total)
+    result["peak_bytes"] = memory.get("peak_bytes_in_use", result["planned_bytes"])
+    yield result | bench.rates(seconds, bench.work.total)
 
 
 def _whole_step(bench: Bench) -> tuple[Any, Callable[[], Any], float]:
@@ -275,18 +275,18 @@ def pytorch(job: Job) -> Iterator[Result]:
     )
     start = time.perf_counter()
     made.train()
-    found: Result = {"device": "cuda" if on_gpu else "cpu"}
-    found["compile_seconds"] = time.perf_counter() - start
-    found["seconds"] = median_seconds(made.train, job["rounds"])
-    found["images_per_second"] = job["batch"] / found["seconds"]
+    result: Result = {"device": "cuda" if on_gpu else "cpu"}
+    result["compile_seconds"] = time.perf_counter() - start
+    result["seconds"] = median_seconds(made.train, job["rounds"])
+    result["images_per_second"] = job["batch"] / result["seconds"]
     if on_gpu:
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
         known = flops.known_device(torch.cuda.get_device_name())
         if known is not None:
             sizes = [(teacher, job["image"])], [student], job["image"]
             work = flops.training(*sizes, masked=True).total
-            found["mfu"] = found["images_per_second"] * work / known.peak
-    yield found
+            result["mfu"] = result["images_per_second"] * work / known.peak
+    yield result
 
 
 KINDS = {kind.__name__: kind for kind in (machine, attention, parts, step, trace, pytorch)}
@@ -299,7 +299,7 @@ def main() -> None:
         for result in KINDS[job["kind"]](job):
             print(json.dumps(result), flush=True)
     except Exception as error:  # A failure is a result, too.
-        print(json.dumps({"error": said(error)}), flush=True)
+        print(json.dumps({"error": error_text(error)}), flush=True)
 
 
 if __name__ == "__main__":

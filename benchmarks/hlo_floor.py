@@ -90,11 +90,11 @@ class Operation(NamedTuple):
 
     def called(self, *keys: str) -> list[str]:
         """Computations that it names under these keys."""
-        found = []
+        computations = []
         for key in keys:
             for named in re.findall(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes):
-                found += re.findall(r"%[\w.\-]+", named)
-        return found
+                computations += re.findall(r"%[\w.\-]+", named)
+        return computations
 
 
 def _end_of(text: str, start: int) -> int:
@@ -180,17 +180,17 @@ class Program:
     def _rounds(self, loop: Operation) -> int:
         """What the loop's condition counts to: the one constant there that is no 0 or 1."""
         (condition,) = loop.called("condition")
-        found = [1]
+        counts = [1]
 
         def look(name: str) -> None:
             for operation in self.computations[name].values():
                 if operation.kind == "constant":
-                    found.append(operation.number)
+                    counts.append(operation.number)
                 for called in operation.called("calls", "to_apply"):
                     look(called)
 
         look(condition)
-        return max(found)
+        return max(counts)
 
     def _arithmetic(self, computation: str, operation: Operation) -> float:
         within = self.computations[computation]
@@ -287,18 +287,18 @@ class Program:
         within = self.computations[name]
         (root,) = (each for each in within.values() if each.root)
         ends = [within[each] for each in root.operands] if root.kind == "tuple" else [root]
-        found: list[float | None] = []
+        written: list[float | None] = []
         for end in ends:
             while end.kind in ("bitcast", "copy") and end.operands:
                 end = within[end.operands[0]]
             if end.kind == "dynamic-update-slice":
-                found.append(within[end.operands[1]].results[0].bytes)
+                written.append(within[end.operands[1]].results[0].bytes)
             elif end.kind == "fusion":
                 inner = self._written_inside(end.called("calls")[0])
-                found.append(inner[0] if len(inner) == 1 else None)
+                written.append(inner[0] if len(inner) == 1 else None)
             else:
-                found.append(None)
-        return found
+                written.append(None)
+        return written
 
 
 def _taken(user: Operation, place: int, otherwise: float | None) -> float | None:
@@ -369,10 +369,10 @@ def main() -> None:
     """Prints the three figures."""
     if len(sys.argv) != 3 or sys.argv[2] not in CHIPS:
         sys.exit(f"usage: python benchmarks/hlo_floor.py STEP.hlo {'|'.join(CHIPS)}")
-    found = count(Path(sys.argv[1]).read_text(), CHIPS[sys.argv[2]])
-    print(f"bytes: {found.bytes / 1e9:.1f} GB")
-    print(f"floor: {1e3 * found.floor:.1f} ms")
-    print(f"estimate: {1e3 * found.estimate:.1f} ms")
+    totals = count(Path(sys.argv[1]).read_text(), CHIPS[sys.argv[2]])
+    print(f"bytes: {totals.bytes / 1e9:.1f} GB")
+    print(f"floor: {1e3 * totals.floor:.1f} ms")
+    print(f"estimate: {1e3 * totals.estimate:.1f} ms")
 
 
 if __name__ == "__main__":

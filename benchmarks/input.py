@@ -27,11 +27,11 @@ from benchmarks import pillow_recipe
 from proteus_jax.data import decode
 from proteus_jax.data.dataset import open_images
 from proteus_jax.data.loader import training_batches
-from proteus_jax.data.sampler import Order, ViewRandomness
+from proteus_jax.data.sampler import Sampler, ViewRandomness
 from proteus_jax.data.sources.skimage import obtain_pictures
 from proteus_jax.data.splits import HeldOut
 from proteus_jax.data.transforms.randaugment import RandAugment
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 
 WIDTH, HEIGHT, QUALITY, SIZE = 500, 375, 95, 224
 # Of quickstart's nineteen: those that are photographs, not drawings or pages.
@@ -51,35 +51,37 @@ def _jpeg(image: Image.Image) -> bytes:
 
 def photographs() -> list[bytes]:
     """Photographs out of scikit-image's wheel, as large as ImageNet's."""
-    folder, found = obtain_pictures(), []
+    folder, encoded = obtain_pictures(), []
     for name in PHOTOGRAPHS:
         image = Image.open(folder / name).convert("RGB")
         side = min(image.width / WIDTH, image.height / HEIGHT)
         x, y = (image.width - WIDTH * side) / 2, (image.height - HEIGHT * side) / 2
         box = (x, y, x + WIDTH * side, y + HEIGHT * side)
-        found.append(_jpeg(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)))
-    return found
+        encoded.append(_jpeg(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)))
+    return encoded
 
 
 def drawn(count: int = 16) -> list[bytes]:
     """Pictures of nothing, with more noise than photographs have: more bytes to decode each."""
-    rng, found = np.random.default_rng(0), []
+    rng, images = np.random.default_rng(0), []
     for _ in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (40, 54, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32)
         noisy = smooth + rng.normal(0, 4, (HEIGHT, WIDTH, 1))
-        found.append(_jpeg(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))))
-    return found
+        images.append(_jpeg(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))))
+    return images
 
 
-def _ours(recipe: Recipe, repeats: int = 1) -> Callable[[Sequence[bytes], int, int], np.ndarray]:
+def _ours(
+    recipe: TrainTransform, repeats: int = 1
+) -> Callable[[Sequence[bytes], int, int], np.ndarray]:
     def batch(jpegs: Sequence[bytes], first: int, count: int) -> np.ndarray:
         made = np.empty((count, SIZE, SIZE, 3), np.uint8)
-        picture, randomness = decode.opened(jpegs[0]), ViewRandomness(0)
+        picture, randomness = decode.open_image(jpegs[0]), ViewRandomness(0)
         for place in range(count):
             if (first + place) % repeats == 0:
                 number = (first + place) // repeats % len(jpegs)
-                picture = decode.opened(jpegs[number], reused=repeats > 1)
+                picture = decode.open_image(jpegs[number], reused=repeats > 1)
             made[place] = recipe(picture, randomness.at(first + place))
         return made
 
@@ -104,13 +106,13 @@ def _decoded(jpegs: Sequence[bytes], first: int, count: int) -> None:
 
 def side_by_side(name: str, jpegs: Sequence[bytes], rounds: int) -> float:
     """Prints images a second of CPU time; returns the ratio of the whole recipe to Pillow's."""
-    recipe = Recipe(SIZE, RandAugment())
+    recipe = TrainTransform(SIZE, RandAugment())
     contenders = {
         "Pillow, whole recipe": _pillows(True),
         "whole recipe": _ours(recipe),
         "whole recipe, 3 views each": _ours(recipe, repeats=3),
         "Pillow, crop and flip": _pillows(False),
-        "crop and flip": _ours(Recipe(SIZE)),
+        "crop and flip": _ours(TrainTransform(SIZE)),
         "decode": _decoded,
     }
     count = 10 * len(jpegs)
@@ -144,8 +146,8 @@ def _rate(folder: str, workers: int, seconds: float) -> float:
     split = open_images([folder], held_out=NONE)
     batches = training_batches(
         split.training,
-        order=Order(0, split.parts),
-        recipe=Recipe(SIZE, RandAugment()),
+        order=Sampler(0, split.parts),
+        recipe=TrainTransform(SIZE, RandAugment()),
         batch=128,
         steps=range(10**6),
         workers=workers,
@@ -188,8 +190,8 @@ def first_batch(jpegs: Sequence[bytes], files: int) -> None:
             split = open_images([root], held_out=HeldOut(0.02, 16, 1024))
             batches = training_batches(
                 split.training,
-                order=Order(0, split.parts, (), 3),
-                recipe=Recipe(SIZE, RandAugment()),
+                order=Sampler(0, split.parts, (), 3),
+                recipe=TrainTransform(SIZE, RandAugment()),
                 batch=128,
                 steps=range(100),
                 workers=count,

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from configs.eval import linear as configuration
-from proteus_jax.data.datasets.labeled import Labelled
+from proteus_jax.data.datasets.labeled import LabeledDataset
 from proteus_jax.data.sources.base import MemorySource
-from proteus_jax.data.transforms.center_crop import CentreCrop
-from proteus_jax.evaluation.feature_extraction import Frozen, Reading, class_token
+from proteus_jax.data.transforms.center_crop import CenterCrop
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig, class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import linear
 from proteus_jax.models.config import SPECS
@@ -50,17 +50,17 @@ def main() -> None:
     pictures = list(rng.integers(0, 256, (args.images, size, size, 3), dtype=np.uint8))
     source = MemorySource(pictures, [str(number) for number in range(args.images)])
     labels = rng.integers(0, args.classes, args.images)
-    learnt = Labelled(source, labels, tuple(map(str, range(args.classes))))
+    train_set = LabeledDataset(source, labels, tuple(map(str, range(args.classes))))
     config = configuration.get_config()
     config.batch, config.data.crop = args.batch, args.crop
     mesh, spec = sharding.make_mesh(), SPECS[args.model]
     model = Model(jax.jit(BackboneFunction(spec).init)(jax.random.key(0)), ModelCard(spec=spec))
-    frozen = Frozen(model, mesh)
+    frozen = FrozenBackbone(model, mesh)
 
     def quiet(_: str) -> None:
         """Nothing."""
 
-    view, reading = CentreCrop(size, args.crop), Reading(args.batch)
+    view, reading = CenterCrop(size, args.crop), LoaderConfig(args.batch)
     context = Context(config, model, frozen, mesh, Path(), view, reading, quiet, quiet)
     probe = linear.Probe(
         kinds=tuple(linear.Kind(n, pooled) for n in (1, 4) for pooled in (False, True)),
@@ -78,7 +78,7 @@ def main() -> None:
         start = time.perf_counter()
         frozen.table(class_token, source, view, reading)
         between = time.perf_counter()
-        state = jax.block_until_ready(trainer(learnt, state))
+        state = jax.block_until_ready(trainer(train_set, state))
         end = time.perf_counter()
         if number:  # the first one compiles
             times["pass"].append(between - start)

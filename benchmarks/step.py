@@ -28,11 +28,11 @@ from proteus_jax.models.functional import BackboneFunction, StudentFunction
 
 def our_step(teacher: str, student: str, batch: int, image: int) -> Callable[[], float]:
     """The step that main.py trains with."""
-    taught = BackboneFunction(SPECS[teacher])
+    teacher_backbone = BackboneFunction(SPECS[teacher])
     students = {student: StudentFunction(SPECS[student], {"teacher": SPECS[teacher].width})}
-    init, step = recipe(taught, students)
+    init, step = recipe(teacher_backbone, students)
     step = jax.jit(step, donate_argnums=0)
-    params = jax.jit(taught.init)(jax.random.key(1))
+    params = jax.jit(teacher_backbone.init)(jax.random.key(1))
     state, images = jax.jit(init)(), noise(batch, image)
 
     def train() -> float:

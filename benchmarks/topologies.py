@@ -26,12 +26,12 @@ from hlo_floor import CHIPS, count
 
 from proteus_jax import config
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import Known, assemble, length
+from proteus_jax.training.builder import Known, assemble, schedule_of
 from proteus_jax.training.planning import plan
 from proteus_jax.training.planning.floors import FILE, Floor, table
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.registry import TEACHERS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ("vitti14", "vits14", "vitb14", "vitl14")
@@ -63,8 +63,8 @@ def compiled(name: str, topology_name: str) -> Floor | None:
             str(ROOT / "configs" / f"{name}.py"), overrides, schema_of
         )
         assert not problems, problems
-        known = Known(KNOWN[configuration.teacher].spec, IMAGENET)
-        steps = length(configuration, plan.IMAGENET_IMAGES)
+        known = Known(TEACHERS[configuration.teacher].spec, IMAGENET)
+        steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
         assembly = assemble(configuration, {"teacher": known}, steps, topology.platform)
         estimate = plan.memory(configuration, assembly, topology.devices, configuration.batch)
         if estimate.total > HOPELESS * limit:
@@ -74,9 +74,9 @@ def compiled(name: str, topology_name: str) -> Floor | None:
         except Exception as error:
             print(f"  {name} {settings}: {str(error)[:200]}", file=sys.stderr)
             continue
-        found = step.memory_analysis()
-        assert found is not None
-        memory = found.peak_memory_in_bytes
+        analysis = step.memory_analysis()
+        assert analysis is not None
+        memory = analysis.peak_memory_in_bytes
         if memory > limit:
             continue
         moved = count(step.as_text(), CHIPS[topology_name.partition(":")[0]])
@@ -151,11 +151,11 @@ def main() -> None:
     for name in args.configs:
         for topology in args.topologies:
             start = time.perf_counter()
-            found = compiled(name, topology)
-            print(found or f"{name} {topology}: none fits", flush=True)
+            floor = compiled(name, topology)
+            print(floor or f"{name} {topology}: none fits", flush=True)
             print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            if args.write and found is not None:
-                write([found])
+            if args.write and floor is not None:
+                write([floor])
 
 
 if __name__ == "__main__":

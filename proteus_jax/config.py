@@ -159,7 +159,7 @@ def _parse(kind: type, text: str | None) -> Any:
 
 
 def _check_fields(config: ml_collections.ConfigDict, schema: Schema) -> list[str]:
-    """What is wrong with single values, as a configuration's own file may have it."""
+    """Faults of single values, as a configuration's own file may have them."""
     problems = []
     for field in schema.rules:
         try:

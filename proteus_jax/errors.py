@@ -20,7 +20,7 @@ class InputError(Exception):
 
 
 class Unreachable(InputError):
-    """What should be fetched cannot be had from there; perhaps from elsewhere."""
+    """A source that cannot be fetched from; another one may have the same."""
 
 
 class Unreadable(Exception):
@@ -29,8 +29,8 @@ class Unreadable(Exception):
 
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
-    """What the block finds wrong is said of a field; so is what the system says of a name, as
-    that it is too long.
+    """Puts a field before the problems that the block raises, and before what the system says of a
+    name, as that it is too long.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def about(field: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collecting(problems: list[str], field: str) -> Iterator[None]:
-    """What the block finds wrong goes to the list, under the field that it is about."""
+    """Collects the problems that the block raises in a list, under the field they are about."""
     try:
         with about(field):
             yield
@@ -94,7 +94,7 @@ def is_of_a_name(error: BaseException) -> bool:
 
 
 def exit_code(error: BaseException) -> int:
-    """With which a process ends of an error; 1 where it is a defect."""
+    """The exit code of a process that ends with an error; 1 for a defect."""
     if isinstance(error, KeyboardInterrupt) or is_of_the_disk(error):
         return Interrupted.EXIT_CODE
     if is_of_a_name(error):
@@ -117,8 +117,8 @@ def fitting(advice: str) -> Iterator[None]:
             raise
         where = "a device" if of_a_device else "this host"
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        said = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")[:300].rstrip(".")
-        raise InputError(f"{where} has not enough memory ({said}): {advice}") from None
+        reason = lines[0].removeprefix("RESOURCE_EXHAUSTED: ")[:300].rstrip(".")
+        raise InputError(f"{where} has not enough memory ({reason}): {advice}") from None
 
 
 @contextlib.contextmanager

@@ -12,13 +12,13 @@ import numpy as np
 
 from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.checkpoint.items import PARAMS, STATISTICS
-from proteus_jax.checkpoint.store import Shelf
+from proteus_jax.checkpoint.store import CheckpointStore
 from proteus_jax.errors import InputError
-from proteus_jax.methods.feature_standardization import Moments, no_moments, restored
-from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.methods.feature_standardization import RunningMoments, init_moments, unstandardize
+from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params, StudentFunction, in_precision
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
@@ -49,7 +49,10 @@ def _loaded(source: str | Path) -> Model:
     if (students / WEIGHTS).is_file():
         model = Model(*load_model(students))
         # A run that has been made longer, and has not ended again, has a newer one.
-        saved, exported = Shelf(Workdir(directory).checkpoints).noted(), model.card.source
+        saved, exported = (
+            CheckpointStore(Workdir(directory).checkpoints).last_saved_step(),
+            model.card.source,
+        )
         if saved is None or saved <= exported.get("steps", saved):
             return model
         return _from_checkpoint(directory)
@@ -65,7 +68,7 @@ def _loaded(source: str | Path) -> Model:
 
 
 def _run_config(workdir: Path) -> dict[str, Any]:
-    """What a run was configured with; InputError where that is no run's."""
+    """The configuration of a run; InputError where the file is no run's."""
     path = workdir / CARD
     try:
         config = json.loads(path.read_text())
@@ -86,30 +89,32 @@ class Heads(NamedTuple):
     student: StudentFunction
     params: Params
     step: int
-    normalisation: Normalisation
-    statistics: dict[str, Moments]
+    normalisation: Normalization
+    statistics: dict[str, RunningMoments]
     facts: dict[str, Any]
 
     @property
     def teacher(self) -> dict[str, Any]:
-        """What the first one is: `spec`, `side`, `normalisation` and more."""
-        return self.facts["teachers"][FIRST] | {"width": self.facts["teacher_widths"][FIRST]}
+        """Facts of the first teacher: `spec`, `side`, `normalisation` and more."""
+        return self.facts["teachers"][PRIMARY] | {"width": self.facts["teacher_widths"][PRIMARY]}
 
     @property
-    def moments(self) -> Moments | None:
+    def moments(self) -> RunningMoments | None:
         """The first teacher's."""
-        return self.statistics.get(FIRST)
+        return self.statistics.get(PRIMARY)
 
-    def answers(self, images: np.ndarray | jax.Array) -> dict[str, Features]:
-        """What the student says of uint8 images [B, H, W, 3] in the space of each of its teachers:
-        class token [B, T] and patches [B, N, T], in the teacher's own scale.
+    def predictions(self, images: np.ndarray | jax.Array) -> dict[str, Features]:
+        """Predicts each teacher's tokens of uint8 images [B, H, W, 3]: class token [B, T] and
+        patches [B, N, T], in the teacher's own scale.
         """
-        said = self.student(self.params, self.normalisation(jnp.asarray(images))).answers
+        outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).by_teacher
         nothing = jnp.zeros((len(images), 0, 1))
-        found = {name: Features(each.token, each.feature, nothing) for name, each in said.items()}
+        features = {
+            name: Features(each.token, each.feature, nothing) for name, each in outputs.items()
+        }
         return {
-            name: restored(each, self.statistics[name]) if name in self.statistics else each
-            for name, each in found.items()
+            name: unstandardize(each, self.statistics[name]) if name in self.statistics else each
+            for name, each in features.items()
         }
 
 
@@ -136,7 +141,7 @@ def load_heads(source: str | Path) -> Heads | None:
         wanted: dict[str, Any] = {PARAMS: {name: student.shapes}}
         if facts["standardised"]:
             wanted[STATISTICS] = {
-                key: no_moments(facts["teacher_widths"][key])._asdict()
+                key: init_moments(facts["teacher_widths"][key])._asdict()
                 for key in facts["standardised"]
             }
         items = checkpoints.restore(step, wanted)
@@ -144,8 +149,8 @@ def load_heads(source: str | Path) -> Heads | None:
             student,
             items[PARAMS][name],
             step,
-            Normalisation(mean, deviation),
-            {name: Moments(**each) for name, each in items.get(STATISTICS, {}).items()},
+            Normalization(mean, deviation),
+            {name: RunningMoments(**each) for name, each in items.get(STATISTICS, {}).items()},
             facts,
         )
 
@@ -155,14 +160,14 @@ def _from_checkpoint(workdir: Path) -> Model:
     config = _run_config(workdir)
     if len(config["student"]) != 1:
         raise InputError(f"{workdir}: a run with several students that has not ended")
-    found = load_heads(workdir)
-    if found is None:
+    heads = load_heads(workdir)
+    if heads is None:
         raise InputError(f"{workdir}: a run without a checkpoint")
     card = ModelCard(
-        spec=found.student.spec,
-        family=next(iter(found.facts["card"]["families"].values())),
-        normalisation=found.normalisation,
-        licence=found.facts["card"]["licence"],
-        source={"run": str(workdir), "step": found.step, "teacher": config["teacher"]},
+        spec=heads.student.spec,
+        family=next(iter(heads.facts["card"]["families"].values())),
+        normalisation=heads.normalisation,
+        licence=heads.facts["card"]["licence"],
+        source={"run": str(workdir), "step": heads.step, "teacher": config["teacher"]},
     )
-    return Model(jax.device_get(found.params["backbone"]), card)
+    return Model(jax.device_get(heads.params["backbone"]), card)

@@ -1,4 +1,4 @@
-"""What the fields of a configuration may hold: rules, and the faults that they find."""
+"""Rules for the fields of a configuration, and the faults that they find."""
 
 import math
 from collections.abc import Callable
@@ -72,13 +72,13 @@ class Schema(NamedTuple):
     numbers: tuple[str, ...] = ()
 
     def fault(self, field: str, value: Any) -> str | None:
-        """What is wrong with a value, in words."""
+        """Returns what is wrong with a value, in words; None where nothing is."""
         absent = value is None and self.optional(field)
         return None if absent or field not in self.rules else fault(field, value, self.rules[field])
 
 
 def fault(field: str, value: Any, rule: Rule) -> str | None:
-    """What of a rule a value does not keep, in words; without a value it keeps none."""
+    """Returns how a value breaks a rule, in words; None where it keeps it. No value keeps none."""
     if value is not None and rule.holds(value):
         return None
     return f"--config.{field}: expected {rule.expected}, found {value!r}"

@@ -48,7 +48,7 @@ CLASSES = ("apple", "pear", "été & <b>")
 
 
 def photograph(rng: np.random.Generator, height: int = 60, width: int = 80) -> np.ndarray:
-    """Something with edges and colours, uint8 [H, W, 3]."""
+    """Something with edges and colors, uint8 [H, W, 3]."""
     coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     resized = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized)
@@ -124,12 +124,12 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_classes(
     folder: Path, rng: np.random.Generator, each: int, classes: tuple[str, ...] = CLASSES
 ) -> Path:
-    """Images of one colour a class, with noise."""
+    """Images of one color a class, with noise."""
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
-        colour = np.eye(3)[label % 3] * 200
+        color = np.eye(3)[label % 3] * 200
         for number in range(each):
-            pixels = rng.normal(colour, 60, (30, 40, 3)).clip(0, 255).astype(np.uint8)
+            pixels = rng.normal(color, 60, (30, 40, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
 

@@ -28,18 +28,18 @@ from proteus_jax.errors import InputError
 from proteus_jax.methods.losses import Losses, LossWeights
 from proteus_jax.methods.proteus import student_losses
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.vit import Features
 from proteus_jax.training.optimizer import adamw, decay_mask
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.convert.families import Recognised, recognise
+from proteus_jax.weights.convert.families import Detected, detect_architecture
 from proteus_jax.weights.convert.readers import read_weights
 
 TOKEN_TOLERANCE = 2e-4
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 1e-4
 GRADIENT_TOLERANCE = 1e-4
 WITHIN_LEARNING_RATE, OUTSIDE_TOLERANCE = 0.02, 0.02
-COLOUR_TOLERANCE, GEOMETRY_TOLERANCE = 1.0, 2.0
+COLOR_TOLERANCE, GEOMETRY_TOLERANCE = 1.0, 2.0
 GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 HEADS = {"token_head": "token", "fea_head": "feature", "patch_head": "patch"}
 HEAD_ARRAYS = {
@@ -80,7 +80,7 @@ def check_file(path: Path, weights: Path | None = None) -> list[Check]:
                 raise InputError(
                     f"{path}: the model is not in this file: give its weights with --weights"
                 )
-            normalise = Normalisation(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
+            normalise = Normalization(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
             images = normalise(jnp.asarray(arrays["image_uint8"]))
             return list(_check_backbone(arrays, read_weights(weights).arrays, images, {}))
         if "meta/family" not in arrays:
@@ -99,10 +99,12 @@ def _under(arrays: Arrays, prefix: str) -> Arrays:
     }
 
 
-def _model(weights: Arrays, meta: Arrays, heads: str = "heads") -> Recognised:
+def _model(weights: Arrays, meta: Arrays, heads: str = "heads") -> Detected:
     """What the original's names and the file's facts say of a model, under canonical names."""
     known = str(meta["family"]) if "family" in meta else None
-    found = recognise(weights, family=known, heads=int(meta[heads]) if heads in meta else None)
+    found = detect_architecture(
+        weights, family=known, heads=int(meta[heads]) if heads in meta else None
+    )
     spec = found.spec
     changes: dict[str, Any] = {}
     if "norm_eps" in meta:
@@ -187,7 +189,7 @@ def _outputs(
     return outputs
 
 
-def _student_params(arrays: Arrays, model: Recognised) -> Params:
+def _student_params(arrays: Arrays, model: Detected) -> Params:
     heads: Params = {head: {"norm": {}, "linear": {}} for head in HEADS.values()}
     for name, head in HEADS.items():
         for array, (layer, leaf) in HEAD_ARRAYS.items():
@@ -197,7 +199,7 @@ def _student_params(arrays: Arrays, model: Recognised) -> Params:
     return {"backbone": backbone, "heads": {"teacher": heads}}
 
 
-def _original_names(params: Params, model: Recognised) -> Arrays:
+def _original_names(params: Params, model: Detected) -> Arrays:
     """The inverse of `_student_params`, for gradients and updated weights."""
     backbone = state_dict.from_params(params["backbone"], model.spec)
     named = {
@@ -261,7 +263,7 @@ def _check_distillation(arrays: Arrays) -> Iterator[Check]:
     yield from _check_weights(arrays, _original_names(params, learning))
 
 
-def _check_groups(arrays: Arrays, params: Params, model: Recognised) -> Iterator[Check]:
+def _check_groups(arrays: Arrays, params: Params, model: Detected) -> Iterator[Check]:
     if "decayed" not in arrays:
         return
     decayed = jax.tree.map(
@@ -342,7 +344,7 @@ def _check_operations(arrays: Arrays) -> Iterator[Check]:
         error = np.inf
         if output.shape == expected.shape:
             error = float(np.abs(output.astype(int) - expected.astype(int)).mean())
-        tolerance = GEOMETRY_TOLERANCE if name in GEOMETRY else COLOUR_TOLERANCE
+        tolerance = GEOMETRY_TOLERANCE if name in GEOMETRY else COLOR_TOLERANCE
         yield Check(f"out/{key}", error, tolerance, "levels of 255, mean")
 
 

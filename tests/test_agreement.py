@@ -6,10 +6,10 @@ from proteus_jax.evaluation.reporting.figures import CELL, GAP, HEADING, agreeme
 from proteus_jax.evaluation.teacher_agreement import (
     NEIGHBOURS,
     Agreement,
-    Said,
+    StudentOutputs,
     StudentTokens,
     TeacherTokens,
-    centred_cosine,
+    centered_cosine,
     measure,
     neighbour_overlap,
     student_tokens,
@@ -19,23 +19,23 @@ from proteus_jax.models.vit import Features
 
 
 def test_a_constant_student_agrees_in_nothing(rng: np.random.Generator) -> None:
-    """The reason for centring: by the raw cosine a constant looks good."""
+    """The reason for centering: by the raw cosine a constant looks good."""
     teacher = rng.normal(size=(500, 64)).astype(np.float32) + 2.0
     constant = np.broadcast_to(teacher.mean(axis=0) + 0.01, teacher.shape)
     raw = np.sum(teacher * constant, axis=1)
     raw /= np.linalg.norm(teacher, axis=1) * np.linalg.norm(constant, axis=1)
     assert raw.mean() > 0.8
-    assert abs(centred_cosine(constant, teacher)) < 0.01
-    assert centred_cosine(teacher, teacher) == pytest.approx(1.0)
+    assert abs(centered_cosine(constant, teacher)) < 0.01
+    assert centered_cosine(teacher, teacher) == pytest.approx(1.0)
     # Scale is forgiven, direction is not.
     mean = teacher.mean(axis=0)
-    assert centred_cosine(mean + 3 * (teacher - mean), teacher) == pytest.approx(1.0, abs=1e-4)
-    assert centred_cosine(mean - (teacher - mean), teacher) == pytest.approx(-1.0, abs=1e-4)
+    assert centered_cosine(mean + 3 * (teacher - mean), teacher) == pytest.approx(1.0, abs=1e-4)
+    assert centered_cosine(mean - (teacher - mean), teacher) == pytest.approx(-1.0, abs=1e-4)
 
 
 def test_a_student_at_the_mean_itself_is_no_division_by_zero() -> None:
     teacher = np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32)
-    assert centred_cosine(np.zeros((2, 2), np.float32), teacher) == 0.0
+    assert centered_cosine(np.zeros((2, 2), np.float32), teacher) == 0.0
 
 
 def test_neighbours_written_out(rng: np.random.Generator) -> None:
@@ -68,8 +68,8 @@ def test_what_is_measured_of_which_tokens(rng: np.random.Generator) -> None:
         lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
         return float(np.mean((ours * theirs).sum(axis=1) / lengths))
 
-    centring = np.eye(24) - 1 / 24
-    k, n = (centring @ (each @ each.T) @ centring for each in (own, target.cls))
+    centering = np.eye(24) - 1 / 24
+    k, n = (centering @ (each @ each.T) @ centering for each in (own, target.cls))
     assert found.cls == pytest.approx(cosine(token, target.cls), abs=1e-6)
     assert found.patch == pytest.approx(cosine(feature, target.patches), abs=1e-6)
     assert found.cka == pytest.approx(
@@ -90,10 +90,10 @@ def test_each_batch_gives_what_it_is_asked_for(rng: np.random.Generator) -> None
     """Answers of both heads, and the student's own class token, which are three things."""
     views = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
 
-    def student(images: np.ndarray) -> Said:
+    def student(images: np.ndarray) -> StudentOutputs:
         bright = jnp.asarray(images[:, 0, 0, :1], jnp.float32)
         features = Features(bright + 1, bright[:, None] + 2, jnp.zeros((len(bright), 0, 1)))
-        return Said(features, bright + 3, bright[:, None] + 4)
+        return StudentOutputs(features, bright + 3, bright[:, None] + 4)
 
     found = student_tokens(student, views, 2)
     bright = views[:, 0, 0, :1].astype(np.float32)
@@ -117,10 +117,10 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
         cls, patches = tokens(images, 0.0)
         return Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
 
-    def student(images: np.ndarray) -> Said:
+    def student(images: np.ndarray) -> StudentOutputs:
         cls, patches = tokens(images, 0.3)
         features = Features(jnp.asarray(cls), jnp.asarray(patches), jnp.zeros((len(cls), 0, 6)))
-        return Said(features, cls, patches)
+        return StudentOutputs(features, cls, patches)
 
     found: list[Agreement] = []
     for batch in (4, 10):
@@ -134,8 +134,8 @@ def test_the_last_batch_counts_once(rng: np.random.Generator) -> None:
     assert 0.5 < found[0].cka < 1
 
 
-def test_the_picture_has_the_teachers_colours(rng: np.random.Generator) -> None:
-    """A student that equals its teacher looks like it; one at the teacher's mean has no colour."""
+def test_the_picture_has_the_teachers_colors(rng: np.random.Generator) -> None:
+    """A student that equals its teacher looks like it; one at the teacher's mean has no color."""
     views = rng.integers(0, 256, (3, 28, 56, 3), dtype=np.uint8)
     teacher = rng.normal(size=(3, 8, 16)).astype(np.float32)
     mean = np.broadcast_to(teacher.mean(axis=(0, 1)), teacher.shape)

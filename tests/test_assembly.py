@@ -12,12 +12,12 @@ from test_step import STUDENTS, TEACHER, make
 
 from proteus_jax import config
 from proteus_jax.methods.losses import LossWeights
-from proteus_jax.methods.teacher_config import lessons, masks, side_of_images
+from proteus_jax.methods.teacher_config import image_side, masks, teacher_configs
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET
 from proteus_jax.training import builder
-from proteus_jax.training.builder import Known, assemble, dtype_of, length, unsuited
+from proteus_jax.training.builder import Known, assemble, check_platform, dtype_of, schedule_of
 from proteus_jax.training.schema import schema_of
 from proteus_jax.training.train_state import Skipped, TrainState
 
@@ -56,18 +56,18 @@ def test_a_further_teachers_crop_may_be_unset(tmp_path: Path, configuration: Any
     overrides = [config.Override("more_teachers.another.crop", "None")]
     found, problems = config.load(str(tmp_path / "two.py"), overrides, schema_of)
     assert not problems
-    assert side_of_images(found) == 56
+    assert image_side(found) == 56
 
 
 def test_each_teacher_has_its_own(configuration: Any) -> None:
-    first, second = lessons(configuration).values()
+    first, second = teacher_configs(configuration).values()
     assert first.weights == LossWeights(0.5, 2.0, 0.0)
     assert (first.standardise, second.standardise) == (False, True)
     assert second.weights == LossWeights(3.0, 1.0, 0.25)
     # The second alone has a patch loss and wants larger images.
     assert masks(configuration)
-    assert side_of_images(configuration) == 84
-    made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
+    assert image_side(configuration) == 84
+    made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
     one, other = made.teachers["teacher"], made.teachers["another"]
     assert (one.backbone.spec.grid, one.side, one.normalisation) == (4, None, CLIP)
     assert (other.backbone.spec.grid, other.side, other.normalisation) == (12, 84, HALF)
@@ -85,7 +85,7 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     asked: dict[str, Any] = {}
     begun: dict[str, Any] = {}
     monkeypatch.setattr(builder, "make_train_step", lambda **each: asked.update(each))
-    made = assemble(configuration, KNOWN, length(configuration, 1000), "cpu")
+    made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
     monkeypatch.setattr(builder, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
     assert asked["method"].mask_ratio == 0.25
@@ -113,14 +113,14 @@ def test_a_kernel_that_a_precision_does_not_have_is_refused(field: str) -> None:
     overrides = [config.Override("attention", "cudnn"), config.Override(field, "float32")]
     found, problems = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
     assert not problems
-    (problem,) = unsuited(found, "gpu")
+    (problem,) = check_platform(found, "gpu")
     assert problem == "--config.attention: expected auto or xla on a gpu in float32, found cudnn"
 
 
 def test_a_warm_up_as_long_as_its_run_is_shortened() -> None:
     overrides = [config.Override("steps", "100"), config.Override("warmup_steps", "100")]
     found, _ = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
-    assert length(found, 1000).warmup == 10
+    assert schedule_of(found, 1000).warmup == 10
 
 
 @pytest.mark.parametrize("what", ["erasing", "drop path"])

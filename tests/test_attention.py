@@ -198,7 +198,7 @@ def test_a_student_learns_the_same(positions: str, remat: str) -> None:
         params = student.init(jax.random.key(3))
 
         def loss(params: dict, student: StudentFunction = student) -> jax.Array:
-            return jnp.mean(jnp.square(student(params, images).answers["t"].feature))
+            return jnp.mean(jnp.square(student(params, images).by_teacher["t"].feature))
 
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
     for found, expected in zip(*gradients, strict=True):

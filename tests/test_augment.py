@@ -13,10 +13,15 @@ from PIL import Image, ImageEnhance, ImageOps
 from proteus_jax.data import decode
 from proteus_jax.data.transforms import randaugment
 from proteus_jax.data.transforms.randaugment import OPERATIONS, RandAugment
-from proteus_jax.data.transforms.random_resized_crop import Box, Recipe, crop_box, resized_crop
+from proteus_jax.data.transforms.random_resized_crop import (
+    Box,
+    TrainTransform,
+    crop_box,
+    resized_crop,
+)
 from proteus_jax.data.transforms.resize import resized
 from proteus_jax.errors import Unreadable
-from proteus_jax.training.random_erasing import erase
+from proteus_jax.training.random_erasing import random_erasing
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -115,18 +120,18 @@ def test_a_jpeg_is_reduced_only_where_enough_is_left_to_resize() -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 3), (7, 9)])
 def test_any_shape_can_be_cropped(height: int, width: int) -> None:
     rng = np.random.default_rng(0)
-    picture = decode.opened(np.zeros((height, width, 3), np.uint8))
+    picture = decode.open_image(np.zeros((height, width, 3), np.uint8))
     for _ in range(50):
         left, top, right, bottom = crop_box(rng, height, width)
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
-        assert Recipe(28, RandAugment())(picture, rng).shape == (28, 28, 3)
+        assert TrainTransform(28, RandAugment())(picture, rng).shape == (28, 28, 3)
 
 
 def test_half_of_the_views_are_flipped() -> None:
     ramp = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (100, 100, 3))
     rng = np.random.default_rng(0)
-    views = [Recipe(28)(decode.opened(ramp), rng) for _ in range(400)]
+    views = [TrainTransform(28)(decode.open_image(ramp), rng) for _ in range(400)]
     flipped = np.mean([view[0, 0, 0] > view[0, -1, 0] for view in views])
     assert flipped == pytest.approx(0.5, abs=0.1)
 
@@ -165,7 +170,7 @@ def test_a_view_of_one_pixel_each_is_the_image(rng: np.random.Generator) -> None
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 def test_large_jpegs_are_decoded_smaller(rng: np.random.Generator, reduction: int) -> None:
     whole = photograph(rng, 60 * reduction + 5, 72 * reduction + 3)
-    picture = decode.opened(jpeg(whole))
+    picture = decode.open_image(jpeg(whole))
     box = Box(8, 0, 8 + 56 * reduction, 56 * reduction)
     crop = resized_crop(picture, box, 28 if reduction < 8 else 24)
     left, top, right, bottom = box
@@ -239,8 +244,8 @@ def test_arguments_of_operations_are_timms() -> None:
             assert found == pytest.approx(expected), (name, magnitude, sign)
 
 
-def test_colours_as_by_pillow(rng: np.random.Generator) -> None:
-    """Each of the ten operations on colours, on an image that uses few levels of each channel:
+def test_colors_as_by_pillow(rng: np.random.Generator) -> None:
+    """Each of the ten operations on colors, on an image that uses few levels of each channel:
     at most one level apart.
     """
     levels = texture(rng, 48, 48).astype(int)
@@ -347,7 +352,7 @@ def test_erasing_is_distributed_as_stated() -> None:
     """A quarter of the images, area from 0.02 to 1/3, ratio log-uniform from 0.3 to 1 / 0.3."""
     side, count = 64, 2000
     blank = jnp.zeros((count, side, side, 3))
-    erased = np.asarray(jax.jit(erase, static_argnums=2)(jax.random.key(0), blank, 0.25))
+    erased = np.asarray(jax.jit(random_erasing, static_argnums=2)(jax.random.key(0), blank, 0.25))
     hit = erased.any(axis=(1, 2, 3))
     assert hit.mean() == pytest.approx(0.25, abs=0.03)
     boxes = np.asarray(erased[hit].any(axis=-1))
@@ -364,13 +369,13 @@ def test_erasing_is_distributed_as_stated() -> None:
     assert np.abs(counts / len(area) - 0.25).max() < 0.07
     assert np.abs(ratio).max() < np.log(1 / 0.3) + 0.2
     assert np.median(ratio) == pytest.approx(0, abs=0.15)
-    everything = np.asarray(erase(jax.random.key(1), blank[:64], 1.0))
+    everything = np.asarray(random_erasing(jax.random.key(1), blank[:64], 1.0))
     assert everything.any(axis=(1, 2, 3)).all()
 
 
 def erased_boxes(seed: int, blank: jax.Array) -> np.ndarray:
     """Where images of zeros are erased, bool [b, h, w]."""
-    erased = jax.jit(erase, static_argnums=2)(jax.random.key(seed), blank, 1.0)
+    erased = jax.jit(random_erasing, static_argnums=2)(jax.random.key(seed), blank, 1.0)
     return np.asarray(np.asarray(erased).any(axis=-1))
 
 
@@ -390,7 +395,7 @@ def test_erased_boxes_reach_their_bounds() -> None:
     rows, columns = (np.asarray(boxes.any(axis=axis)).argmax(axis=1) for axis in (2, 1))
     small = (boxes.any(axis=2).sum(axis=1) < 5) & (boxes.any(axis=1).sum(axis=1) < 5)
     assert abs(np.corrcoef(rows[small], columns[small])[0, 1]) < 0.06
-    some = np.asarray(erase(jax.random.key(3), blank[:200], 1.0))
+    some = np.asarray(random_erasing(jax.random.key(3), blank[:200], 1.0))
     noise = some[some.any(axis=-1)]
     assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.06
     blank = jnp.zeros((3000, 80, 80, 3))
@@ -407,7 +412,7 @@ def test_erased_boxes_reach_their_bounds() -> None:
 def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
     picture = Image.fromarray(photograph(rng))
     expected = np.asarray(picture)
-    grey = np.asarray(picture.convert("L"))
+    gray = np.asarray(picture.convert("L"))
 
     def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
         buffer = io.BytesIO()
@@ -417,20 +422,20 @@ def test_every_kind_of_image_becomes_rgb(rng: np.random.Generator) -> None:
     decoded = decode.decode(saved(picture.convert("RGBA")))
     np.testing.assert_array_equal(decoded, expected)
     decoded = decode.decode(saved(picture.convert("L")))
-    np.testing.assert_array_equal(decoded, np.dstack([grey] * 3))
-    deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(decode.decode(saved(deep)), np.dstack([grey] * 3))
+    np.testing.assert_array_equal(decoded, np.dstack([gray] * 3))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decode.decode(saved(deep)), np.dstack([gray] * 3))
     assert mean_difference(decode.decode(saved(picture.quantize(256))), expected) < 12
     cmyk = saved(picture.convert("CMYK"), "JPEG", quality=100)
     assert mean_difference(decode.decode(cmyk), expected) < 12
     jpegs = {
-        "grey": picture.convert("L"),
-        "colours": picture,
+        "gray": picture.convert("L"),
+        "colors": picture,
         "progressive": picture,
-        "whole colours": picture,
+        "whole colors": picture,
     }
     for name, image in jpegs.items():
-        more = {"progressive": {"progressive": True}, "whole colours": {"subsampling": 0}}
+        more = {"progressive": {"progressive": True}, "whole colors": {"subsampling": 0}}
         data = saved(image, "JPEG", **more.get(name, {}))
         by_pillow_itself = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         np.testing.assert_array_equal(decode.decode(data), by_pillow_itself, err_msg=name)
@@ -462,7 +467,7 @@ def test_orientation_is_found_where_few_writers_put_it(rng: np.random.Generator)
     for data in (turned[:at] + b"\xff" + turned[at:], plain[:2] + segment + plain[2:]):
         assert decode.decode(data).shape == (80, 60, 3)
     exif[0x0112] = 1
-    upright = decode.opened(jpeg(picture, exif=exif))
+    upright = decode.open_image(jpeg(picture, exif=exif))
     assert upright.reductions == decode.REDUCTIONS
     np.testing.assert_array_equal(upright.pixels(), decode.decode(plain))
 
@@ -473,18 +478,18 @@ def test_rows_to_a_crops_edge_are_those_of_the_whole(
 ) -> None:
     data = jpeg(texture(rng, 93, 61), subsampling=subsampling)
     for reduction in (1, *decode.REDUCTIONS):
-        whole = decode.opened(data).pixels(reduction)
+        whole = decode.open_image(data).pixels(reduction)
         for bottom in (1, 14, 15, 16, 17, 31, 47, 80, 92, 93):
-            part = decode.opened(data).pixels(reduction, bottom)
+            part = decode.open_image(data).pixels(reduction, bottom)
             rows = -(-bottom // reduction)
             np.testing.assert_array_equal(part[:rows], whole[:rows])
-    picture = decode.opened(data)
+    picture = decode.open_image(data)
     for bottom in (20, 70, 30):
         np.testing.assert_array_equal(
             picture.pixels(1, bottom)[:bottom], decode.decode(data)[:bottom]
         )
     with pytest.raises(Unreadable):
-        decode.opened(data[:-400]).pixels(1, 20)
+        decode.open_image(data[:-400]).pixels(1, 20)
 
 
 def test_broken_images_are_unreadable(rng: np.random.Generator) -> None:
@@ -499,13 +504,13 @@ def test_a_flawed_jpeg_is_reduced_as_a_sound_one(
 ) -> None:
     """What the fast decoder refuses Pillow decodes whole; a fraction of it is the whole picture."""
     data = jpeg(photograph(rng, 160, 120))
-    sound = decode.opened(data).pixels(4)
+    sound = decode.open_image(data).pixels(4)
 
     def refuses(*_: object, **__: object) -> None:
         raise ValueError("a flaw")
 
     monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", refuses)
-    found = decode.opened(data).pixels(4)
+    found = decode.open_image(data).pixels(4)
     assert found.shape == sound.shape == (40, 30, 3)
     assert mean_difference(found, sound) < 2
 
@@ -543,7 +548,7 @@ def test_three_hundred_spoilt_files(rng: np.random.Generator) -> None:
                 place = int(rng.integers(reach))
                 data[place] = 0 if how == 3 else data[place] ^ (1 << int(rng.integers(8)))
         try:
-            view = Recipe(28, RandAugment())(decode.opened(bytes(data)), rng)
+            view = TrainTransform(28, RandAugment())(decode.open_image(bytes(data)), rng)
             assert view.shape == (28, 28, 3)
             readable += 1
         except Unreadable:

@@ -9,11 +9,11 @@ from proteus_jax import config
 from proteus_jax.config import Override
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.errors import InputError
-from proteus_jax.methods.teacher_config import lessons
+from proteus_jax.methods.teacher_config import teacher_configs
 from proteus_jax.models.config import SPECS
-from proteus_jax.training.builder import Known, Length, assemble
+from proteus_jax.training.builder import Known, Schedule, assemble
 from proteus_jax.training.schema import schema_of
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.registry import TEACHERS
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -34,13 +34,13 @@ def test_every_config_builds(name: str) -> None:
     loaded, faults = config.load(str(ROOT / "configs" / f"{name}.py"), [], schema_of)
     settings: Any = loaded
     assert faults == []
-    assert settings.teacher in KNOWN
+    assert settings.teacher in TEACHERS
     known = {
-        name: Known(KNOWN[lesson.source].spec, KNOWN[lesson.source].normalisation)
-        for name, lesson in lessons(settings).items()
+        name: Known(TEACHERS[lesson.source].spec, TEACHERS[lesson.source].normalisation)
+        for name, lesson in teacher_configs(settings).items()
     }
-    start = KNOWN[settings.start].spec if settings.start else None
-    assembly = assemble(settings, known, Length(10, 1), "tpu", start)
+    start = TEACHERS[settings.start].spec if settings.start else None
+    assembly = assemble(settings, known, Schedule(10, 1), "tpu", start)
     crop = settings.data.crop
     images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)
     teachers = {name: each.backbone.shapes for name, each in assembly.teachers.items()}

@@ -76,7 +76,7 @@ def test_each_trouble_is_found(hospital: Path) -> None:
     assert groups == [["copy.png", "healthy 03.png"]]
     groups = [[names[index] for index in group] for group in findings.alike()]
     assert groups == [["healthy 00.png", "larger.jpg"]]
-    left_out = {names[index]: reason for index, reason in findings.left_out().items()}
+    left_out = {names[index]: reason for index, reason in findings.excluded().items()}
     assert left_out.keys() == {"truncated.jpg", "healthy 03.png"}
     histogram = dict(findings.histogram())
     assert histogram["64 to 127"] == 24
@@ -129,7 +129,7 @@ def test_images_that_cannot_be_read_are_no_copies() -> None:
     records["content"] = [0, 5, 0, 5]
     found = Findings(records, ["broken", "", "broken", ""])
     assert found.equal() == [[1, 3]]
-    assert found.left_out() == {0: "broken", 2: "broken", 3: "the same as image 1"}
+    assert found.excluded() == {0: "broken", 2: "broken", 3: "the same as image 1"}
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -14,11 +14,11 @@ from test_linear import context_for
 from test_main import command, finish
 
 import proteus_jax
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
-from proteus_jax.evaluation.feature_extraction import Table
+from proteus_jax.evaluation.feature_extraction import FeatureTable
 from proteus_jax.evaluation.online_probes import scores
 from proteus_jax.evaluation.protocols import knn as neighbours
 from proteus_jax.evaluation.results import write_results
@@ -99,10 +99,14 @@ def test_results_are_json_and_their_place_is_known(tmp_path: Path) -> None:
 def test_scores_while_training_where_an_image_is_broken() -> None:
     """Labels follow the images that could be read, to learn from and to test on."""
     labels = np.array([0, 0, 1, 1, 0, 1])
-    part = Labelled(MemorySource([], []), labels, ("a", "b"))
+    part = LabeledDataset(MemorySource([], []), labels, ("a", "b"))
     kept = np.array([0, 2, 3, 4, 5])
     rows = np.where(labels[kept, None] == 0, [[1.0, 0.1]], [[-1.0, 0.1]]).astype(np.float32)
-    found = scores(Pair(part, part, "test"), lambda _: Table(rows, kept, 1), sharding.make_mesh())
+    found = scores(
+        TrainTestSplit(part, part, "test"),
+        lambda _: FeatureTable(rows, kept, 1),
+        sharding.make_mesh(),
+    )
     assert found == (100.0, 100.0, 100.0, 100.0)
 
 
@@ -113,15 +117,15 @@ def test_classes_are_shown_of_the_best_number_of_neighbors(
     context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
     context.config.knn = SimpleNamespace(neighbours=(1, 2, 3), temperature=0.07)
     labels = np.array([0, 0, 1, 1])
-    part = Labelled(MemorySource([], []), labels, ("a", "b"))
-    tokens = Table(np.arange(8.0).reshape(4, 2), np.arange(4), 0)
+    part = LabeledDataset(MemorySource([], []), labels, ("a", "b"))
+    tokens = FeatureTable(np.arange(8.0).reshape(4, 2), np.arange(4), 0)
     monkeypatch.setattr(neighbours, "class_tokens", lambda *_: tokens)
     monkeypatch.setattr(neighbours, "images_on_both_sides", lambda _: "")
     answers = {1: [1, 1, 1, 0], 2: [0, 0, 1, 0], 3: [0, 1, 1, 0]}
     monkeypatch.setattr(
         knn, "predictions", lambda *_, **__: {k: np.array(v) for k, v in answers.items()}
     )
-    found = neighbours.measure(context, Pair(part, part, "test"))
+    found = neighbours.measure(context, TrainTestSplit(part, part, "test"))
     assert found["top1"] == {"1": 25.0, "2": 75.0, "3": 50.0}
     assert {name: row["top1"] for name, row in found["per_class"].items()} == {
         "a": 100.0,

@@ -380,7 +380,7 @@ def test_trained_weights(format: str, tmp_path: Path) -> None:
     import_weights(weights, tmp_path / "model")
 
     def photographs(side: int) -> np.ndarray:
-        pixels = decode.opened(photograph.read_bytes()).pixels()
+        pixels = decode.open_image(photograph.read_bytes()).pixels()
         return convert_weights._square(pixels, side)[None]
 
     output = output_of(format, tmp_path)

@@ -16,10 +16,10 @@ from proteus_jax.errors import InputError
 from proteus_jax.models.config import CLIP as CLIP_CHOICES
 from proteus_jax.models.config import SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.families import FAMILIES, find_prefix, recognise
+from proteus_jax.weights.convert.families import FAMILIES, detect_architecture, find_prefix
 from proteus_jax.weights.convert.hf_directory import INDEX, read_directory
 from proteus_jax.weights.convert.import_weights import import_weights, read_model
 from proteus_jax.weights.convert.parity import compare, our_outputs
@@ -88,7 +88,7 @@ def test_equal_to_transformers(name: str, tmp_path: Path, pixels: np.ndarray) ->
     again, _ = read_model(tmp_path / "theirs")
     theirs = read_directory(tmp_path / "theirs").weights.arrays
     back = again.layout.from_canonical(again.arrays, key_bias=card.spec.key_bias)
-    expected = {n: a for n, a in theirs.items() if a.size and n not in again.left_out}
+    expected = {n: a for n, a in theirs.items() if a.size and n not in again.ignored_keys}
     assert back.keys() == expected.keys()
     for key, array in expected.items():
         np.testing.assert_array_equal(back[key], array, strict=True)
@@ -225,7 +225,7 @@ def test_openclips_file_asks_for_the_activation(tmp_path: Path) -> None:
     for family, activation in (("clip", "quick_gelu"), ("openclip", "gelu")):
         found, facts = read_model(tmp_path / "w.safetensors", family=family, heads=2)
         assert found.spec == dataclasses.replace(spec, activation=activation)
-        assert found.left_out == ("proj",)
+        assert found.ignored_keys == ("proj",)
         assert facts["prefix"] == "visual."
 
 
@@ -237,10 +237,10 @@ def test_dinov3_in_its_own_names() -> None:
     theirs = name_maps.DINOV3.from_canonical(of_spec(spec))
     theirs["rope_embed.periods"] = np.ones(4, np.float32)
     theirs["blocks.0.attn.qkv.bias_mask"] = np.ones(96, np.float32)
-    found = recognise(theirs, heads=2)
+    found = detect_architecture(theirs, heads=2)
     assert found.family == "dinov3"
     assert found.spec == spec
-    assert found.left_out == ("rope_embed.periods", "blocks.0.attn.qkv.bias_mask")
+    assert found.ignored_keys == ("rope_embed.periods", "blocks.0.attn.qkv.bias_mask")
 
 
 def test_a_directory_of_several_files(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_what_a_timm_directory_says(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
     found, _ = read_model(folder, heads=2)
     assert (found.family, found.spec.pooling, found.spec.final_norm) == ("timm", "mean", "tokens")
-    assert found.normalisation == Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert found.normalisation == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     # What a person says of the family counts for more than what the directory does.
     assert read_model(folder, family="synclr", heads=2)[0].family == "synclr"
     settings["global_pool"] = "token"
@@ -355,7 +355,7 @@ def test_what_an_openclip_directory_says(
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     found, _ = read_model(folder, heads=2)
     assert (found.family, found.spec.activation) == (family, activation)
-    assert found.normalisation == Normalisation((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert found.normalisation == Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def test_a_dinov3_of_another_base_is_refused(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_clip_that_leaves_its_activation_out() -> None:
     settings: dict[str, Any] = {"model_type": "clip_vision_model", "num_attention_heads": 2}
     for activation, family in ((None, "clip"), ("quick_gelu", "clip"), ("gelu", "openclip")):
         said = settings | ({} if activation is None else {"hidden_act": activation})
-        found = recognise(theirs, said)
+        found = detect_architecture(theirs, said)
         assert (found.family, found.spec.activation) == (family, activation or "quick_gelu")
 
 
@@ -408,7 +408,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--prefix: student\.backbone\., teacher\.backbone\."):
         find_prefix([f"{who}.backbone.patch_embed.proj.weight" for who in ("teacher", "student")])
     with pytest.raises(InputError, match=r"naflex"):
-        recognise({"embeddings.patch_embedding.weight": np.zeros((8, 12), np.float32)})
+        detect_architecture({"embeddings.patch_embedding.weight": np.zeros((8, 12), np.float32)})
     assert set(FAMILIES) == {"dinov2", "dinov3", "synclr", "clip", "openclip", "siglip", "timm"}
 
 

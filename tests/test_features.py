@@ -9,19 +9,19 @@ import pytest
 from conftest import CLASSES, photograph, write_classes
 from PIL import Image
 
-from proteus_jax.data.datasets.labeled import open_labelled, open_pair
+from proteus_jax.data.datasets.labeled import open_labeled, open_pair
 from proteus_jax.data.eval_loader import NOTHING, evaluation_batches
 from proteus_jax.data.sources.base import MemorySource
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation.feature_extraction import Frozen, Reading, class_token
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig, class_token
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import CLIP
 from proteus_jax.runtime import sharding
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
-VIEW = CentreCrop(32, 28)
+VIEW = CenterCrop(32, 28)
 
 
 def test_the_view_is_torchvisions(rng: np.random.Generator) -> None:
@@ -84,29 +84,29 @@ def test_a_pass_equals_the_model_image_by_image(
     model = Model(*load_model(tiny_teacher))
     pictures = [photograph(rng, 32, 32) for _ in range(11)]
     source = MemorySource(pictures, [str(number) for number in range(11)])
-    frozen = Frozen(model, sharding.make_mesh(2))
+    frozen = FrozenBackbone(model, sharding.make_mesh(2))
     for batch in (8, 64):
-        table = frozen.table(class_token, source, VIEW, Reading(batch))
+        table = frozen.table(class_token, source, VIEW, LoaderConfig(batch))
         assert table.numbers.tolist() == list(range(11))
         assert table.unreadable == 0
         views = np.stack([picture[2:30, 2:30] for picture in pictures])
         np.testing.assert_allclose(table.values, model(views).cls, atol=2e-5)
-    some = frozen.table(class_token, source, VIEW, Reading(8), chosen=[7, 2])
+    some = frozen.table(class_token, source, VIEW, LoaderConfig(8), chosen=[7, 2])
     np.testing.assert_array_equal(some.values, table.values[[7, 2]])
     assert some.numbers.tolist() == [7, 2]
     assert some.unreadable == 0
     # By other statistics than the model's own, where a protocol says so.
-    clip = Frozen(model, sharding.make_mesh(), normalisation=CLIP)
+    clip = FrozenBackbone(model, sharding.make_mesh(), normalisation=CLIP)
     assert model.card.normalisation != CLIP
     params = jax.tree.map(jnp.asarray, model.params)
     expected = BackboneFunction(model.spec)(params, CLIP(jnp.asarray(views))).cls
-    found = clip.table(class_token, source, VIEW, Reading(64)).values
+    found = clip.table(class_token, source, VIEW, LoaderConfig(64)).values
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_weights_are_kept_in_the_dtype_of_the_matmuls(tiny_teacher: Path) -> None:
     model = Model(*load_model(tiny_teacher))
-    frozen = Frozen(model, sharding.make_mesh(), jnp.bfloat16)
+    frozen = FrozenBackbone(model, sharding.make_mesh(), jnp.bfloat16)
     linear = frozen.params["blocks"]["attn"]["qkv"]
     assert linear["kernel"].dtype == jnp.bfloat16
     assert linear["bias"].dtype == jnp.float32
@@ -117,7 +117,7 @@ def test_pairs_of_folders(labelled_folder: Path) -> None:
     assert pair.train.classes == pair.test.classes == CLASSES
     assert np.bincount(pair.train.labels).tolist() == [14, 14, 14]
     assert np.bincount(pair.test.labels).tolist() == [5, 5, 5]
-    assert pair.told == "test"
+    assert pair.test_name == "test"
     whole = open_pair(str(labelled_folder / "train"))
     assert np.bincount(whole.test.labels).tolist() == [2, 2, 2]
     assert np.bincount(whole.train.labels).tolist() == [12, 12, 12]
@@ -141,12 +141,12 @@ def test_addresses_and_lists_and_a_test_set_without_classes(
     assert len(remote.test.labels) == 15
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(map(str, sorted(labelled_folder.glob("train/*/*.png")))))
-    assert open_labelled(str(listed)).classes == CLASSES
+    assert open_labeled(str(listed)).classes == CLASSES
     for split in ("train", "val"):
         write_classes(tmp_path / "flat" / split, rng, 2, ("a", "b"))
     (tmp_path / "flat" / "test").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "flat" / "test" / "x.png")
-    assert open_pair(str(tmp_path / "flat")).told == "val"
+    assert open_pair(str(tmp_path / "flat")).test_name == "val"
 
 
 def test_what_has_no_classes_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -171,7 +171,7 @@ def test_what_has_no_classes_is_refused(tmp_path: Path, rng: np.random.Generator
         with pytest.raises(InputError, match=words):
             open_pair(str(tmp_path / name))
     with pytest.raises(InputError, match="expected images with classes"):
-        open_labelled(write_tar(tmp_path))
+        open_labeled(write_tar(tmp_path))
 
 
 def write_tar(folder: Path) -> str:

@@ -18,19 +18,19 @@ from test_probes import clusters
 
 from proteus_jax.data import decode
 from proteus_jax.data.datasets.fine_grained import DATASETS, VOC_CLASSES, _shown, find_datasets
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation.feature_extraction import Frozen, Table
+from proteus_jax.evaluation.feature_extraction import FeatureTable, FrozenBackbone
 from proteus_jax.evaluation.protocols import fine_grained
 from proteus_jax.evaluation.protocols.fine_grained import Features, average_precision, evaluate
 from proteus_jax.evaluation.schema import FINEGRAINED
-from proteus_jax.models.normalization import CLIP, Normalisation
+from proteus_jax.models.normalization import CLIP, Normalization
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 
 def image(path: Path, label: int, number: int) -> None:
-    """One whose colour tells its class."""
+    """One whose color tells its class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(number)
     pixels = rng.normal(np.eye(3)[label % 3] * 200, 50, (20, 24, 3)).clip(0, 255)
@@ -238,7 +238,7 @@ def test_of_several_objects_of_a_class_a_plain_one_counts(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", FINEGRAINED)
 def test_each_layout(name: str, all_twelve: Path) -> None:
-    """The parts have their sizes, and each image the class that its colour tells."""
+    """The parts have their sizes, and each image the class that its color tells."""
     found, absent = find_datasets(str(all_twelve), [name])
     assert absent == {}
     for part, count in zip(found[name], COUNTS[name], strict=True):
@@ -251,14 +251,14 @@ def test_each_layout(name: str, all_twelve: Path) -> None:
             assert part.labels.shape == (9, 20)
             continue
         assert set(part.labels.tolist()) == {0, 1, 2}
-        colours = {}
+        colors = {}
         for number, label in enumerate(part.labels.tolist()):
             content = part.source.read(number)
             if isinstance(content, bytes):
                 content = np.asarray(Image.open(io.BytesIO(content)))
-            colours.setdefault(label, set()).add(int(content.mean(axis=(0, 1)).argmax()))
-        assert all(len(seen) == 1 for seen in colours.values()), colours
-        assert len(set.union(*colours.values())) == 3
+            colors.setdefault(label, set()).add(int(content.mean(axis=(0, 1)).argmax()))
+        assert all(len(seen) == 1 for seen in colors.values()), colors
+        assert len(set.union(*colors.values())) == 3
 
 
 def test_caltechs_draws(all_twelve: Path) -> None:
@@ -339,7 +339,7 @@ def test_each_from_tensorflow_datasets(tmp_path: Path, monkeypatch: pytest.Monke
         assert (splits.validation is None) == (prepared[name][2] is None)
         for part in filter(None, splits):
             shades = [
-                int(decode.opened(part.source.read(at)).pixels()[0, 0, 0])
+                int(decode.open_image(part.source.read(at)).pixels()[0, 0, 0])
                 for at in range(len(part.source))
             ]
             assert sorted(shades) == [0, 1, 2]
@@ -464,18 +464,20 @@ def test_images_are_resized_to_the_crop(
 ) -> None:
     """Not to a larger side and cut, and with CLIP's statistics whatever the model has."""
     context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
-    assert context.view == CentreCrop(32, 28)
+    assert context.view == CenterCrop(32, 28)
     found, _ = find_datasets(str(all_twelve), ["dtd"])
-    seen: list[tuple[CentreCrop, Normalisation]] = []
+    seen: list[tuple[CenterCrop, Normalization]] = []
 
-    def table(frozen: Frozen, _: Any, source: Any, view: CentreCrop, *rest: Any, **more: Any):
+    def table(
+        frozen: FrozenBackbone, _: Any, source: Any, view: CenterCrop, *rest: Any, **more: Any
+    ):
         seen.append((view, frozen.normalisation))
-        return Table(np.random.default_rng(0).normal(size=(len(source), 3)), np.arange(6), 0)
+        return FeatureTable(np.random.default_rng(0).normal(size=(len(source), 3)), np.arange(6), 0)
 
-    monkeypatch.setattr(Frozen, "table", table)
+    monkeypatch.setattr(FrozenBackbone, "table", table)
     monkeypatch.setattr(fine_grained, "DECAYS", np.array([1.0]))
     fine_grained.measure(context, fine_grained.Data(found, {}))
-    assert seen == [(CentreCrop(28, 28), CLIP)] * 3
+    assert seen == [(CenterCrop(28, 28), CLIP)] * 3
 
 
 def test_eleven_points(rng: np.random.Generator) -> None:

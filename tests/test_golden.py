@@ -83,7 +83,7 @@ def test_a_file_may_lack_arrays(tmp_path: Path) -> None:
 
 
 def test_the_script_runs_by_itself(tmp_path: Path) -> None:
-    """From any directory, with XLA's optimisations on, as a person would."""
+    """From any directory, with XLA's optimizations on, as a person would."""
     script = Path(golden.__file__)
     environment = os.environ | {"XLA_FLAGS": ""}
     for file, code in ((HERE, 0), (tmp_path / "absent.npz", 1)):

@@ -28,9 +28,15 @@ from test_main import command, environment, losses
 import main as command_line
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.runtime import cluster_env, collectives, device_check, distributed, sharding
-from proteus_jax.runtime.cluster_env import ALONE, Place, find_place, first_node, processes_here
+from proteus_jax.runtime.cluster_env import (
+    ALONE,
+    ProcessInfo,
+    detect_cluster_env,
+    first_node,
+    processes_here,
+)
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.runtime.rendezvous import meet
+from proteus_jax.runtime.rendezvous import rendezvous
 
 STEPS = 6
 GLOO = re.compile(
@@ -60,30 +66,32 @@ def free_port() -> int:
 
 
 def test_places() -> None:
-    assert find_place({}, {}) == ALONE
+    assert detect_cluster_env({}, {}) == ALONE
     flags = {"--hosts": "2", "--host": "1", "--coordinator": "10.0.0.1:99"}
-    assert find_place(flags, SLURM) == Place(1, 2, "10.0.0.1", 99, "the flags")
-    found = find_place({}, SLURM)
+    assert detect_cluster_env(flags, SLURM) == ProcessInfo(1, 2, "10.0.0.1", 99, "the flags")
+    found = detect_cluster_env({}, SLURM)
     assert (found.host, found.hosts, found.address) == (3, 4, "gpu007")
     assert found.local_devices is None
-    assert find_place({}, SLURM | {"SLURM_PROCID": "0"}).port == found.port
-    assert find_place({}, SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ALONE
+    assert detect_cluster_env({}, SLURM | {"SLURM_PROCID": "0"}).port == found.port
+    assert detect_cluster_env({}, SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == ALONE
     # A batch script without srun.
-    assert find_place({}, SLURM | {"SLURM_STEP_NODELIST": ""}) == ALONE
+    assert detect_cluster_env({}, SLURM | {"SLURM_STEP_NODELIST": ""}) == ALONE
     shared = {"SLURM_NNODES": "2", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"}
-    assert find_place({}, SLURM | shared).local_devices == (1,)
+    assert detect_cluster_env({}, SLURM | shared).local_devices == (1,)
     hidden = shared | {"CUDA_VISIBLE_DEVICES": "1"}
-    assert find_place({}, SLURM | hidden).local_devices is None
+    assert detect_cluster_env({}, SLURM | hidden).local_devices is None
     pod = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3"}
-    assert find_place({}, pod) == Place(2, 4, "t0", cluster_env.PORT, "TPU_WORKER_HOSTNAMES")
+    assert detect_cluster_env({}, pod) == ProcessInfo(
+        2, 4, "t0", cluster_env.PORT, "TPU_WORKER_HOSTNAMES"
+    )
 
 
 def test_a_shell_of_an_interactive_step_is_alone() -> None:
     """`srun --pty bash` in an allocation of four tasks: the step has one."""
     interactive = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
-    assert find_place({}, interactive) == ALONE
+    assert detect_cluster_env({}, interactive) == ALONE
     # What mpirun starts there is not.
-    found = find_place({}, interactive | MPIRUN)
+    found = detect_cluster_env({}, interactive | MPIRUN)
     assert (found.host, found.hosts, found.address) == (1, 2, "127.0.0.1")
 
 
@@ -104,36 +112,36 @@ MPIRUN = {
 
 
 def test_launchers() -> None:
-    found = find_place({}, TORCHRUN)
+    found = detect_cluster_env({}, TORCHRUN)
     assert found[:3] == (5, 8, "node0")
     assert found.local_devices == (1,)
     # It listens at its own port there.
     assert found.port != 29500
-    assert find_place({}, TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).port == found.port
+    assert detect_cluster_env({}, TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).port == found.port
     one_a_node = TORCHRUN | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    assert find_place({}, one_a_node).local_devices is None
-    assert find_place({}, TORCHRUN | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
-    assert find_place({}, TORCHRUN | {"WORLD_SIZE": "1"}) == ALONE
+    assert detect_cluster_env({}, one_a_node).local_devices is None
+    assert detect_cluster_env({}, TORCHRUN | {"CUDA_VISIBLE_DEVICES": "3"}).local_devices is None
+    assert detect_cluster_env({}, TORCHRUN | {"WORLD_SIZE": "1"}) == ALONE
     # Where it does not say how many share the machine, others may.
     unsaid = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
-    assert find_place({}, unsaid).local_devices == (1,)
+    assert detect_cluster_env({}, unsaid).local_devices == (1,)
     nodes = MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     uri = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"}
-    assert find_place({}, nodes | uri).address == "10.96.0.1"
+    assert detect_cluster_env({}, nodes | uri).address == "10.96.0.1"
     with pytest.raises(InputError, match=r"mpirun started 2 processes.*--host=.OMPI_COMM_WORLD_R"):
-        find_place({}, nodes)
+        detect_cluster_env({}, nodes)
     with pytest.raises(InputError, match="WORLD_SIZE=8: expected RANK and LOCAL_RANK"):
-        find_place({}, {"WORLD_SIZE": "8"})
+        detect_cluster_env({}, {"WORLD_SIZE": "8"})
 
 
 def test_what_slurm_started_starts_others() -> None:
     """`srun torchrun`: the processes are torchrun's."""
     inner = SLURM | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none", "SLURM_NTASKS": "2"}
-    found = find_place({}, inner)
+    found = detect_cluster_env({}, inner)
     assert found[:3] == (5, 8, "node0")
     assert found.source == "torchrun"
     # A batch script's own variables of these names say nothing.
-    assert find_place({}, SLURM | TORCHRUN).source == "SLURM"
+    assert detect_cluster_env({}, SLURM | TORCHRUN).source == "SLURM"
     assert processes_here(inner) == 4
     assert processes_here(SLURM | {"SLURM_NNODES": "2"}) == 2
     assert processes_here({}) == 1
@@ -144,7 +152,7 @@ def test_what_slurm_started_starts_others() -> None:
 def test_jobs_of_one_machine_listen_apart() -> None:
     """Each at two ports, its coordinator's and the one beside it."""
     ports = [
-        find_place({}, SLURM | {"SLURM_JOB_ID": str(job), "SLURM_PROCID": "0"}).port
+        detect_cluster_env({}, SLURM | {"SLURM_JOB_ID": str(job), "SLURM_PROCID": "0"}).port
         for job in range(7000, 8000)
     ]
     assert len(set(ports)) > 850
@@ -158,9 +166,9 @@ def test_a_host_that_is_wrong_waits_for_nobody() -> None:
     for host in ("0", "1"):
         place = {"--hosts": "2", "--host": host, "--coordinator": "127.0.0.1:9000"}
         with pytest.raises(InputError, match="a problem"):
-            command_line._company(place, ["a problem"])
+            command_line._process_info(place, ["a problem"])
     known = ["a problem"]
-    assert command_line._company({"--wait": "0"}, known)[0] == ALONE
+    assert command_line._process_info({"--wait": "0"}, known)[0] == ALONE
     assert len(known) == 2
 
 
@@ -214,13 +222,13 @@ def test_a_process_takes_its_own_devices(monkeypatch: pytest.MonkeyPatch) -> Non
         raise Left
 
     company = SimpleNamespace(leave=lambda *_: None, lost_one=lambda _: False)
-    monkeypatch.setattr(distributed, "meet", lambda *_, **__: company)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: company)
     monkeypatch.setattr(distributed, "_exit_in_place_of_abort", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
-    place = Place(3, 4, "10.0.0.1", 9000, "a test", (1,))
+    place = ProcessInfo(3, 4, "10.0.0.1", 9000, "a test", (1,))
     with (
         pytest.raises(Left),
-        distributed.joined(place, {}, timeout=1.0, progress=print, say=print),
+        distributed.initialize_distributed(place, {}, timeout=1.0, progress=print, say=print),
     ):
         pass
     assert asked["local_device_ids"] == (1,)
@@ -232,10 +240,10 @@ def test_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     pod = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "t0,t1"}
     slices = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
     address = {"MEGASCALE_COORDINATOR_ADDRESS": "first:8080"}
-    found = find_place({}, pod | slices | address)
+    found = detect_cluster_env({}, pod | slices | address)
     assert found[:4] == (3, 4, "first", cluster_env.PORT)
     with pytest.raises(InputError, match="MEGASCALE_NUM_SLICES=2: expected MEGASCALE_COORDINATOR"):
-        find_place({}, pod | slices)
+        detect_cluster_env({}, pod | slices)
     monkeypatch.setattr(cluster_env, "TPU_DEVICES", (ROOT,))
     answers = {
         "agent-worker-number": "0",
@@ -244,7 +252,7 @@ def test_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
         "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'\n",
     }
     monkeypatch.setattr(cluster_env, "_metadata", lambda name: answers.get(name, ""))
-    assert find_place({}, {})[:4] == (1, 2, "10.0.0.9", cluster_env.PORT)
+    assert detect_cluster_env({}, {})[:4] == (1, 2, "10.0.0.9", cluster_env.PORT)
 
 
 def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +262,12 @@ def test_a_tpus_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
         "worker-network-endpoints": "unknown:unknown:10.1.0.2,unknown:unknown:10.1.0.3",
     }
     monkeypatch.setattr(cluster_env, "_metadata", lambda name: answers.get(name, ""))
-    assert find_place({}, {}) == Place(1, 2, "10.1.0.2", cluster_env.PORT, "the TPU's metadata")
+    assert detect_cluster_env({}, {}) == ProcessInfo(
+        1, 2, "10.1.0.2", cluster_env.PORT, "the TPU's metadata"
+    )
     # A TPU device without a metadata server, as in a container.
     monkeypatch.setattr(cluster_env, "_metadata", lambda _: "")
-    assert find_place({}, {}) == ALONE
+    assert detect_cluster_env({}, {}) == ALONE
 
 
 def test_gpus_that_jax_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +324,7 @@ def test_first_node(nodes: str, first: str) -> None:
 )
 def test_wrong_places(flags: dict, environment: dict, words: str) -> None:
     with pytest.raises(InputError) as error:
-        find_place(flags, environment)
+        detect_cluster_env(flags, environment)
     assert words in str(error.value)
 
 
@@ -324,9 +334,9 @@ def meet_all(count: int, abouts: list[dict], timeout: float = 5.0, total: int = 
     results: list[Any] = [None] * count
 
     def one(host: int) -> None:
-        place = Place(host, total or count, "127.0.0.1", port, "a test")
+        place = ProcessInfo(host, total or count, "127.0.0.1", port, "a test")
         try:
-            results[host] = meet(place, abouts[host], timeout=timeout, say=print)
+            results[host] = rendezvous(place, abouts[host], timeout=timeout, say=print)
         except (InputError, Interrupted) as error:
             results[host] = error
 
@@ -358,12 +368,12 @@ def test_hosts_compare_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text on all, or not: a few equal bytes of two digests are chance."""
     gather = collectives.multihost_utils
     monkeypatch.setattr(gather, "process_allgather", lambda mine: np.stack([mine, mine]))
-    assert collectives.same_everywhere("a")
+    assert collectives.same_on_all_hosts("a")
     changed = np.arange(32) > 3
     monkeypatch.setattr(
         gather, "process_allgather", lambda mine: np.stack([mine, mine ^ np.uint8(changed)])
     )
-    assert not collectives.same_everywhere("a")
+    assert not collectives.same_on_all_hosts("a")
 
 
 def test_hosts_may_say_what_is_no_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,8 +388,8 @@ def test_hosts_may_say_what_is_no_unicode(monkeypatch: pytest.MonkeyPatch) -> No
         return np.stack([mine, other])
 
     monkeypatch.setattr(collectives.multihost_utils, "process_allgather", gathered)
-    assert collectives.of_all_hosts("x/\udcff.png") == ["x/\\udcff.png", "abc"]
-    assert collectives.of_all_hosts("") == ["", "abc"]
+    assert collectives.gather_from_all_hosts("x/\udcff.png") == ["x/\\udcff.png", "abc"]
+    assert collectives.gather_from_all_hosts("") == ["", "abc"]
 
 
 def test_who_is_missing_has_a_number() -> None:
@@ -393,11 +403,11 @@ def test_who_is_missing_has_a_number() -> None:
 def test_strangers_do_not_make_the_wait_longer() -> None:
     """Who comes and goes is no reason to wait anew for those who are missing."""
     port, results = free_port(), []
-    place = Place(0, 2, "127.0.0.1", port, "a test")
+    place = ProcessInfo(0, 2, "127.0.0.1", port, "a test")
 
     def wait() -> None:
         try:
-            meet(place, {}, timeout=1.5, say=print)
+            rendezvous(place, {}, timeout=1.5, say=print)
         except Interrupted as error:
             results.append(error)
 
@@ -414,10 +424,10 @@ def test_strangers_do_not_make_the_wait_longer() -> None:
 
 
 def test_without_host_0_the_others_say_so() -> None:
-    place = Place(1, 2, "127.0.0.1", free_port(), "a test")
+    place = ProcessInfo(1, 2, "127.0.0.1", free_port(), "a test")
     words = r"host 0 at 127.0.0.1:\d+ is not here .*this is host 1 of 2"
     with pytest.raises(Interrupted, match=words):
-        meet(place, {}, timeout=1.0, say=print)
+        rendezvous(place, {}, timeout=1.0, say=print)
 
 
 def test_hosts_that_run_something_else_are_refused() -> None:
@@ -564,7 +574,7 @@ def assert_measured_alike(many: Path, one: Path) -> None:
     drawn = sorted(path.relative_to(one) for path in one.rglob("*.png"))
     assert len(drawn) > 2
     for name in drawn:
-        # Colours are scaled by the smallest and largest value: rounding may move a level or two.
+        # Colors are scaled by the smallest and largest value: rounding may move a level or two.
         assert np.abs(picture(many / name) - picture(one / name)).mean() < 2
 
 
@@ -716,11 +726,11 @@ def test_a_signal_while_hosts_wait_for_each_other(
 JOINED = """
 import os, signal, sys, time
 from proteus_jax.runtime import distributed
-from proteus_jax.runtime.cluster_env import Place
+from proteus_jax.runtime.cluster_env import ProcessInfo
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-place = Place(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
+place = ProcessInfo(int(sys.argv[1]), 2, "127.0.0.1", int(sys.argv[2]), "a test")
 try:
-    with distributed.joined(place, {}, timeout=60, progress=print, say=print):
+    with distributed.initialize_distributed(place, {}, timeout=60, progress=print, say=print):
         print("joined", flush=True)
         time.sleep(300)
 except KeyboardInterrupt:

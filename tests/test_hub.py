@@ -25,7 +25,7 @@ from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.weights import fetch
 from proteus_jax.weights.convert import name_maps, torch_file
 from proteus_jax.weights.model_dir import load_card, load_model
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.registry import TEACHERS
 
 FIRST, SECOND = "a" * 40, "b" * 40
 TOKEN = "hf_" + "s" * 30
@@ -255,15 +255,15 @@ def test_a_known_name_has_a_second_source(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     known = dataclasses.replace(
-        KNOWN["dinov2_vits14"], spec=TINY, url="http://127.0.0.1:9/x.pth", repository="org/name"
+        TEACHERS["dinov2_vits14"], spec=TINY, url="http://127.0.0.1:9/x.pth", repository="org/name"
     )
-    monkeypatch.setitem(KNOWN, "dinov2_vits14", known)
+    monkeypatch.setitem(TEACHERS, "dinov2_vits14", known)
     card = load_card(fetch.obtain_teacher("dinov2_vits14"))
     assert (card.spec, card.source["repository"]) == (TINY, "org/name")
     assert card.licence == known.licence
     assert "cannot fetch http://127.0.0.1:9/x.pth" in capsys.readouterr().out
     other = dataclasses.replace(known, spec=dataclasses.replace(TINY, depth=3))
-    monkeypatch.setitem(KNOWN, "dinov2_vitb14", other)
+    monkeypatch.setitem(TEACHERS, "dinov2_vitb14", other)
     with pytest.raises(InputError, match=r"expected ViTSpec\(.*depth=3"):
         fetch.obtain_teacher("dinov2_vitb14")
 

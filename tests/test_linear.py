@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proteus_jax.data.datasets.labeled import Labelled, open_pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, open_pair
 from proteus_jax.data.sources.base import MemorySource
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, Unreadable
-from proteus_jax.evaluation.feature_extraction import Frozen, Reading
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import linear
 from proteus_jax.evaluation.protocols.linear import Kind, Probe, Tokens
@@ -110,11 +110,11 @@ def context_for(
     context = Context(
         config=config,
         model=model,
-        frozen=Frozen(model, mesh),
+        frozen=FrozenBackbone(model, mesh),
         mesh=mesh,
         workdir=workdir,
-        view=CentreCrop(32, 28),
-        reading=Reading(16),
+        view=CenterCrop(32, 28),
+        reading=LoaderConfig(16),
         say=said.append,
         progress=lambda _: None,
     )
@@ -169,7 +169,7 @@ def test_labels_follow_their_images_where_one_is_broken(
 ) -> None:
     """Learning from crops, from features just made and from those kept before, and testing."""
     model = Model(*load_model(tiny_teacher))
-    learnt = Labelled(Shades(), LABELS, ("a", "b", "c"))
+    learnt = LabeledDataset(Shades(), LABELS, ("a", "b", "c"))
     context, _ = context_for(tmp_path, model, tmp_path)
     probe = Probe(KINDS[:1], (0.1,), 3, steps=3, batch=16)
     seen: list[np.ndarray] = []
@@ -195,12 +195,12 @@ def test_labels_follow_their_images_where_one_is_broken(
     others = Shades()
     others._pictures[5] = others._pictures[0]
     others.fingerprint = "another"
-    darker = Labelled(others, LABELS, ("a", "b", "c"))
+    darker = LabeledDataset(others, LABELS, ("a", "b", "c"))
     tokens, _ = linear._kept_features(context, greys, darker)
     assert np.asarray(tokens.mean)[4, 0].round() == 0
     # A head that answers with the middle class.
     heads = [{"weight": jnp.zeros((1, 1, 3)), "bias": jnp.array([[0.0, 1.0, 0.0]])}]
-    found = linear._answers(context, probe, greys, learnt, heads, "test")
+    found = linear._run_heads(context, probe, greys, learnt, heads, "test")
     assert found.unreadable == 1
     np.testing.assert_array_equal(found.labels, np.delete(LABELS, 3))
     np.testing.assert_array_equal(found.right[:, 0], np.delete(LABELS, 3) == 1)
@@ -213,7 +213,7 @@ def test_the_head_that_is_kept_is_chosen_by_images_held_out(
     model = Model(*load_model(tiny_teacher))
     context, _ = context_for(labelled_folder, model, tmp_path)
     pair = open_pair(str(labelled_folder))
-    moved = Labelled(pair.test.source, (pair.test.labels + 1) % 3, pair.test.classes)
+    moved = LabeledDataset(pair.test.source, (pair.test.labels + 1) % 3, pair.test.classes)
     found = linear.measure(context, pair._replace(test=moved))
     best = found["best"]
     assert best["test"]["head"] != best["held_out"]["head"]

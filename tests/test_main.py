@@ -111,7 +111,7 @@ def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess
     printed = result.stdout
     assert "24 to train on" in printed
     assert f'model = proteus_jax.load("{workdir / "student"}")' in printed
-    for line in ("token loss", "centred cosine, class token", "share of 5 nearest neighbours"):
+    for line in ("token loss", "centered cosine, class token", "share of 5 nearest neighbours"):
         assert re.search(rf"^ +{line} +-?\d+\.\d+ +-?\d+\.\d+$", printed, re.MULTILINE)
 
 
@@ -308,7 +308,7 @@ def test_what_all_hosts_must_have_in_common(
         asked.append(about)
         raise Interrupted("enough")
 
-    monkeypatch.setattr(distributed, "joined", joined)
+    monkeypatch.setattr(distributed, "initialize_distributed", joined)
     for more in ([], ["--config.seed=9"]):
         arguments = command(tmp_path / "run", photographs, tiny_teacher, *more)[2:]
         with pytest.raises(Interrupted):

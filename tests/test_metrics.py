@@ -8,7 +8,7 @@ import pytest
 from conftest import Heard
 from tensorboardX.proto import event_pb2
 
-from proteus_jax.engine.metrics_logger import Rows
+from proteus_jax.engine.metrics_logger import MetricsLogger
 from proteus_jax.runtime.console import duration
 from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics, read_metrics
 
@@ -87,7 +87,7 @@ def test_rows_of_two_students(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proteus_jax.engine.metrics_logger.time.monotonic", lambda: now[0])
     monkeypatch.setattr("proteus_jax.engine.metrics_logger.jax.device_count", lambda: 16)
     writer, console = Written(), Heard()
-    rows = Rows(writer, console, students=("a", "b"), total_steps=30, work=1e10, peak=4e12)
+    rows = MetricsLogger(writer, console, students=("a", "b"), total_steps=30, work=1e10, peak=4e12)
     rows.begin(10)
     now[0] += 20.0
     losses = {

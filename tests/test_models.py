@@ -17,7 +17,7 @@ from proteus_jax.models.functional import (
     without_layer_scale,
 )
 from proteus_jax.models.normalization import CLIP as CLIP_STATISTICS
-from proteus_jax.models.normalization import HALF, IMAGENET, Normalisation
+from proteus_jax.models.normalization import HALF, IMAGENET, Normalization
 from proteus_jax.models.pos_embed import resize_matrix
 from proteus_jax.models.student import Head
 from proteus_jax.models.vit import VisionTransformer, resize_position_table
@@ -97,7 +97,7 @@ def test_a_table_resized_once_equals_one_resized_each_time(params: dict) -> None
     )
 
 
-def test_initialisation_is_the_references() -> None:
+def test_initialization_is_the_references() -> None:
     """Normal of 0.02 without a cut, tiny tokens, PyTorch's uniform for patches and heads."""
     params = StudentFunction(SPECS["vit_tiny"], {"teacher": 384}).init(jax.random.key(0))
     backbone = params["backbone"]
@@ -209,7 +209,7 @@ def test_published_statistics_of_images() -> None:
     np.testing.assert_allclose(IMAGENET(jnp.asarray(pixels))[0, 0, 0], expected, rtol=1e-6)
     for std in ([0.2, 0.0, 0.2], [0.2, 0.2], [0.2, 0.2, True], [0.2, 0.2, float("nan")]):
         with pytest.raises(ValueError, match="three means and three deviations above 0"):
-            Normalisation.checked([0.5, 0.5, 0.5], std)
+            Normalization.checked([0.5, 0.5, 0.5], std)
 
 
 def test_a_smaller_grid_is_antialiased() -> None:
@@ -340,6 +340,6 @@ def test_specs_refuse_nonsense() -> None:
         dataclasses.replace(TINY, interpolate_offset=0.0, norm_epsilon=0.0)
     )
     with pytest.raises(
-        ValueError, match=r"unknown field 'colour'.*missing field 'width'.*depth should be int"
+        ValueError, match=r"unknown field 'color'.*missing field 'width'.*depth should be int"
     ):
-        ViTSpec.from_json({"colour": 1, "depth": "two", "heads": 2})
+        ViTSpec.from_json({"color": 1, "depth": "two", "heads": 2})

@@ -14,11 +14,11 @@ from conftest import ROOT, photograph
 from proteus_jax.data import decode, sampler
 from proteus_jax.data.dataset import open_images
 from proteus_jax.data.loader import Batch, held_out_views, training_batches
-from proteus_jax.data.sampler import Order, shares
+from proteus_jax.data.sampler import Sampler, shares
 from proteus_jax.data.sources.base import MemorySource, Source
 from proteus_jax.data.splits import HeldOut
 from proteus_jax.data.transforms.randaugment import RandAugment
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError, Unreadable
 
 
@@ -28,8 +28,13 @@ def source(rng: np.random.Generator) -> MemorySource:
 
 
 def batches(source: Source, steps: range, **changes) -> list[Batch]:
-    chosen = Order(changes.pop("seed", 5), (len(source),), (), changes.pop("repeats", 1))
-    settings = {"order": chosen, "recipe": Recipe(28, RandAugment()), "batch": 8, "threads": 0}
+    chosen = Sampler(changes.pop("seed", 5), (len(source),), (), changes.pop("repeats", 1))
+    settings = {
+        "order": chosen,
+        "recipe": TrainTransform(28, RandAugment()),
+        "batch": 8,
+        "threads": 0,
+    }
     return list(training_batches(source, steps=steps, **(settings | changes)))
 
 
@@ -76,8 +81,8 @@ def test_order_does_not_depend_on_workers(photographs: Path, alone: None) -> Non
             np.testing.assert_array_equal(one.images, other.images)
     ahead = training_batches(
         training,
-        order=Order(5, (len(training),)),
-        recipe=Recipe(28),
+        order=Sampler(5, (len(training),)),
+        recipe=TrainTransform(28),
         batch=64,
         steps=range(1000),
         workers=1,
@@ -90,16 +95,16 @@ def test_order_does_not_depend_on_workers(photographs: Path, alone: None) -> Non
 SCRIPT = """
 import sys
 import numpy as np
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.data.dataset import open_images
-from proteus_jax.data.sampler import Order
+from proteus_jax.data.sampler import Sampler
 from proteus_jax.data.loader import training_batches
 from proteus_jax.data.splits import HeldOut
 
 if __name__ == "__main__":
     training = open_images([sys.argv[1]], held_out=HeldOut(0.0, 1, 1)).training
-    batches = training_batches(training, order=Order(5, (40,)), recipe=Recipe(28), batch=64,
-                               steps=range(4), workers=2)
+    batches = training_batches(training, order=Sampler(5, (40,)), recipe=TrainTransform(28),
+                               batch=64, steps=range(4), workers=2)
     print(next(batches).images.sum())
 """
 
@@ -128,7 +133,7 @@ def test_workers_of_a_script_end_with_it(
         open_images([str(photographs)], held_out=HeldOut(0.0, 1, 1)).training,
         range(1),
         batch=64,
-        recipe=Recipe(28),
+        recipe=TrainTransform(28),
     )
     assert int(done.stdout) == expected.images.sum()
     assert not left_behind(before)
@@ -163,19 +168,19 @@ def test_workers_end_with_a_killed_script(photographs: Path, tmp_path: Path, alo
     assert not left_behind(before)
 
 
-def images_of(order: Order, draws: int) -> np.ndarray:
+def images_of(order: Sampler, draws: int) -> np.ndarray:
     return np.array([order(draw).image for draw in range(draws)])
 
 
 def test_an_epoch_sees_each_image_once_in_an_order_of_its_own() -> None:
-    epochs = images_of(Order(3, (10,)), 40).reshape(4, 10)
+    epochs = images_of(Sampler(3, (10,)), 40).reshape(4, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_repeats_follow_each_other() -> None:
     """Three epochs of as many draws as there are images see each image three times."""
-    found = [Order(3, (10,), (), 3)(draw) for draw in range(30)]
+    found = [Sampler(3, (10,), (), 3)(draw) for draw in range(30)]
     pictures = np.array([draw.image for draw in found]).reshape(10, 3)
     assert (pictures == pictures[:, :1]).all()
     assert sorted(pictures[:, 0]) == list(range(10))
@@ -184,7 +189,7 @@ def test_repeats_follow_each_other() -> None:
 
 def test_hosts_never_share_a_view(source: MemorySource) -> None:
     """Within a batch every (image, repeat) is drawn once, whatever the number of hosts."""
-    chosen = Order(0, (1000,), (), 3)
+    chosen = Sampler(0, (1000,), (), 3)
     for step in range(20):
         drawn = [chosen(step * 96 + slot) for slot in range(96)]
         assert len(set(drawn)) == 96
@@ -194,7 +199,7 @@ def test_hosts_never_share_a_view(source: MemorySource) -> None:
 
 def test_mixtures_hold_their_shares() -> None:
     """Exactly in every epoch, and each part sees all of its own before any of it again."""
-    chosen = Order(1, (30, 10, 60), (2.0, 1.0, 1.0))
+    chosen = Sampler(1, (30, 10, 60), (2.0, 1.0, 1.0))
     drawn = images_of(chosen, 400)
     for epoch in drawn.reshape(4, 100):
         parts = np.digitize(epoch, [30, 40])
@@ -204,10 +209,10 @@ def test_mixtures_hold_their_shares() -> None:
         each = [counts[index] for index in range(first, last)]
         assert sum(each) == draws
         assert max(each) - min(each) <= 1
-    assert sorted(images_of(Order(1, (30, 10, 60)), 100)) == list(range(100))
+    assert sorted(images_of(Sampler(1, (30, 10, 60)), 100)) == list(range(100))
     assert shares(10, (1.0, 1.0, 1.0)) == (3, 4, 3)
     # A small part that fills half of an epoch goes round many times in it.
-    half = images_of(Order(1, (90, 10), (1.0, 1.0)), 200)
+    half = images_of(Sampler(1, (90, 10), (1.0, 1.0)), 200)
     assert Counter(half[half >= 90].tolist()) == dict.fromkeys(range(90, 100), 10)
 
 
@@ -215,7 +220,7 @@ def test_parts_and_epochs_are_shuffled_apart() -> None:
     """Parts as long as each other do not take turns in step, nor does one repeat its order; and a
     part's own epoch goes on where the run's ended it.
     """
-    drawn = images_of(Order(1, (12, 12), (3.0, 1.0)), 96)
+    drawn = images_of(Sampler(1, (12, 12), (3.0, 1.0)), 96)
     one, other = drawn[drawn < 12], drawn[drawn >= 12] - 12
     assert (len(one), len(other)) == (72, 24)
     # In the order of drawing an epoch of the run mixes; as sets each stretch is a part's epoch.
@@ -228,10 +233,10 @@ def test_parts_and_epochs_are_shuffled_apart() -> None:
     # As it was before the run's own shuffling: each part in an order of its own.
     places = sampler._permutation(1, sampler._EPOCH, 0, 24)
     arranged = np.empty(24, int)
-    arranged[places] = images_of(Order(1, (12, 12), (1.0, 1.0)), 24)
+    arranged[places] = images_of(Sampler(1, (12, 12), (1.0, 1.0)), 24)
     assert sorted(arranged[:12]) == list(range(12))
     assert (arranged[:12] != arranged[12:] - 12).any()
-    assert images_of(Order(1, (20,)), 20).tolist() != images_of(Order(2, (20,)), 20).tolist()
+    assert images_of(Sampler(1, (20,)), 20).tolist() != images_of(Sampler(2, (20,)), 20).tolist()
 
 
 def test_shares_add_up_whatever_the_weights() -> None:
@@ -248,7 +253,7 @@ def test_shares_add_up_whatever_the_weights() -> None:
 
 
 def shades(count: int) -> MemorySource:
-    """Images each of one grey, which tells its number."""
+    """Images each of one gray, which tells its number."""
     return MemorySource(
         [np.full((20, 30, 3), 8 * number, np.uint8) for number in range(count)],
         [str(number) for number in range(count)],
@@ -272,7 +277,12 @@ def test_numbers_are_those_of_the_images() -> None:
     source = Broken([whole.read(index) for index in range(10)], [str(n) for n in range(10)])
     found = list(
         training_batches(
-            source, order=Order(5, (10,)), recipe=Recipe(12), batch=20, steps=range(12), threads=0
+            source,
+            order=Sampler(5, (10,)),
+            recipe=TrainTransform(12),
+            batch=20,
+            steps=range(12),
+            threads=0,
         )
     )
     pixels, unreadable, numbers = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -280,7 +290,7 @@ def test_numbers_are_those_of_the_images() -> None:
         pixels, np.broadcast_to(8 * numbers[:, None, None, None], pixels.shape)
     )
     assert 3 not in numbers
-    expected = np.array([Order(5, (10,))(draw).image for draw in range(240)])
+    expected = np.array([Sampler(5, (10,))(draw).image for draw in range(240)])
     np.testing.assert_array_equal(unreadable, np.where(expected == 3, 3, -1))
     np.testing.assert_array_equal(numbers[expected != 3], expected[expected != 3])
     assert len(set(numbers[expected == 3].tolist())) > 5
@@ -288,11 +298,11 @@ def test_numbers_are_those_of_the_images() -> None:
 
 def test_large_shares_are_put_together_from_all_draws() -> None:
     """More than a piece of 64 images a host, in several batches: each slot has its own draw."""
-    source, order_of = shades(30), Order(5, (30,))
+    source, order_of = shades(30), Sampler(5, (30,))
     for hosts in (1, 2):
         parts = [
             training_batches(
-                source, order=order_of, recipe=Recipe(4), batch=300, steps=range(1, 3),
+                source, order=order_of, recipe=TrainTransform(4), batch=300, steps=range(1, 3),
                 host=host, hosts=hosts, threads=2,
             )
             for host in range(hosts)
@@ -312,10 +322,12 @@ def test_views_of_one_image_differ_and_are_of_it(rng: np.random.Generator) -> No
     for index in range(3):
         own = [views[turn * 3 + index] for turn in range(3)]
         assert len({view.tobytes() for view in own}) == 3
-        expected = Recipe(16)(decode.opened(pictures[index]), sampler.held_out_generator(index, 1))
+        expected = TrainTransform(16)(
+            decode.open_image(pictures[index]), sampler.held_out_generator(index, 1)
+        )
         np.testing.assert_array_equal(own[1], expected)
-    grey, _ = held_out_views(shades(4), count=8, size=8)
-    assert grey[:, 0, 0, 0].tolist() == [0, 8, 16, 24] * 2
+    gray, _ = held_out_views(shades(4), count=8, size=8)
+    assert gray[:, 0, 0, 0].tolist() == [0, 8, 16, 24] * 2
 
 
 def test_raw_bits_do_not_change_with_numpy() -> None:

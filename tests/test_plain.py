@@ -13,7 +13,12 @@ import pytest
 from conftest import shuffled
 from flax import nnx
 
-from proteus_jax.methods.feature_standardization import Moments, moments_of, standardised, updated
+from proteus_jax.methods.feature_standardization import (
+    RunningMoments,
+    batch_moments,
+    ema_update,
+    standardize,
+)
 from proteus_jax.methods.losses import LossWeights, token_loss
 from proteus_jax.methods.masking import random_masks
 from proteus_jax.methods.proteus import Proteus
@@ -23,7 +28,7 @@ from proteus_jax.models.config import CLIP as CLIPS
 from proteus_jax.models.config import SPECS, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.layers import LayerNorm, Mlp, SwiGLU, Unscaled
-from proteus_jax.models.normalization import CLIP, IMAGENET, Normalisation
+from proteus_jax.models.normalization import CLIP, IMAGENET, Normalization
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.training.optimizer import adamw, decay_mask
 from proteus_jax.training.train_state import init_state
@@ -209,7 +214,7 @@ def test_sums_and_means_are_float32_whatever_comes_in() -> None:
     assert float(found) == pytest.approx(np.mean(difference**2), rel=1e-6)
 
     patches = jnp.asarray(rng.normal(size=(64, 5, 256)) + 3, jnp.bfloat16)
-    moments = moments_of(Features(half, patches, jnp.zeros((64, 0, 256))))
+    moments = batch_moments(Features(half, patches, jnp.zeros((64, 0, 256))))
     wide, deep = np.asarray(half, np.float64), np.asarray(patches, np.float64)
     for one, other in zip(
         moments,
@@ -226,7 +231,7 @@ def test_a_constant_channel_of_a_teacher_is_no_nan() -> None:
         mean = jnp.full(4, value, jnp.float32)
         square = jnp.square(mean) * (1 - 3e-7)
         features = Features(jnp.ones((2, 4)) * value, jnp.ones((2, 3, 4)), jnp.zeros((2, 0, 4)))
-        found = standardised(features, Moments(mean, square, mean, square))
+        found = standardize(features, RunningMoments(mean, square, mean, square))
         assert np.isfinite(found.cls).all()
         assert np.abs(found.cls).max() < 1
 
@@ -321,7 +326,7 @@ def training() -> tuple[Any, Any, Any, Any]:
     return students, params, jax.jit(step), state
 
 
-def _normalized(images: np.ndarray, statistics: Normalisation) -> jax.Array:
+def _normalized(images: np.ndarray, statistics: Normalization) -> jax.Array:
     return jnp.asarray((images / 255 - statistics.mean) / statistics.std, jnp.float32)
 
 
@@ -437,14 +442,14 @@ def test_after_skipped_first_steps_the_next_is_the_first() -> None:
 def test_moments_over_many_batches() -> None:
     """A plain mean of the first thousand, and never a smaller share than a thousandth."""
     rows = np.random.default_rng(0).normal(size=(4, 4, 2)).astype(np.float32)
-    batches = [Moments(*jnp.asarray(each)) for each in rows]
-    running = Moments(*(jnp.full(2, 3.0) for _ in range(4)))
+    batches = [RunningMoments(*jnp.asarray(each)) for each in rows]
+    running = RunningMoments(*(jnp.full(2, 3.0) for _ in range(4)))
     for count, batch in enumerate(batches):
-        running = updated(jnp.int32(count), running, batch)
-    assert_equal(running, Moments(*rows.mean(axis=0)), 1e-5)
-    zero, one = (Moments(*(jnp.full(2, value) for _ in range(4))) for value in (0.0, 1.0))
+        running = ema_update(jnp.int32(count), running, batch)
+    assert_equal(running, RunningMoments(*rows.mean(axis=0)), 1e-5)
+    zero, one = (RunningMoments(*(jnp.full(2, value) for _ in range(4))) for value in (0.0, 1.0))
     for updates, share in ((9, 0.1), (998, 1 / 999), (999, 1e-3), (5000, 1e-3)):
-        assert_equal(updated(jnp.int32(updates), zero, one).cls, jnp.full(2, share), 1e-5)
+        assert_equal(ema_update(jnp.int32(updates), zero, one).cls, jnp.full(2, share), 1e-5)
 
 
 def test_adamw_over_three_updates_of_a_whole_student() -> None:

@@ -25,11 +25,11 @@ from proteus_jax.models import flops
 from proteus_jax.models.config import SPECS, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import Assembly, Known, assemble, length
+from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
 from proteus_jax.training.planning import floors, plan
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.registry import TEACHERS
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ from proteus_jax.weights.registry import KNOWN
     ],
 )
 def test_forward_work(name: str, giga_multiplications: float) -> None:
-    spec = KNOWN[name].spec if name in KNOWN else SPECS[name]
+    spec = TEACHERS[name].spec if name in TEACHERS else SPECS[name]
     assert flops.forward(spec, 224) / 2e9 == pytest.approx(giga_multiplications, rel=5e-3)
 
 
@@ -195,8 +195,8 @@ def assembled_as(name: str, *overrides: str) -> tuple:
     configuration: Any
     configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes, schema_of)
     assert not problems
-    known = Known(KNOWN[configuration.teacher].spec, IMAGENET)
-    steps = length(configuration, plan.IMAGENET_IMAGES)
+    known = Known(TEACHERS[configuration.teacher].spec, IMAGENET)
+    steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
     return configuration, assemble(configuration, {"teacher": known}, steps, "tpu")
 
 
@@ -430,7 +430,7 @@ def test_a_warm_up_is_shorter_than_its_run(
     overrides: tuple[str, ...], warmup: int, said: str
 ) -> None:
     configuration, _ = assembled(*overrides)
-    found = length(configuration, plan.IMAGENET_IMAGES)
+    found = schedule_of(configuration, plan.IMAGENET_IMAGES)
     assert found.warmup == warmup
     assert found.remark.startswith(said)
     assert bool(found.remark) == bool(said)

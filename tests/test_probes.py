@@ -16,8 +16,8 @@ def clusters(
 ) -> tuple[np.ndarray, np.ndarray]:
     labels = rng.integers(0, classes, count)
     labels[:classes] = np.arange(classes)
-    centres = np.random.default_rng(9).normal(size=(classes, width))
-    return (centres[labels] + rng.normal(size=(count, width))).astype(np.float32), labels
+    centers = np.random.default_rng(9).normal(size=(classes, width))
+    return (centers[labels] + rng.normal(size=(count, width))).astype(np.float32), labels
 
 
 def voted(train, labels, test, k: int, temperature: float) -> np.ndarray:
@@ -140,8 +140,8 @@ def test_alignment_and_rank(rng: np.random.Generator) -> None:
     assert linear_cka(x, y) < 0.1
     assert linear_cka(np.ones((5, 2)), x[:5]) == 0.0
     # By the definition on Gram matrices.
-    centring = np.eye(300) - 1 / 300
-    k, n = (centring @ (each @ each.T) @ centring for each in (x, y))
+    centering = np.eye(300) - 1 / 300
+    k, n = (centering @ (each @ each.T) @ centering for each in (x, y))
     hsic = np.sum(k * n) / np.sqrt(np.sum(k * k) * np.sum(n * n))
     assert linear_cka(x, y) == pytest.approx(hsic)
     assert effective_rank(np.outer(np.arange(9.0), np.ones(4))) == pytest.approx(1.0)

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proteus_jax import config
-from proteus_jax.checkpoint.checksums import damage, seal
-from proteus_jax.data.sampler import Order, chosen, shares
+from proteus_jax.checkpoint.checksums import verify_checksums, write_checksums
+from proteus_jax.data.sampler import Sampler, shares, subset_indices
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.splits import HeldOut, split
 from proteus_jax.data.transforms.random_resized_crop import crop_box
@@ -43,7 +43,7 @@ def test_an_epoch_is_every_image_once(
     seed: int, sizes: list[int], repeats: int, data: st.DataObject
 ) -> None:
     """Whatever was asked before, and drawn so many times in a row; epochs differ."""
-    order = Order(seed, tuple(sizes), (), repeats)
+    order = Sampler(seed, tuple(sizes), (), repeats)
     total = sum(sizes)
     draws = list(range(3 * total * repeats))
     asked = data.draw(st.permutations(draws))
@@ -60,7 +60,7 @@ def test_a_mixture_gives_each_part_its_share(seed: int, parts: list[tuple[int, f
     """And over epochs a part sees its own images as often as each other."""
     sizes, weights = (tuple(each) for each in zip(*parts, strict=True))
     total = sum(sizes)
-    order = Order(seed, sizes, weights)
+    order = Sampler(seed, sizes, weights)
     counts = Counter(order(draw).image for draw in range(4 * total))
     first = 0
     for size, share in zip(sizes, shares(total, weights), strict=True):
@@ -75,7 +75,7 @@ def test_a_mixture_gives_each_part_its_share(seed: int, parts: list[tuple[int, f
 def test_more_of_a_choice_contains_less(seed: int, length: int, data: st.DataObject) -> None:
     fewer = data.draw(st.integers(0, length))
     more = data.draw(st.integers(fewer, length))
-    few, many = (chosen(seed, length, wanted).tolist() for wanted in (fewer, more))
+    few, many = (subset_indices(seed, length, wanted).tolist() for wanted in (fewer, more))
     assert (len(few), len(many)) == (fewer, more)
     assert set(few) <= set(many) <= set(range(length))
     assert few == sorted(few)
@@ -144,20 +144,20 @@ def test_a_seal_sees_every_change(files: dict[str, bytes], data: st.DataObject) 
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        seal(folder, "step 1")
-        assert damage(folder, "step 1") is None
-        assert damage(folder, "step 2") == "seal.json is that of step 1"
+        write_checksums(folder, "step 1")
+        assert verify_checksums(folder, "step 1") is None
+        assert verify_checksums(folder, "step 2") == "seal.json is that of step 1"
         name = data.draw(st.sampled_from(sorted(files)))
         content = files[name]
         changed = data.draw(st.binary(max_size=40).filter(lambda other: other != content))
         (folder / name).write_bytes(changed)
-        assert (damage(folder, "step 1") or "").startswith(f"{name}: expected ")
+        assert (verify_checksums(folder, "step 1") or "").startswith(f"{name}: expected ")
         (folder / name).unlink()
-        assert damage(folder, "step 1") == f"{name} is missing"
+        assert verify_checksums(folder, "step 1") == f"{name} is missing"
         (folder / name).write_bytes(content)
-        assert damage(folder, "step 1") is None
+        assert verify_checksums(folder, "step 1") is None
         shutil.rmtree(folder)
-        assert damage(folder, "step 1") == "no seal.json: a save that was not finished"
+        assert verify_checksums(folder, "step 1") == "no seal.json: a save that was not finished"
 
 
 FIELDS = sorted(config.fields_of(str(ROOT / "configs" / "vitb14.py")))

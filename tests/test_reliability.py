@@ -29,19 +29,19 @@ from test_plain import training
 from proteus_jax.checkpoint import checksums
 from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.checkpoint.items import PARAMS
-from proteus_jax.checkpoint.store import Keep, Shelf
+from proteus_jax.checkpoint.store import CheckpointStore, RetentionPolicy
 from proteus_jax.data.loader import Batch
-from proteus_jax.engine.checkpointing import Saving
-from proteus_jax.engine.monitors import Clock, SkippedUpdates
+from proteus_jax.engine.checkpointing import CheckpointManager
+from proteus_jax.engine.monitors import NonFiniteMonitor, StepTimer
 from proteus_jax.errors import Diverged, InputError, Interrupted, about, exit_code, fitting
-from proteus_jax.methods.feature_standardization import Moments
+from proteus_jax.methods.feature_standardization import RunningMoments
 from proteus_jax.runtime import collectives, compilation_cache, heartbeat
 from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.metric_writer import MetricsWriter, read_metrics
-from proteus_jax.runtime.preemption import StopRequest
+from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.runtime.process import REQUESTS
 from proteus_jax.runtime.workdir import Workdir
-from proteus_jax.training.resume import changes
+from proteus_jax.training.resume import compare_facts
 from proteus_jax.training.setup import Experiment
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
 from proteus_jax.training.trainer import _resumed
@@ -75,7 +75,9 @@ def test_a_checkpoint_is_told_of_when_it_is_sealed(folder: Path) -> None:
         told.append(step)
 
     told: list[int] = []
-    with contextlib.closing(Checkpoints(str(folder), keep=Keep(2, every=3), saved=look)) as each:
+    with contextlib.closing(
+        Checkpoints(str(folder), keep=RetentionPolicy(2, every=3), saved=look)
+    ) as each:
         for step in (1, 2, 3, 4, 5):
             each.save(step, to_items(state(step)), {"seed": 1})
         each.wait()
@@ -98,7 +100,7 @@ def test_a_checkpoint_brings_back_all_of_a_state(folder: Path) -> None:
         state, _ = step(state, teachers, images)
     counted = Skipped(jnp.int32(5), jnp.int32(2))
     state = state._replace(step=state.step + 5, skipped=counted)
-    state.statistics["another"] = Moments(*(jnp.arange(3.0) + at for at in range(4)))
+    state.statistics["another"] = RunningMoments(*(jnp.arange(3.0) + at for at in range(4)))
     with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
         checkpoints.save(7, to_items(state), {"seed": 1, "names": ["ä"]})
         checkpoints.wait()
@@ -127,7 +129,7 @@ def test_a_save_that_fails_in_the_background_is_no_save(
     told: list[str] = []
     checkpoints = Checkpoints(
         str(folder),
-        keep=Keep(1),
+        keep=RetentionPolicy(1),
         saved=lambda *_: told.append("saved"),
         failed=lambda *_: told.append("failed"),
     )
@@ -151,9 +153,9 @@ def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
     """More in a row than are allowed; none may be. What stays is as configured."""
     for limit, failed, stops in ((0, 0, False), (0, 1, True), (2, 2, False), (2, 3, True)):
         settings = SimpleNamespace(max_failed_saves=limit, keep_checkpoints=2, keep_every=30)
-        saving = Saving(settings, Workdir(tmp_path), console=Heard())
+        saving = CheckpointManager(settings, Workdir(tmp_path), console=Heard())
         with contextlib.closing(saving.checkpoints):
-            assert saving.checkpoints._keep == Keep(2, every=30)
+            assert saving.checkpoints._keep == RetentionPolicy(2, every=30)
             saving.checkpoints.failed_in_a_row = failed
             reason = saving.reason_to_stop()
             assert (reason is not None) == stops
@@ -162,7 +164,7 @@ def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
 def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) -> None:
     """Nor where a host that is not this one cannot: all of them leave it."""
     settings = SimpleNamespace(max_failed_saves=2, keep_checkpoints=2, keep_every=None)
-    saving = Saving(settings, Workdir(tmp_path), console=Heard())
+    saving = CheckpointManager(settings, Workdir(tmp_path), console=Heard())
     with contextlib.closing(saving.checkpoints):
         full = OSError(errno.ENOSPC, "full")
         saving.save(1, to_items(state(1)), {}, lambda: full)
@@ -170,7 +172,7 @@ def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) ->
         assert saving.checkpoints.failed_in_a_row == 1
         assert saving.checkpoints.shelf.steps() == []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(collectives, "from_first_host", lambda _: 0)
+            patch.setattr(collectives, "broadcast_from_rank0", lambda _: 0)
             saving.save(1, to_items(state(1)), {}, lambda: None)
         assert saving.checkpoints.failed_in_a_row == 2
         assert saving.checkpoints.shelf.steps() == []
@@ -181,7 +183,7 @@ def test_a_note_that_cannot_be_read_is_still_one(folder: Path) -> None:
     shutil.rmtree(folder)
     (folder.parent / "checkpoints.json").write_text("{")
     with pytest.raises(InputError, match=r"saved here at step 0, and no checkpoint"):
-        Shelf(str(folder)).newest()
+        CheckpointStore(str(folder)).newest()
 
 
 def test_a_kill_before_the_first_seal_is_a_beginning(folder: Path) -> None:
@@ -189,20 +191,20 @@ def test_a_kill_before_the_first_seal_is_a_beginning(folder: Path) -> None:
     saved(folder, 1)
     (folder / "1" / "seal.json").unlink()
     (folder.parent / "checkpoints.json").unlink()
-    shelf = Shelf(str(folder))
+    shelf = CheckpointStore(str(folder))
     found = shelf.newest()
     assert found.step is None
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert (folder / "damaged" / "1").is_dir()
 
 
 def test_a_saved_checkpoint_that_lost_its_seal_is_put_aside(folder: Path) -> None:
     saved(folder, 1, 2)
     (folder / "2" / "seal.json").unlink()
-    shelf = Shelf(str(folder))
+    shelf = CheckpointStore(str(folder))
     found = shelf.newest()
     assert found.step == 1
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert shelf.steps() == [1]
     assert (folder / "damaged" / "2" / "params").is_dir()
 
@@ -217,24 +219,26 @@ def test_a_seal_is_of_every_byte_and_every_file(
         folder.mkdir()
         (folder / "array").write_bytes(bytes(20))
         (folder / "_METADATA").write_bytes(bytes(20))
-        checksums.seal(folder, "it")
-        assert checksums.damage(folder, "it") is None
+        checksums.write_checksums(folder, "it")
+        assert checksums.verify_checksums(folder, "it") is None
         content = bytearray(20)
         content[place] = 1
         (folder / name).write_bytes(content)
-        assert (checksums.damage(folder, "it") or "").startswith(f"{name}: expected sha256")
+        assert (checksums.verify_checksums(folder, "it") or "").startswith(
+            f"{name}: expected sha256"
+        )
 
 
 def test_a_newer_checkpoint_that_is_gone_is_told_of(folder: Path) -> None:
     saved(folder, 1, 2, 3)
     shutil.rmtree(folder / "3")
-    assert Shelf(str(folder)).newest() == (2, {3: "it is gone"}, [])
+    assert CheckpointStore(str(folder)).newest() == (2, {3: "it is gone"}, [])
 
 
 def test_an_older_step_under_a_newer_name_is_not_believed(folder: Path) -> None:
     saved(folder, 1, 2)
     shutil.copytree(folder / "1", folder / "7")
-    found = Shelf(str(folder)).newest()
+    found = CheckpointStore(str(folder)).newest()
     assert found.step == 2
     assert found.faults == {7: "seal.json is that of step 1"}
 
@@ -280,10 +284,10 @@ def test_programs_of_devices_that_are_one_cpu_are_not_kept(
 def test_which_checkpoints_stay() -> None:
     """The newest ones, those of every so many steps, and always the very newest."""
     steps = [100, 20, 30, 40, 60, 90]
-    assert Keep(2).superfluous(steps) == [20, 30, 40, 60]
-    assert Keep(1, every=30).superfluous(steps) == [20, 40]
-    assert Keep(9, every=30).superfluous(steps) == []
-    assert Keep(1).superfluous([5]) == []
+    assert RetentionPolicy(2).steps_to_delete(steps) == [20, 30, 40, 60]
+    assert RetentionPolicy(1, every=30).steps_to_delete(steps) == [20, 40]
+    assert RetentionPolicy(9, every=30).steps_to_delete(steps) == []
+    assert RetentionPolicy(1).steps_to_delete([5]) == []
 
 
 def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> None:
@@ -293,12 +297,12 @@ def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> No
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
     (folder / "9").mkdir()
-    shelf = Shelf(str(folder))
+    shelf = CheckpointStore(str(folder))
     found = shelf.newest()
     assert found.step == 2
     assert "expected sha256" in found.faults[3]
     assert found.faults[9] == "no seal.json: a save that was not finished"
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert sorted(shelf.steps()) == [1, 2]
     assert (folder / "damaged" / "3" / "seal.json").exists()
     for step in ("1", "2"):
@@ -315,13 +319,13 @@ def test_what_is_damaged_is_named_put_aside_and_never_loaded(folder: Path) -> No
 def test_a_directory_without_a_finished_save_is_no_run(folder: Path) -> None:
     (folder / "2").mkdir(parents=True)
     (folder / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    shelf = Shelf(str(folder))
+    shelf = CheckpointStore(str(folder))
     found = shelf.newest()
     assert found.step is None
     assert found.unfinished == ["4.orbax-checkpoint-tmp"]
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert list(folder.iterdir()) == []
-    assert Shelf(str(folder / "absent")).newest() == (None, {}, [])
+    assert CheckpointStore(str(folder / "absent")).newest() == (None, {}, [])
 
 
 def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> None:
@@ -347,7 +351,7 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> Non
 def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
     folder: Path,
 ) -> None:
-    keep = Keep(1)
+    keep = RetentionPolicy(1)
     with contextlib.closing(Checkpoints(str(folder), keep=keep)) as checkpoints:
         checkpoints.save(5, to_items(state(5)), {})
         checkpoints.wait()
@@ -359,7 +363,7 @@ def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
         checkpoints.save(6, to_items(state(6)), {})
         checkpoints.wait()
         assert sorted(checkpoints.shelf.steps()) == [3, 6]
-        checkpoints.shelf.make_way(checkpoints.shelf.newest())
+        checkpoints.shelf.quarantine_and_clean(checkpoints.shelf.newest())
         assert checkpoints.shelf.steps() == [6]
     assert (folder / "damaged" / "3" / "notes.txt").read_text() == "mine"
 
@@ -376,7 +380,7 @@ def test_a_file_system_that_is_away_is_no_damage(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return stat(path, *args, **more)
 
-    shelf = Shelf(str(folder))
+    shelf = CheckpointStore(str(folder))
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", away)
         with pytest.raises(Interrupted, match=r"seal.json cannot be looked at: Stale file"):
@@ -450,8 +454,10 @@ def facts(**more: Any) -> dict[str, Any]:
 
 
 def test_what_differs_is_said_and_only_some_is_refused() -> None:
-    assert changes(facts(), facts()) == ([], [])
-    found = changes(facts(), facts(log_every=2, steps=9, learning_rate=0.1, data={"root": ["b"]}))
+    assert compare_facts(facts(), facts()) == ([], [])
+    found = compare_facts(
+        facts(), facts(log_every=2, steps=9, learning_rate=0.1, data={"root": ["b"]})
+    )
     without = "from here on, which changes no number of the training"
     assert found.refused == []
     assert found.allowed == [
@@ -460,22 +466,22 @@ def test_what_differs_is_said_and_only_some_is_refused() -> None:
         "--config.learning_rate: null until now, 0.1 from here on",
         f'--config.data.root: ["a"] until now, ["b"] {without}',
     ]
-    found = changes(facts(), facts(epochs=9.0))
+    found = compare_facts(facts(), facts(epochs=9.0))
     assert found.allowed == [
         "--config.epochs: null until now, 9.0 from here on, which counts for nothing beside "
         "--config.steps"
     ]
     # A group has the fields below it, not those whose names begin like it.
-    found = changes(facts(teacher_precision="a"), facts(teacher_precision="b"))
+    found = compare_facts(facts(teacher_precision="a"), facts(teacher_precision="b"))
     assert found.allowed == ['--config.teacher_precision: "a" until now, "b" from here on']
     # What one of them has not is different too.
     for one, other in ((facts() | {"more": 1}, facts()), (facts(), facts() | {"more": 1})):
-        (refusal,) = changes(one, other).refused
+        (refusal,) = compare_facts(one, other).refused
         assert refusal.startswith("more: the checkpoint has ")
-    found = changes(facts(), facts(seed=1, log_every=2))
+    found = compare_facts(facts(), facts(seed=1, log_every=2))
     assert found.refused == ["seed: the checkpoint has 0, this run has 1"]
     assert found.allowed == [f"--config.log_every: 1 until now, 2 {without}"]
-    found = changes(facts() | {"data": "0" * 64}, facts() | {"data": "f" * 64})
+    found = compare_facts(facts() | {"data": "0" * 64}, facts() | {"data": "f" * 64})
     assert found.refused[0].startswith("data: other images (added, ")
     assert found.refused[0].endswith("sha256 000000000000... there, ffffffffffff... here")
 
@@ -486,7 +492,7 @@ def batch(numbers: list[int]) -> Batch:
 
 def test_the_step_that_stops_a_run_is_kept() -> None:
     said: list[str] = []
-    skipped = SkippedUpdates(lambda index: f"{index}.jpg", limit=2, say=said.append)
+    skipped = NonFiniteMonitor(lambda index: f"{index}.jpg", limit=2, say=said.append)
     counts = [0, 1, 0, 1, 2, 3, 4, 5, 6]
 
     def go_on() -> None:
@@ -503,21 +509,21 @@ def test_the_step_that_stops_a_run_is_kept() -> None:
 def test_a_run_diverges_at_its_limit_before_a_checkpoint() -> None:
     """Looked at, as before a save, with as many in a row as are not allowed, and one less."""
     for limit, stops in ((2, True), (3, False)):
-        skipped = SkippedUpdates(str, limit=limit, say=lambda _: None)
+        skipped = NonFiniteMonitor(str, limit=limit, say=lambda _: None)
         for step, count in enumerate((1, 2), 1):
             skipped.note(step, {"skipped_in_a_row": jnp.int32(count)}, batch([0, 1]))
         with pytest.raises(Diverged) if stops else contextlib.nullcontext():
-            skipped.settle()
+            skipped.flush()
 
 
 def test_what_is_no_step_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds of which six were an evaluation, and one of the rest a wait for images."""
     now = [100.0]
     monkeypatch.setattr("proteus_jax.engine.monitors.time.monotonic", lambda: now[0])
-    clock = Clock()
+    clock = StepTimer()
     assert clock.lap(3, 8)["images_per_second"] > 0
     now[0] += 3
-    with clock.standing():
+    with clock.paused():
         now[0] += 6
     with clock.waiting():
         now[0] += 1
@@ -529,7 +535,7 @@ def test_what_is_no_step_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch)
 def test_what_nohup_ignores_is_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest(600, print) as stop:
+        with PreemptionHandler(600, print) as stop:
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             signal.raise_signal(signal.SIGHUP)
             assert not stop.made
@@ -567,7 +573,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
         for step in range(1, 9):
             beat.step(step)
             time.sleep(0.002)
-        with beat.standing():
+        with beat.paused():
             time.sleep(0.6)
         assert said == []
         left = time.monotonic()
@@ -580,7 +586,7 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
         monkeypatch.setattr("sys.stderr", stacks)
         # What is no step has no median: it is long after STILL.
         monkeypatch.setattr(heartbeat, "STILL", 0.1)
-        with beat.standing():
+        with beat.paused():
             deadline = time.monotonic() + 10
             while len(said) < 2 and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -602,8 +608,8 @@ def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(
 # A main thread that hears of no signal, as one that compiles: it waits for itself, in C.
 STUCK = """
 import ctypes, sys
-from proteus_jax.runtime.preemption import StopRequest
-with StopRequest(float(sys.argv[1]), lambda text: print(text, flush=True)) as stop:
+from proteus_jax.runtime.preemption import PreemptionHandler
+with PreemptionHandler(float(sys.argv[1]), lambda text: print(text, flush=True)) as stop:
     stop.waits = sys.argv[2] == "waits"
     print("stuck", flush=True)
     lock = ctypes.create_string_buffer(256)
@@ -638,7 +644,7 @@ def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
     for number in range(requests):
         process.send_signal(REQUESTS[(number + 1) % len(REQUESTS)])
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2 * StopRequest.REPEATED)
+            process.wait(2 * PreemptionHandler.REPEATED)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert said in printed
@@ -649,7 +655,7 @@ def test_a_request_to_stop_does_not_wait_for_a_stuck_loop(
 
 def test_after_the_block_signals_are_as_before() -> None:
     before = [signal.getsignal(number) for number in REQUESTS]
-    with StopRequest(600, print) as stop:
+    with PreemptionHandler(600, print) as stop:
         stop.waits = True
         signal.raise_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10

@@ -14,7 +14,7 @@ from conftest import photograph
 
 from proteus_jax.evaluation.reporting import figures, snapshots
 from proteus_jax.evaluation.reporting.html_report import report, write_report
-from proteus_jax.evaluation.reporting.svg_chart import COLOURS, Series, chart
+from proteus_jax.evaluation.reporting.svg_chart import COLORS, Series, chart
 from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS, StudentTokens, TeacherTokens
 from proteus_jax.training import summary
 
@@ -165,15 +165,15 @@ def test_the_background_is_black_whichever_way_a_component_points(
             return u, s, sign * v
 
         monkeypatch.setattr(np.linalg, "svd", turned)
-        (colours,) = figures.foreground_colours(tokens, [edge.ravel()])
-        assert (colours[~inside.ravel()] == 0).all()
-        assert (colours[inside.ravel()].max(axis=1) > 0).all()
+        (colors,) = figures.foreground_colors(tokens, [edge.ravel()])
+        assert (colors[~inside.ravel()] == 0).all()
+        assert (colors[inside.ravel()].max(axis=1) > 0).all()
 
 
-def test_a_chart_of_many_lines_has_a_colour_for_each() -> None:
+def test_a_chart_of_many_lines_has_a_color_for_each() -> None:
     shown = chart([Series(f"s{number}", [(0, 1.0), (1, number)]) for number in range(12)])
     used = {int(number) for number in re.findall(r"var\(--c(\d+)\)", shown)}
-    assert used == set(range(COLOURS))
+    assert used == set(range(COLORS))
 
 
 def test_a_run_that_measures_nothing_has_one_too(tmp_path: Path) -> None:
@@ -254,14 +254,14 @@ def test_what_is_said_at_the_end() -> None:
     rows[-1] |= {"agreement_class": 0.7, "cka": 0.75, "neighbour_overlap": 0.5, "knn_top1": 60.0}
     rows[-1] |= {"teacher_knn_top1": 80.0, "knn_balanced_top1": 40.0, "ridge_top1": 45.0}
     rows[-1] |= {"teacher_ridge_top1": 50.0, "ema_knn_top1": 61.5}
-    lines = [re.split(r"  +", line.strip()) for line in summary._learnt(rows, "")]
+    lines = [re.split(r"  +", line.strip()) for line in summary._score_lines(rows, "")]
     assert lines == [
         ["first step", "last 10"],
         ["token loss", "99.000", "64.500"],
         ["feature loss", "2.000", "71.000"],
         ["patch loss", "7.000", "7.000"],
         ["on held-out views", "before", "after"],
-        ["centred cosine, class token", "0.100", "0.700"],
+        ["centered cosine, class token", "0.100", "0.700"],
         [f"share of {NEIGHBOURS} nearest neighbours", "0.250", "0.500"],
         ["linear CKA, class token", "0.500", "0.750"],
         [
@@ -272,5 +272,5 @@ def test_what_is_said_at_the_end() -> None:
     ]
     # Of two students each has its own rows.
     named = [{f"a/{key}": value for key, value in row.items()} for row in rows[1:3]]
-    assert len(list(summary._learnt(named, "a/"))) == 4
-    assert list(summary._learnt(named, "b/")) == []
+    assert len(list(summary._score_lines(named, "a/"))) == 4
+    assert list(summary._score_lines(named, "b/")) == []

@@ -13,9 +13,9 @@ from test_main import command, finish
 
 import proteus_jax
 from proteus_jax.cli.table import main as table
-from proteus_jax.data.datasets.labeled import Labelled, open_labelled
+from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
 from proteus_jax.data.sources.base import MemorySource
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.evaluation.cka import linear_cka
 from proteus_jax.evaluation.protocols import robustness
 from proteus_jax.evaluation.protocols.linear import Kind
@@ -62,7 +62,7 @@ def predictions(
 ) -> list[tuple[int, str]]:
     """The head's answer and the folder's name of each image, an image at a time."""
     from proteus_jax.data.dataset import open_source
-    from proteus_jax.data.decode import opened
+    from proteus_jax.data.decode import open_image
 
     params, card = load_model(model)
     backbone = BackboneFunction(card.spec)
@@ -71,7 +71,7 @@ def predictions(
     source, _ = open_source(str(folder))
     answers = []
     for number in range(len(source)):
-        view = CentreCrop(resize, 28)(opened(source.read(number)))
+        view = CenterCrop(resize, 28)(open_image(source.read(number)))
         first, last = of(params, card.normalisation(jax.numpy.asarray(view[None])))
         seen = np.concatenate([first.cls[0], last.cls[0], last.patches[0].mean(axis=0)])
         scores = (seen @ found["weight"] + found["bias"])[shown]
@@ -115,7 +115,7 @@ def test_numbered_folders_are_places_among_sorted_names(tmp_path: Path) -> None:
     names = tuple(f"n{number:02}" for number in range(12))
     head = robustness.Head(Kind(1, False), np.zeros((2, 12)), np.zeros(12), names, "", "")
     write_classes(tmp_path, np.random.default_rng(0), 1, tuple(str(n) for n in range(12)))
-    found = robustness._matched(open_labelled(str(tmp_path)), head, "imagenet-v2")
+    found = robustness._matched(open_labeled(str(tmp_path)), head, "imagenet-v2")
     folders = [int(found.source.name(at).split("/")[0]) for at in range(12)]
     assert found.labels.tolist() == folders
     assert folders != sorted(folders)
@@ -127,7 +127,7 @@ def test_an_error_over_some_corruptions_is_no_mce(
     monkeypatch.setattr(robustness, "_accuracy", lambda *_: (0.25, 2))
     context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
     head = robustness.Head(Kind(1, False), np.zeros((2, 3)), np.zeros(3), WNIDS, "", "")
-    part = Labelled(MemorySource([], []), np.zeros(4, int), WNIDS)
+    part = LabeledDataset(MemorySource([], []), np.zeros(4, int), WNIDS)
     names = [*robustness.ALEXNET]
     for count in (14, 15):
         corrupted = {name: dict.fromkeys(range(1, 6), part) for name in names[:count]}
@@ -209,11 +209,11 @@ def test_a_run_beside_its_teacher(
         assert (workdir / f"{name}.png").is_file()
     # The same features by another way.
     from proteus_jax.data.dataset import open_source
-    from proteus_jax.data.decode import opened
+    from proteus_jax.data.decode import open_image
 
     source, _ = open_source(str(photographs))
     chosen = np.unique(np.linspace(0, len(source) - 1, 11).round().astype(int))
-    views = np.stack([CentreCrop(32, 28)(opened(source.read(int(n)))) for n in chosen])
+    views = np.stack([CenterCrop(32, 28)(open_image(source.read(int(n)))) for n in chosen])
     student, teacher = (proteus_jax.load(model)(views).cls for model in (run, tiny_teacher))
     assert found["cka"]["final"] == pytest.approx(
         linear_cka(np.asarray(student), np.asarray(teacher)), abs=1e-4

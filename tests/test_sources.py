@@ -841,4 +841,4 @@ def test_a_split_without_classes_has_none(monkeypatch: pytest.MonkeyPatch) -> No
         source = SimpleNamespace(labels=lambda values=values: values)
         monkeypatch.setattr(labeled, "open_source", lambda _, source=source: (source, ()))
         with pytest.raises(InputError, match=words):
-            labeled.open_labelled("tfds:somewhere:test")
+            labeled.open_labeled("tfds:somewhere:test")

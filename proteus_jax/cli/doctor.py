@@ -1,5 +1,5 @@
-"""What `--doctor` does: looks at every image, says what is wrong, and writes down what training
-should leave out.
+"""The command --doctor: looks at every image, reports the faults, and lists the images that
+training should leave out.
 """
 
 import json
@@ -23,13 +23,13 @@ MANIFEST = "doctor.json"
 _SHOWN = 5
 
 
-def checkup(config: Any, output: Path, problems: Sequence[str], console: Console) -> None:
+def run_doctor(config: Any, output: Path, problems: Sequence[str], console: Console) -> None:
     """Looks at the images of every root, says what it finds, and writes one manifest for each.
 
     InputError, with nothing written, where a root has no images or `problems`, which are those of
     the configuration, are not empty; what was found of the images is said all the same.
     """
-    found, manifests = [*problems, *_check_output(output)], []
+    faults, manifests = [*problems, *_check_output(output)], []
     images, seconds = 0, 0.0
     for root in config.data.root:
         try:
@@ -37,7 +37,7 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
                 raise InputError(f"{root}: expected a place of images, found what --doctor wrote")
             source, skipped = dataset.open_source(root)
         except InputError as error:
-            found += [f"--config.data.root: {problem}" for problem in error.problems]
+            faults += [f"--config.data.root: {problem}" for problem in error.problems]
             continue
         findings, elapsed = _examined(config, root, source, console)
         images, seconds = images + len(source), seconds + elapsed
@@ -45,11 +45,11 @@ def checkup(config: Any, output: Path, problems: Sequence[str], console: Console
             console.line(line)
         manifests.append(_manifest(root, source, skipped, findings))
     if not config.data.root:
-        found.append("--config.data.root: expected a place of images, found none")
+        faults.append("--config.data.root: expected a place of images, found none")
     if images:
         console.line(_what_the_run_needs(config, images, seconds))
-    if found:
-        raise InputError(found)
+    if faults:
+        raise InputError(faults)
     output.parent.mkdir(parents=True, exist_ok=True)
     for number, manifest in enumerate(manifests, 1):
         path = output
@@ -68,7 +68,7 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
     console.line(f"{root}: {len(source)} images")
     start, wrong = time.monotonic(), 0
 
-    def told(done: int, more: int) -> None:
+    def show_progress(done: int, more: int) -> None:
         nonlocal wrong
         wrong += more
         rate = done / (time.monotonic() - start)
@@ -79,11 +79,11 @@ def _examined(config: Any, root: str, source: Source, console: Console) -> tuple
         )
 
     # What workers send back of an image is a few numbers.
-    found = makers(config.data.workers, max(config.data.threads, cores()), side=1)
-    if found.remark:
-        console.line(found.remark)
-    parallel = partial(in_parallel, workers=found.workers, threads=found.threads)
-    return examine(source, parallel, told), time.monotonic() - start
+    pool = makers(config.data.workers, max(config.data.threads, cores()), side=1)
+    if pool.remark:
+        console.line(pool.remark)
+    parallel = partial(in_parallel, workers=pool.workers, threads=pool.threads)
+    return examine(source, parallel, show_progress), time.monotonic() - start
 
 
 def _report(
@@ -170,7 +170,7 @@ def _manifest(
         "images": len(source),
         "left_out": [
             {"index": index, "name": source.name(index), "reason": reason}
-            for index, reason in findings.left_out().items()
+            for index, reason in findings.excluded().items()
         ],
         "no_images": list(skipped),
         "odd": {

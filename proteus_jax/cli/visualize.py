@@ -1,10 +1,10 @@
-"""What models see in images, as one picture.
+"""Draws what models see in images, as one picture.
 
     python -m proteus_jax.cli.visualize MODEL IMAGES... --output out.png
         [--beside MODEL] [--size 448]
 
-One row an image; for each model its patch tokens as colours (the first principal component tells
-what is in front, three more are its colours, as in the DINOv2 papers) and what its class token
+One row an image; for each model its patch tokens as colors (the first principal component tells
+what is in front, three more are its colors, as in the DINOv2 papers) and what its class token
 attends to in the last block. MODEL is whatever proteus_jax.load takes; --beside, which may come
 several times, names another.
 """

@@ -1,4 +1,4 @@
-"""What the one line of a configuration that says where the images are can mean."""
+"""Opens the places of images that a configuration names."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from proteus_jax.data import decode
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.sources.array_record import open_records
-from proteus_jax.data.sources.base import Part, Source
+from proteus_jax.data.sources.base import Source, SubsetSource
 from proteus_jax.data.sources.image_folder import open_folder, open_list, open_single
 from proteus_jax.data.sources.shards import open_parquet, open_tar
 from proteus_jax.data.sources.tfds import PREFIX, open_tfds
@@ -45,8 +45,8 @@ def open_images(
     splits, problems = [], []
     for root in roots:
         try:
-            opened = _open_split(root, held_out)
-            splits.append(opened._replace(training=subset.of(opened.training, seed)))
+            opened_split = _open_split(root, held_out)
+            splits.append(opened_split._replace(training=subset.of(opened_split.training, seed)))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -117,16 +117,16 @@ _OPENERS = {".tar": open_tar, ".parquet": open_parquet, ".array_record": open_re
 
 def _kind(name: str) -> str | None:
     """The kind of shard that a file name tells."""
-    found = _SHARD.search(name.lower())
-    return found[1].replace("arrayrecord", "array_record") if found else None
+    match = _SHARD.search(name.lower())
+    return match[1].replace("arrayrecord", "array_record") if match else None
 
 
 def _pattern(name: str) -> str:
     """The shards that belong with one: what comes before its number tells the split."""
-    found = _SHARD.search(name.lower())
-    assert found is not None
-    suffix = name[found.start(1) : found.end(1)] + ("-*" if found[2] else "")
-    before = name[: found.start()]
+    match = _SHARD.search(name.lower())
+    assert match is not None
+    suffix = name[match.start(1) : match.end(1)] + ("-*" if match[2] else "")
+    before = name[: match.start()]
     numbered = _NUMBER.search(before)
     return (f"{before[: numbered.start()]}*" if numbered else before) + suffix
 
@@ -160,7 +160,7 @@ def _open_directory(root: str) -> tuple[Source, tuple[str, ...]]:
 
 
 def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
-    """What `--doctor` wrote: its source without the images that it found wrong."""
+    """Opens what `--doctor` wrote: its source without the images that it found wrong."""
     try:
         manifest = json.loads(remote_fs.local(path).read_text())
         root, fingerprint = str(manifest["root"]), manifest["fingerprint"]
@@ -182,4 +182,4 @@ def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:
     kept[list(wrong)] = False
     if not kept.any():
         raise InputError(f"{path}: leaves out every image of {root}")
-    return Part(source, np.flatnonzero(kept)), skipped
+    return SubsetSource(source, np.flatnonzero(kept)), skipped

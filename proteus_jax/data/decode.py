@@ -24,7 +24,7 @@ _MCU = 16
 
 
 @runtime_checkable
-class Picture(Protocol):
+class LazyImage(Protocol):
     """An image whose size is known and whose pixels may not be decoded yet."""
 
     height: int
@@ -72,7 +72,7 @@ class _Jpeg:
 
     def _decode(self, reduction: int, rows: int) -> np.ndarray:
         data, strict = self._data, True
-        # Two rows more, as colours of neighbouring rows are mixed.
+        # Two rows more, as colors of neighbouring rows are mixed.
         rows = -(-(rows + 2) // _MCU) * _MCU
         if rows < self.height and self._frame and _ends(data):
             # A decoder stops at the height that the header tells; that data follow is no error
@@ -98,13 +98,13 @@ class _Jpeg:
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether a file that begins so is a JPEG, PNG, WebP or BMP."""
+    """Returns True for the beginning of a JPEG, PNG, WebP or BMP file."""
     return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
         head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
 
 
-def opened(content: bytes | np.ndarray, *, reused: bool = False) -> Picture:
+def open_image(content: bytes | np.ndarray, *, reused: bool = False) -> LazyImage:
     """A picture of a file's bytes, or of pixels uint8 [H, W, 3]; `reused` where more than one view
     of it is wanted.
 
@@ -116,29 +116,29 @@ def opened(content: bytes | np.ndarray, *, reused: bool = False) -> Picture:
     if content.startswith(b"\xff\xd8\xff"):
         tagged, frame = _markers(content)
         try:
-            found = simplejpeg.decode_jpeg_header(content)
+            header = simplejpeg.decode_jpeg_header(content)
         except Exception:
             # It raises what it likes for what it does not know; Pillow is the judge.
             return _Pixels(_decode_with_pillow(content))
-        height, width, colours = int(found[0]), int(found[1]), found[2]
+        height, width, colors = int(header[0]), int(header[1]), header[2]
         _refuse_bomb(width, height)
-        if colours in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
+        if colors in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
             return _Jpeg(content, height, width, frame, reused)
     return _Pixels(_decode_with_pillow(content))
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Uint8 [H, W, 3], upright: EXIF orientation applied; grey, palette, CMYK, alpha and 16 bits
+    """Uint8 [H, W, 3], upright: EXIF orientation applied; gray, palette, CMYK, alpha and 16 bits
     become RGB.
 
     Unreadable for anything that cannot be decoded whole.
     """
-    return opened(data).pixels()
+    return open_image(data).pixels()
 
 
 def _markers(jpeg: bytes) -> tuple[bool, int]:
-    """Whether a JPEG has a segment that may tell of an orientation (EXIF, XMP), and where its frame
-    header begins if it is a baseline one; 0 if not.
+    """Returns whether a JPEG has a segment that may tell of an orientation (EXIF, XMP), and where
+    its frame header begins if it is a baseline one; 0 if not.
     """
     tagged, frame, at = False, 0, 2
     while at + 10 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
@@ -153,7 +153,7 @@ def _markers(jpeg: bytes) -> tuple[bool, int]:
 
 
 def _is_turned(data: bytes) -> bool:
-    """Whether Pillow would turn or mirror a picture upright."""
+    """Returns True where Pillow would turn or mirror an image upright."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
@@ -162,7 +162,7 @@ def _is_turned(data: bytes) -> bool:
 
 
 def _ends(jpeg: bytes) -> bool:
-    """Whether a JPEG has its end: it was not cut short."""
+    """Returns True where a JPEG has its end: it was not cut short."""
     return jpeg.endswith(b"\xff\xd9") or b"\xff\xd9" in jpeg[-64:]
 
 
@@ -178,8 +178,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 # Pillow's own conversion would clip 16 bits to white.
-                grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                upright = Image.fromarray(grey)
+                gray = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                upright = Image.fromarray(gray)
             return np.asarray(upright.convert("RGB"))
     except Unreadable:
         raise

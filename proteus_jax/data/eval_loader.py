@@ -7,7 +7,7 @@ import numpy as np
 
 from proteus_jax.data import decode
 from proteus_jax.data.sources.base import Source
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import assembled, edges_of, in_parallel
 from proteus_jax.errors import Unreadable
 
@@ -26,7 +26,7 @@ class _Pieces(NamedTuple):
     """Makes this host's share of one batch after the other, piece by piece."""
 
     source: Source
-    view: CentreCrop
+    view: CenterCrop
     chosen: Sequence[int] | np.ndarray
     batch: int
     first: int
@@ -40,7 +40,7 @@ class _Pieces(NamedTuple):
         made = Batch(np.zeros((count, side, side, 3), np.uint8), np.full(count, NOTHING, np.int32))
         for slot, image in enumerate(self.chosen[first : first + count]):
             try:
-                made.images[slot] = self.view(decode.opened(self.source.read(int(image))))
+                made.images[slot] = self.view(decode.open_image(self.source.read(int(image))))
                 made.numbers[slot] = image
             except Unreadable:
                 continue
@@ -49,7 +49,7 @@ class _Pieces(NamedTuple):
 
 def evaluation_batches(
     source: Source,
-    view: CentreCrop,
+    view: CenterCrop,
     *,
     batch: int,
     chosen: Sequence[int] | np.ndarray | None = None,

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from proteus_jax.data import decode
-from proteus_jax.data.sampler import Order, ViewRandomness, held_out_generator
+from proteus_jax.data.sampler import Sampler, ViewRandomness, held_out_generator
 from proteus_jax.data.sources.base import Source
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.data.workers import assembled, edges_of, in_parallel
 from proteus_jax.errors import InputError, Unreadable
 
@@ -41,8 +41,8 @@ class _Chunks(NamedTuple):
     """
 
     source: Source
-    order: Order
-    recipe: Recipe
+    order: Sampler
+    recipe: TrainTransform
     batch: int
     first: int
     edges: tuple[int, ...]
@@ -57,26 +57,26 @@ class _Chunks(NamedTuple):
             np.empty((count, size, size, 3), np.uint8), np.full(count, -1), np.full(count, -1)
         )
         # The same image several times in a row is read and decoded once.
-        opened = functools.lru_cache(maxsize=1)(
-            lambda index: decode.opened(self.source.read(index), reused=self.order.repeats > 1)
+        open_once = functools.lru_cache(maxsize=1)(
+            lambda index: decode.open_image(self.source.read(index), reused=self.order.repeats > 1)
         )
         randomness = ViewRandomness(self.order.seed)
         base = (self.start + step) * self.batch + self.first + low
         for place in range(count):
             draw = base + place
             made.images[place], made.unreadable[place], made.numbers[place] = self._view(
-                self.order(draw).image, randomness.at(draw), opened
+                self.order(draw).image, randomness.at(draw), open_once
             )
         return made
 
     def _view(
-        self, index: int, rng: np.random.Generator, opened: Callable[[int], decode.Picture]
+        self, index: int, rng: np.random.Generator, open_once: Callable[[int], decode.LazyImage]
     ) -> tuple[np.ndarray, int, int]:
         """One slot; an unreadable image is replaced by another that the same slot chooses."""
         unreadable = -1
         for _ in range(MAXIMUM_REPLACEMENTS):
             try:
-                return self.recipe(opened(index), rng), unreadable, index
+                return self.recipe(open_once(index), rng), unreadable, index
             except Unreadable:
                 unreadable = index
                 index = int(rng.integers(len(self.source)))
@@ -89,8 +89,8 @@ class _Chunks(NamedTuple):
 def training_batches(
     source: Source,
     *,
-    order: Order,
-    recipe: Recipe,
+    order: Sampler,
+    recipe: TrainTransform,
     batch: int,
     steps: range,
     host: int = 0,
@@ -117,7 +117,7 @@ def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray
     At least one view an image, the same number of each; the same for every seed, so that runs can
     be compared. Cropped and flipped, and no more.
     """
-    recipe = Recipe(size)
+    recipe = TrainTransform(size)
     each = -(-count // len(source))
     total = max(count, len(source))
     views, unreadable = [], []
@@ -128,7 +128,7 @@ def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray
         if index in unreadable:
             continue
         try:
-            picture = decode.opened(source.read(index))
+            picture = decode.open_image(source.read(index))
             views.append(recipe(picture, held_out_generator(index, turn)))
         except Unreadable:
             unreadable.append(index)

@@ -13,7 +13,7 @@ import numpy as np
 _EPOCH, _VIEW, _HELD_OUT, _PART, _SUBSET, _SPLIT = 1, 2, 3, 4, 5, 6
 
 
-class Draw(NamedTuple):
+class SampleIndex(NamedTuple):
     """An image and how many times it was drawn before in a row, for repeated augmentation."""
 
     image: int
@@ -54,7 +54,7 @@ def _permutation(seed: int, stream: int, epoch: int, length: int, part: int = 0)
     return order.astype(np.uint32) if length < 2**32 else order
 
 
-def chosen(seed: int, length: int, wanted: int, part: int = 0) -> np.ndarray:
+def subset_indices(seed: int, length: int, wanted: int, part: int = 0) -> np.ndarray:
     """`wanted` of `length` indices, sorted, drawn without replacement; a larger number contains
     a smaller.
     """
@@ -66,7 +66,7 @@ def apart(length: int, wanted: int) -> np.ndarray:
     return np.sort(_permutation(0, _SPLIT, 0, length)[:wanted].astype(np.int64))
 
 
-class Order(NamedTuple):
+class Sampler(NamedTuple):
     """The order of a run over one data set, or over several that follow each other in one index.
 
     `sizes` are the lengths of the parts. Without weights every epoch of sum(sizes) images sees
@@ -81,11 +81,11 @@ class Order(NamedTuple):
     weights: tuple[float, ...] = ()
     repeats: int = 1
 
-    def __call__(self, draw: int) -> Draw:
+    def __call__(self, draw: int) -> SampleIndex:
         """The image of the draw-th slot since the start of training."""
         number, repeat = divmod(draw, self.repeats)
         epoch, place = divmod(number, sum(self.sizes))
-        return Draw(int(_epoch(self.seed, epoch, self.sizes, self.weights)[place]), repeat)
+        return SampleIndex(int(_epoch(self.seed, epoch, self.sizes, self.weights)[place]), repeat)
 
 
 # The epoch of today, and the one before for draws at the border.
@@ -95,7 +95,7 @@ def _epoch(seed: int, epoch: int, sizes: tuple[int, ...], weights: tuple[float, 
     places = _permutation(seed, _EPOCH, epoch, sum(sizes))
     if not weights:
         return places
-    found, first = [], 0
+    permutations, first = [], 0
     for part, (size, count) in enumerate(zip(sizes, shares(sum(sizes), weights), strict=True)):
         # This epoch's stretch of the part's own epochs, one after the other.
         start, stop = epoch * count, (epoch + 1) * count
@@ -106,9 +106,9 @@ def _epoch(seed: int, epoch: int, sizes: tuple[int, ...], weights: tuple[float, 
         within = start - start // size * size
         # A small part of a small share may have none of an epoch.
         drawn = np.concatenate(turns or [np.empty(0, np.uint32)])
-        found.append(first + drawn[within : within + count])
+        permutations.append(first + drawn[within : within + count])
         first += size
-    return np.concatenate(found)[places]
+    return np.concatenate(permutations)[places]
 
 
 def shares(total: int, weights: Sequence[float]) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proteus_jax.data.sampler import apart, chosen
-from proteus_jax.data.sources.base import Joined, MemorySource, Part, Source
+from proteus_jax.data.sampler import apart, subset_indices
+from proteus_jax.data.sources.base import ConcatSource, MemorySource, Source, SubsetSource
 from proteus_jax.errors import InputError
 
 
@@ -63,15 +63,15 @@ class Subset(NamedTuple):
                 raise InputError("data.subset.classes: these images have no classes")
             labels = np.zeros(len(source), np.int64)
         names, labels = np.unique(labels, return_inverse=True)
-        kept = chosen(seed, len(names), max(1, round(len(names) * self.classes)))
+        kept = subset_indices(seed, len(names), max(1, round(len(names) * self.classes)))
         order = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[order], np.arange(len(names) + 1))
         left = []
         for label in kept:
             members = order[starts[label] : starts[label + 1]]
             wanted = max(1, round(len(members) * self.images))
-            left.append(members[chosen(seed, len(members), wanted, part=int(label) + 1)])
-        return Part(source, np.sort(np.concatenate(left)))
+            left.append(members[subset_indices(seed, len(members), wanted, part=int(label) + 1)])
+        return SubsetSource(source, np.sort(np.concatenate(left)))
 
 
 WHOLE = Subset()
@@ -87,7 +87,7 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
     if wanted >= total:
         raise InputError(
             f"found {total} images of which {wanted} would be held out: at least {wanted + 1} are "
-            f"needed, or set data.held_out.minimum lower{told(skipped)}"
+            f"needed, or set data.held_out.minimum lower{named(skipped)}"
         )
     digests = source.digests()
     out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
@@ -98,8 +98,8 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
         )
     kept = np.ones(total, bool)
     kept[out] = False
-    training = Part(source, np.flatnonzero(kept))
-    return Split(training, Part(source, out) if len(out) else None, tuple(skipped))
+    training = SubsetSource(source, np.flatnonzero(kept))
+    return Split(training, SubsetSource(source, out) if len(out) else None, tuple(skipped))
 
 
 def split_within(pictures: Sequence[np.ndarray], names: Sequence[str]) -> Split:
@@ -128,8 +128,8 @@ def mixed(splits: Sequence[Split]) -> Split:
     out = {key for source in held_out for key in _keys(source)}
     training = [_without(split.training, out) for split in splits]
     return Split(
-        Joined(training),
-        Joined(held_out) if held_out else None,
+        ConcatSource(training),
+        ConcatSource(held_out) if held_out else None,
         tuple(name for split in splits for name in split.skipped),
         tuple(map(len, training)),
     )
@@ -150,10 +150,10 @@ def _without(source: Source, out: set[str | bytes]) -> Source:
     ]
     if not kept:
         raise InputError("all images of one root are held out by another")
-    return source if len(kept) == len(source) else Part(source, np.array(kept))
+    return source if len(kept) == len(source) else SubsetSource(source, np.array(kept))
 
 
-def told(skipped: Sequence[str]) -> str:
+def named(skipped: Sequence[str]) -> str:
     """Files that were passed over, for the end of a message."""
     if not skipped:
         return ""

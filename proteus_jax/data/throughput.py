@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from proteus_jax.data import decode
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.data.workers import cores
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92
@@ -23,7 +23,7 @@ class Rate(NamedTuple):
     cores: int
 
 
-def views_per_second(recipe: Recipe, repeats: int) -> Rate:
+def views_per_second(recipe: TrainTransform, repeats: int) -> Rate:
     """Decodes a JPEG and makes `repeats` views of it, again and again, on every core for about a
     second.
     """
@@ -39,7 +39,7 @@ def views_per_second(recipe: Recipe, repeats: int) -> Rate:
         rng, made = np.random.default_rng(seed), 0
         start = time.perf_counter()
         while time.perf_counter() - start < SECONDS:
-            picture = decode.opened(encoded, reused=repeats > 1)
+            picture = decode.open_image(encoded, reused=repeats > 1)
             for _ in range(repeats):
                 recipe(picture, rng)
             made += repeats
@@ -48,5 +48,5 @@ def views_per_second(recipe: Recipe, repeats: int) -> Rate:
     make(0)
     count = cores()
     with ThreadPoolExecutor(count) as pool:
-        found = list(pool.map(make, range(count)))
-    return Rate(sum(made / spent for made, spent in found), count)
+        seconds = list(pool.map(make, range(count)))
+    return Rate(sum(made / spent for made, spent in seconds), count)

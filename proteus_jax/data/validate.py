@@ -46,16 +46,14 @@ _RECORD = np.dtype(
 
 
 class Look(NamedTuple):
-    """What was found of some images in a row: records, and of each why it cannot be read ("" where
-    it can).
-    """
+    """Records of some images in a row, and for each why it cannot be read ("" where it can)."""
 
     records: np.ndarray
     faults: tuple[str, ...]
 
 
 class Findings(NamedTuple):
-    """What was found of a source's images, in their order."""
+    """The findings about a source's images, in their order."""
 
     records: np.ndarray
     faults: list[str]
@@ -88,7 +86,7 @@ class Findings(NamedTuple):
     def _readable(self) -> list[int]:
         return [index for index, fault in enumerate(self.faults) if not fault]
 
-    def left_out(self) -> dict[int, str]:
+    def excluded(self) -> dict[int, str]:
         """Index and reason of each image that training is better without: what cannot be read, and
         every copy but the first.
         """
@@ -115,17 +113,17 @@ Parallel = Callable[[Callable[[int], Look], int], Generator[Look]]
 
 
 def examine(
-    source: Source, in_parallel: Parallel, told: Callable[[int, int], None] = lambda *_: None
+    source: Source, in_parallel: Parallel, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Findings:
     """Reads and decodes every image; `told(done, unreadable)` is called now and then."""
     pieces = -(-len(source) // CHUNK)
     records = np.zeros(len(source), _RECORD)
     faults: list[str] = []
     for look in in_parallel(functools.partial(_look, source=source), pieces):
-        found = np.asarray(look.records).view(_RECORD).reshape(-1)
-        records[len(faults) : len(faults) + len(found)] = found
+        rows = np.asarray(look.records).view(_RECORD).reshape(-1)
+        records[len(faults) : len(faults) + len(rows)] = rows
         faults += look.faults
-        told(len(faults), sum(map(bool, faults[-len(found) :])))
+        progress(len(faults), sum(map(bool, faults[-len(rows) :])))
     return Findings(records, faults)
 
 
@@ -148,7 +146,7 @@ def _describe(record: Any, content: bytes | np.ndarray) -> None:
     if not data:
         raise Unreadable("empty")
     start = time.thread_time()
-    pixels = decode.opened(content).pixels()
+    pixels = decode.open_image(content).pixels()
     record["seconds"] = time.thread_time() - start
     record["height"], record["width"] = pixels.shape[:2]
     record["content"] = int.from_bytes(sha256(data).digest()[:8], "little")
@@ -165,7 +163,7 @@ def _describe(record: Any, content: bytes | np.ndarray) -> None:
 
 
 def _oddities(data: bytes) -> dict[str, bool]:
-    """Of an image that could be decoded, by its header; nothing where Pillow trips over that."""
+    """Oddities of a decoded image, by its header; none where Pillow trips over that."""
     with (
         contextlib.suppress(Exception),
         Image.open(io.BytesIO(data), formats=decode.FORMATS) as image,

@@ -49,7 +49,7 @@ class WorkerLost(Interrupted):
 
 
 class Makers(NamedTuple):
-    """Who makes images on this host: worker processes or, where there are none, threads.
+    """The workers that make images on this host: processes or, where there are none, threads.
 
     `remark` says why there are fewer workers than were asked for; empty where there are not.
     """
@@ -63,9 +63,9 @@ class Makers(NamedTuple):
 
 
 def makers(workers: int | None, threads: int, side: int) -> Makers:
-    """As many workers as are asked for or, for None, this process's cores less two, none where
-    there are four or fewer; of either as many as have room for their pieces of images of `side`
-    pixels in shared memory, and for the files that they open.
+    """Chooses the number of workers: as many as are asked for or, for None, this process's cores
+    less two, none where there are four or fewer; of either as many as have room for their pieces of
+    images of `side` pixels in shared memory, and for the files that they open.
     """
     if workers is None:
         count = cores()
@@ -73,17 +73,17 @@ def makers(workers: int | None, threads: int, side: int) -> Makers:
             # Nothing has divided the machine among the processes that share it.
             count = max(1, count // processes_here())
         workers = count - 2 if count > 4 else 0
-    found, reasons = workers, []
+    allowed, reasons = workers, []
     for room, why in (_in_shared_memory(max(CHUNK * side**2 * 3, SMALLEST)), _in_descriptors()):
         if room is not None and room < workers:
-            found = min(found, room)
+            allowed = min(allowed, room)
             reasons.append(why)
     if not reasons:
         return Makers(workers, threads)
-    instead = f"{found} in place of {workers}" if found else f"threads in place of {workers}"
+    instead = f"{allowed} in place of {workers}" if allowed else f"threads in place of {workers}"
     # What is asked for may be none.
     threads = max(threads, 2)
-    return Makers(found, threads, f"{instead} worker processes make images: {'; '.join(reasons)}")
+    return Makers(allowed, threads, f"{instead} worker processes make images: {'; '.join(reasons)}")
 
 
 def cores() -> int:
@@ -140,12 +140,12 @@ def _in_shared_memory(piece: int) -> tuple[int | None, str]:
     try:
         if not os.access(SHARED_MEMORY, os.W_OK):
             return 0, f"shared memory ({SHARED_MEMORY}) cannot be written; {more}"
-        found = os.statvfs(SHARED_MEMORY)
+        statistics = os.statvfs(SHARED_MEMORY)
     except OSError:
         return 0, f"there is no shared memory ({SHARED_MEMORY}); {more}"
-    free = found.f_bavail * found.f_frsize // processes_here()
-    said = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
-    return free // each, f"{said} takes up to {each / 1e6:.3g} MB; {more}"
+    free = statistics.f_bavail * statistics.f_frsize // processes_here()
+    reason = f"{free / 1e6:.3g} MB are free in shared memory ({SHARED_MEMORY}), a worker process"
+    return free // each, f"{reason} takes up to {each / 1e6:.3g} MB; {more}"
 
 
 def _in_descriptors() -> tuple[int | None, str]:
@@ -157,13 +157,13 @@ def _in_descriptors() -> tuple[int | None, str]:
     with contextlib.suppress(OSError):
         opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
     room = (limit - opened - SPARE_DESCRIPTORS) // DESCRIPTORS
-    said = f"at most {limit} files may be open (ulimit -n), a worker process opens {DESCRIPTORS}"
-    return max(room, 0), said
+    reason = f"at most {limit} files may be open (ulimit -n), a worker process opens {DESCRIPTORS}"
+    return max(room, 0), reason
 
 
 def edges_of(share: int) -> tuple[int, ...]:
-    """Where one host's share of a batch is cut into pieces, its ends among them. What a worker
-    process holds does not grow with the batch.
+    """Edges of the pieces that one host's share of a batch is cut into, its ends among them. What a
+    worker process holds does not grow with the batch.
     """
     return (*range(0, share, CHUNK), share)
 
@@ -245,10 +245,10 @@ def _naming_lost_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-        if found is None:
+        match = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        if match is None:
             raise
-        raise WorkerLost(f"a worker process {_how(int(found.group(1)))}; {advice}") from None
+        raise WorkerLost(f"a worker process {_how(int(match.group(1)))}; {advice}") from None
     except OSError as error:
         # One that this process raises of its own files is none of shared memory.
         if error.errno not in (errno.ENOSPC, errno.EMFILE, errno.ENFILE):
@@ -297,8 +297,8 @@ def _end_with_parent() -> None:
 
 
 def _remove_open_segments() -> None:
-    """Of shared memory that this worker was about to fill: Python's tracker, which removes all
-    others, may not have heard of it yet.
+    """Removes the shared memory that this worker was about to fill: Python's tracker, which removes
+    all others, may not have heard of it yet.
     """
     files = Path("/proc/self/fd")
     for file in files.iterdir() if files.is_dir() else ():

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from proteus_jax.checkpoint.checkpointer import Checkpoints
-from proteus_jax.checkpoint.store import Keep
+from proteus_jax.checkpoint.store import RetentionPolicy
 from proteus_jax.errors import Interrupted
 from proteus_jax.runtime import collectives
 from proteus_jax.runtime.console import Console
@@ -14,7 +14,7 @@ from proteus_jax.runtime.heartbeat import Heartbeat
 from proteus_jax.runtime.workdir import Workdir
 
 
-class Saving:
+class CheckpointManager:
     """The checkpoints of a run, and which one it would go on from."""
 
     heartbeat: Heartbeat
@@ -25,7 +25,7 @@ class Saving:
         self.newest: int | None = None
         self.checkpoints = Checkpoints(
             place.checkpoints,
-            keep=Keep(config.keep_checkpoints, config.keep_every),
+            keep=RetentionPolicy(config.keep_checkpoints, config.keep_every),
             saved=self._note_saved,
             failed=self._note_failed,
         )
@@ -60,19 +60,19 @@ class Saving:
         self.checkpoints.wait()
         failure = rows_written()
         if failure is None and jax.process_index() == 0:
-            failure = self.checkpoints.shelf.why_not(step)
-        if collectives.from_first_host(int(failure is None)):
+            failure = self.checkpoints.shelf.save_error(step)
+        if collectives.broadcast_from_rank0(int(failure is None)):
             self.checkpoints.save(step, items, facts)
         else:
             self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))
 
     def reason_to_stop(self) -> Interrupted | None:
-        """Where too many failed one after the other."""
+        """Returns an Interrupted where too many saves failed one after the other."""
         failed = self.checkpoints.failed_in_a_row
         if failed <= self._limit:
             return None
         return Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")
 
-    def where_it_goes_on(self) -> str:
-        """In words."""
+    def resume_point(self) -> str:
+        """The step that a resumed run would go on from, in words."""
         return "its beginning" if self.newest is None else f"step {self.newest}"

@@ -30,7 +30,7 @@ class _Pending(NamedTuple):
     evaluated: bool
 
 
-class Rows:
+class MetricsLogger:
     """One row waits: its numbers are fetched when the device is busy with the next logged step.
 
     `work` is in FLOPs an image, `peak` in FLOPs a second of all devices, None where it is unknown.
@@ -73,7 +73,7 @@ class Rows:
         self._pending = _Pending(step, metrics, measured, evaluated)
 
     def rates(self, measured: dict[str, float]) -> dict[str, float]:
-        """With the images a second of each device and, where the devices' peak is known, the share
+        """Adds the images a second of each device and, where the devices' peak is known, the share
         of it that the work needed.
         """
         rate = measured["images_per_second"]
@@ -96,7 +96,7 @@ class Rows:
         return Written(step, values, evaluated)
 
     def _renamed(self, values: dict[str, float]) -> dict[str, float]:
-        """With one student its name is left out of the keys."""
+        """Leaves the name of the student out of the keys where there is only one."""
         if len(self._students) > 1:
             return values
         return {key.rpartition("/")[2]: value for key, value in values.items()}

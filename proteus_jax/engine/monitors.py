@@ -1,5 +1,5 @@
-"""What the loop keeps an eye on: its time, who waits for whom, requests to stop, steps that are not
-finite, and images that cannot be read.
+"""Monitors of the loop: its time, a slow input, steps that are not finite, and images that cannot
+be read.
 """
 
 import collections
@@ -24,7 +24,7 @@ CERTAIN = 3.0
 WORTH_A_WORD = 0.1
 
 
-class Clock:
+class StepTimer:
     """Time of an interval between two logged steps, and the share of it that the loop waited for
     images.
     """
@@ -40,7 +40,7 @@ class Clock:
         self._waited += time.monotonic() - start
 
     @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Time in here belongs to no interval."""
         start = time.monotonic()
         yield
@@ -59,7 +59,7 @@ class Clock:
         return result
 
 
-class WaitNotice:
+class InputBoundWarning:
     """One line, once, where images come too slowly; not of the first steps, which compile."""
 
     def __init__(self, makers: str, first_step: int, say: Callable[[str], None]):
@@ -77,7 +77,7 @@ class WaitNotice:
         )
 
 
-class Noted(NamedTuple):
+class StepRecord(NamedTuple):
     """A step that was made, its metrics on the device."""
 
     step: int
@@ -85,7 +85,7 @@ class Noted(NamedTuple):
     batch: Batch
 
 
-class SkippedUpdates:
+class NonFiniteMonitor:
     """Names the steps whose updates were skipped on the device, as a loss or gradient was not
     finite, with their images; stops a run after `limit` of them in a row.
 
@@ -96,23 +96,23 @@ class SkippedUpdates:
 
     def __init__(self, name: Callable[[int], str], *, limit: int, say: Callable[[str], None]):
         self._name, self._limit, self._say = name, limit, say
-        self._pending: collections.deque[Noted] = collections.deque()
+        self._pending: collections.deque[StepRecord] = collections.deque()
         self._in_a_row = 0
         # The newest step that was looked at.
-        self.last: Noted | None = None
+        self.last: StepRecord | None = None
 
     def note(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch) -> None:
         """Takes a step's metrics, still on the device, and its images.
 
         Diverged where the count of an earlier step reached the limit and no good step came since.
         """
-        self._pending.append(Noted(step, metrics, batch))
+        self._pending.append(StepRecord(step, metrics, batch))
         if len(self._pending) > self.LATE:
             self._look()
         if self._in_a_row >= self._limit:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Looks at all steps until now, as before a checkpoint; Diverged as in `note`."""
         while self._pending:
             self._look()
@@ -136,7 +136,7 @@ class SkippedUpdates:
             )
 
 
-class UnreadableImages:
+class CorruptImageMonitor:
     """Counts them, names each once, and stops a run that meets too many: `limit` is a share of the
     views.
     """

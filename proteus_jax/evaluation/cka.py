@@ -4,11 +4,11 @@ import numpy as np
 
 
 def linear_cka(first: np.ndarray, second: np.ndarray) -> float:
-    """Linear centred kernel alignment, 0 to 1, of features [N, D1] and [N, D2] of the same images.
+    """Linear centered kernel alignment, 0 to 1, of features [N, D1] and [N, D2] of the same images.
 
     Source: Kornblith et al. 2019 (arXiv 1905.00414), equation 3 with linear kernels.
     """
-    x, y = (_centred(rows) for rows in (first, second))
+    x, y = (_centered(rows) for rows in (first, second))
     shared = np.linalg.norm(x.T @ y) ** 2
     own = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
     return float(shared / own) if own else 0.0
@@ -16,7 +16,7 @@ def linear_cka(first: np.ndarray, second: np.ndarray) -> float:
 
 def spectrum(features: np.ndarray) -> np.ndarray:
     """Shares [min(N, D)] of the variance along the principal components, the largest first."""
-    variances = np.linalg.svd(_centred(features), compute_uv=False) ** 2
+    variances = np.linalg.svd(_centered(features), compute_uv=False) ** 2
     total = variances.sum()
     return variances / total if total else variances
 
@@ -31,6 +31,6 @@ def effective_rank(features: np.ndarray) -> float:
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-def _centred(rows: np.ndarray) -> np.ndarray:
+def _centered(rows: np.ndarray) -> np.ndarray:
     rows = rows.astype(np.float64)
     return rows - rows.mean(axis=0)

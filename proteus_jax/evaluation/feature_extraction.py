@@ -12,10 +12,10 @@ from jax.typing import DTypeLike
 
 from proteus_jax.data.eval_loader import evaluation_batches
 from proteus_jax.data.sources.base import Source
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
 from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention, in_precision
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime import sharding
 from proteus_jax.weights.feature_extractor import Model
 
@@ -25,7 +25,7 @@ Function = Callable[[BackboneFunction, Params, jax.Array], Any]
 Compiled = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
-class Reading(NamedTuple):
+class LoaderConfig(NamedTuple):
     """How images are read: how many at a time over all devices, by whom on this host."""
 
     batch: int
@@ -33,9 +33,9 @@ class Reading(NamedTuple):
     threads: int = 2
 
 
-class Table(NamedTuple):
-    """What a pass found: arrays [n, ...] on the host, the number of each row's image, and how many
-    images had to be left out.
+class FeatureTable(NamedTuple):
+    """The features of a pass: arrays [n, ...] on the host, the number of each row's image, and how
+    many images had to be left out.
     """
 
     values: Any
@@ -43,7 +43,7 @@ class Table(NamedTuple):
     unreadable: int
 
 
-class Frozen:
+class FrozenBackbone:
     """A model whose weights lie on the devices and do not change."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Frozen:
         model: Model,
         mesh: Mesh,
         dtype: DTypeLike = jnp.float32,
-        normalisation: Normalisation | None = None,
+        normalisation: Normalization | None = None,
     ):
         self.spec, self.mesh = model.spec, mesh
         self.backbone = BackboneFunction(model.spec, dtype, fastest_attention(model.spec, dtype))
@@ -65,12 +65,12 @@ class Frozen:
         self,
         function: Function,
         source: Source,
-        view: CentreCrop,
-        reading: Reading,
+        view: CenterCrop,
+        reading: LoaderConfig,
         *,
         chosen: Sequence[int] | np.ndarray | None = None,
         progress: Callable[[str], None] = lambda _: None,
-    ) -> Table:
+    ) -> FeatureTable:
         """`function` of all images of a source, or of the chosen ones, in their order; compiled
         once. See feature_pass.
         """
@@ -98,14 +98,14 @@ def feature_pass(
     compiled: Compiled,
     params: Any,
     source: Source,
-    view: CentreCrop,
-    reading: Reading,
+    view: CenterCrop,
+    reading: LoaderConfig,
     mesh: Mesh,
     chosen: Sequence[int] | np.ndarray | None = None,
     progress: Callable[[str], None] = lambda _: None,
-) -> Table:
-    """What a `compiled_pass` says of every image of a source, or of the chosen ones, whole on every
-    host.
+) -> FeatureTable:
+    """Applies a `compiled_pass` to every image of a source, or to the chosen ones. The result is
+    whole on every host.
 
     InputError where none of the images can be read.
     """
@@ -125,18 +125,18 @@ def feature_pass(
     parts, pending = [], None
     with contextlib.closing(batches):
         for number, made in enumerate(batches):
-            found = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
+            outputs = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
             if pending is not None:
                 # Fetched while the device is busy with the next batch.
                 parts.append(_readable(*jax.device_get(pending)))
-            pending = found
+            pending = outputs
             progress(f"{min((number + 1) * batch, total)} of {total} images")
     parts.append(_readable(*jax.device_get(pending)))
     values = jax.tree.map(lambda *rows: np.concatenate(rows), *[part for part, _ in parts])
     numbers = np.concatenate([part for _, part in parts])
     if not len(numbers):
         raise InputError(f"none of the {total} images can be read, as {source.name(0)}")
-    return Table(values, numbers, total - len(numbers))
+    return FeatureTable(values, numbers, total - len(numbers))
 
 
 def _readable(values: Any, numbers: np.ndarray) -> tuple[Any, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What class tokens are worth while a student trains: neighbours and a ridge probe on images with
+"""Probes of class tokens while a student trains: neighbours and a ridge probe on images with
 classes.
 """
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn, ridge
-from proteus_jax.evaluation.feature_extraction import Table
+from proteus_jax.evaluation.feature_extraction import FeatureTable
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
@@ -25,15 +25,17 @@ class Scores(NamedTuple):
     ridge_balanced: float
 
 
-def scores(pair: Pair, tokens: Callable[[Labelled], Table], mesh: Mesh) -> Scores:
-    """Of class tokens, by one pass over each part: of NEIGHBOURS, or of as many as there are images
-    to learn from, and of the ridge probe.
+def scores(
+    pair: TrainTestSplit, tokens: Callable[[LabeledDataset], FeatureTable], mesh: Mesh
+) -> Scores:
+    """Scores class tokens by one pass over each part: by NEIGHBOURS, or as many as there are images
+    to learn from, and by the ridge probe.
     """
     rows, labels = [], []
     for part in (pair.train, pair.test):
-        found = tokens(part)
-        rows.append(found.values)
-        labels.append(part.labels[found.numbers])
+        features = tokens(part)
+        rows.append(features.values)
+        labels.append(part.labels[features.numbers])
     neighbours = min(NEIGHBOURS, len(rows[0]))
     voted = knn.predictions(
         rows[0],
@@ -43,8 +45,8 @@ def scores(pair: Pair, tokens: Callable[[Labelled], Table], mesh: Mesh) -> Score
         temperature=TEMPERATURE,
         mesh=mesh,
     )
-    answers = voted[neighbours], ridge.fit(rows[0], labels[0])(rows[1])
-    right = [each == labels[1] for each in answers]
+    predicted = voted[neighbours], ridge.fit(rows[0], labels[0])(rows[1])
+    right = [each == labels[1] for each in predicted]
     return Scores(
         *(100 * float(np.mean(each)) for each in right),
         *(per_class.balanced(each, labels[1]) for each in right),

@@ -1,4 +1,4 @@
-"""What accuracy hides where some classes have more images than others."""
+"""Accuracy by class, for sets whose classes differ in size."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def rows(
 
 
 def uneven(labels: np.ndarray) -> str:
-    """What to say where one class has far more images [M] than its share; else nothing."""
+    """Warns where one class has far more images [M] than its share; else an empty text."""
     classes = len(np.unique(labels))
     share = chance(labels)
     if classes < 2 or share < UNEVEN * 100 / classes:
@@ -47,12 +47,12 @@ def uneven(labels: np.ndarray) -> str:
     )
 
 
-def table(found: dict[str, dict[str, Any]]) -> list[str]:
+def table(classes: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of `rows`, the first SHOWN of them."""
-    width = max(map(len, found))
+    width = max(map(len, classes))
     lines = [
         f"    {name:{width}}  {row['images']:6} images  {row['top1']:6.2f} %"
-        for name, row in list(found.items())[:SHOWN]
+        for name, row in list(classes.items())[:SHOWN]
     ]
-    more = len(found) - SHOWN
+    more = len(classes) - SHOWN
     return [*lines, f"    and {more} more in results.json"] if more > 0 else lines

@@ -1,4 +1,4 @@
-"""What every protocol is given."""
+"""The context that every protocol is given."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from proteus_jax.data.transforms.center_crop import CentreCrop
-from proteus_jax.evaluation.feature_extraction import Frozen, Reading
+from proteus_jax.data.transforms.center_crop import CenterCrop
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
 from proteus_jax.weights.feature_extractor import Model
 
 
@@ -16,10 +16,10 @@ class Context(NamedTuple):
 
     config: Any
     model: Model
-    frozen: Frozen
+    frozen: FrozenBackbone
     mesh: Mesh
     workdir: Path
-    view: CentreCrop
-    reading: Reading
+    view: CenterCrop
+    reading: LoaderConfig
     say: Callable[[str], None]
     progress: Callable[[str], None]

@@ -48,9 +48,9 @@ def read_results(workdir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{workdir}: no {FILE} in it")
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found["protocol"], str):
+        results = json.loads(path.read_text())
+        if not isinstance(results["protocol"], str):
             raise TypeError("protocol")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the results of an evaluation: {error!r}") from None
-    return found
+    return results

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 import proteus_jax
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.errors import InputError, about, collecting
-from proteus_jax.evaluation.feature_extraction import Frozen, Reading
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import analysis, fine_grained, knn, linear, robustness
 from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
@@ -117,35 +117,37 @@ def _check_model(config: Any, model: Model) -> list[str]:
 
 def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     """Measures, and writes results.json; returns the exit code."""
-    place.compare(jax.process_index(), collectives.of_all_hosts)
+    place.compare(jax.process_index(), collectives.gather_from_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
-    workdir, leads = place.local, jax.process_index() == 0
+    workdir, is_primary = place.local, jax.process_index() == 0
     with about("--workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
-    console.quiet = not leads
-    console.keep_log(workdir / "log.txt" if leads else workdir / f"log.{jax.process_index()}.txt")
+    console.quiet = not is_primary
+    console.keep_log(
+        workdir / "log.txt" if is_primary else workdir / f"log.{jax.process_index()}.txt"
+    )
     mesh = sharding.make_mesh()
     dtype = dtype_of(config.precision, jax.default_backend())
     readers = makers(config.data.workers, config.data.threads, config.data.crop)
     context = Context(
         config=config,
         model=inputs.model,
-        frozen=Frozen(inputs.model, mesh, dtype),
+        frozen=FrozenBackbone(inputs.model, mesh, dtype),
         mesh=mesh,
         workdir=workdir,
-        view=CentreCrop(config.data.resize, config.data.crop),
-        reading=Reading(config.batch, readers.workers, readers.threads),
+        view=CenterCrop(config.data.resize, config.data.crop),
+        reading=LoaderConfig(config.batch, readers.workers, readers.threads),
         say=console.line,
         progress=console.progress,
     )
     console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
     for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
         console.line(remark)
-    found = PROTOCOLS[config.protocol].measure(context, inputs.data)
-    results = {"protocol": config.protocol} | found
+    measured = PROTOCOLS[config.protocol].measure(context, inputs.data)
+    results = {"protocol": config.protocol} | measured
     results["constants"] = _constants(config) | results.get("constants", {})
     results["model"] = describe(config.model, inputs.model)
-    if leads:
+    if is_primary:
         text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
         write_atomically(workdir / "config.json", text)
         write_results(workdir, results)

@@ -1,4 +1,4 @@
-"""What the fields of a configuration that evaluates may hold."""
+"""Rules for the fields of a configuration that evaluates."""
 
 from typing import Any
 

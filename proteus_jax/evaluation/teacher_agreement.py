@@ -19,7 +19,7 @@ NEIGHBOURS = 5
 
 
 class Agreement(NamedTuple):
-    """Centred cosine of class and of patch tokens, -1 to 1; the share of nearest neighbours in
+    """Centered cosine of class and of patch tokens, -1 to 1; the share of nearest neighbours in
     common and the linear CKA of class tokens, 0 to 1.
     """
 
@@ -38,8 +38,8 @@ class TeacherTokens(NamedTuple):
     patches: np.ndarray
 
 
-class Said(NamedTuple):
-    """What a student says of a batch: its own features, and its answers to the first teacher in
+class StudentOutputs(NamedTuple):
+    """A student's outputs for a batch: its own features, and its answers to the first teacher in
     that teacher's own scale.
     """
 
@@ -49,7 +49,7 @@ class Said(NamedTuple):
 
 
 class StudentTokens(NamedTuple):
-    """What a student says of the views in the teacher's space, [M, T] and [M, N, T], and its own
+    """A student's tokens of the views in the teacher's space, [M, T] and [M, N, T], and its own
     class tokens [M, D]; float32 on the host.
     """
 
@@ -70,7 +70,7 @@ def teacher_tokens(
 
 
 def student_tokens(
-    student: Callable[[np.ndarray], Said], views: np.ndarray, batch: int
+    student: Callable[[np.ndarray], StudentOutputs], views: np.ndarray, batch: int
 ) -> StudentTokens:
     """Views through a student and its heads, `batch` at a time."""
     parts = [student(images) for images in _batches(views, batch)]
@@ -87,14 +87,16 @@ def measure(student: StudentTokens, target: TeacherTokens) -> Agreement:
     """
     width = student.feature.shape[-1]
     return Agreement(
-        cls=centred_cosine(student.token, target.cls),
-        patch=centred_cosine(student.feature.reshape(-1, width), target.patches.reshape(-1, width)),
+        cls=centered_cosine(student.token, target.cls),
+        patch=centered_cosine(
+            student.feature.reshape(-1, width), target.patches.reshape(-1, width)
+        ),
         neighbours=neighbour_overlap(student.own, target.cls, NEIGHBOURS),
         cka=linear_cka(student.own, target.cls),
     )
 
 
-def centred_cosine(student: np.ndarray, teacher: np.ndarray) -> float:
+def centered_cosine(student: np.ndarray, teacher: np.ndarray) -> float:
     """Mean cosine of [M, D] tokens after the mean of the teacher's is subtracted from both."""
     mean = teacher.mean(axis=0, dtype=np.float64).astype(np.float32)
     student, teacher = student - mean, teacher - mean

@@ -14,7 +14,7 @@ NamedLosses = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """What a student learns from at once.
+    """The images that a student learns from at once.
 
     `pixels` are normalized images of the student's size. `draws` are the arrays that the method
     drew for them. `key` is for stochastic depth.
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """What a student learns from its teachers.
+    """A way for a student to learn from its teachers.
 
     The training step normalizes the images, asks the teachers for their features, takes the
     gradients of `loss` and updates the student. All else is the method's.

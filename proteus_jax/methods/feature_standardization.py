@@ -17,7 +17,7 @@ LEAST_SHARE = 1e-3
 _EPSILON = 1e-6
 
 
-class Moments(NamedTuple):
+class RunningMoments(NamedTuple):
     """Means of tokens and of their squares, float32."""
 
     cls: Float[Array, "d"]
@@ -26,16 +26,16 @@ class Moments(NamedTuple):
     patches_square: Float[Array, "d"]
 
 
-def no_moments(width: int) -> Moments:
+def init_moments(width: int) -> RunningMoments:
     """Before the first batch: mean 0, deviation 1."""
-    return Moments(*(jnp.full(width, value) for value in (0.0, 1.0, 0.0, 1.0)))
+    return RunningMoments(*(jnp.full(width, value) for value in (0.0, 1.0, 0.0, 1.0)))
 
 
-def moments_of(features: Features) -> Moments:
-    """Of one batch."""
+def batch_moments(features: Features) -> RunningMoments:
+    """Moments of one batch."""
     cls = features.cls.astype(jnp.float32)
     patches = features.patches.astype(jnp.float32)
-    return Moments(
+    return RunningMoments(
         jnp.mean(cls, axis=0),
         jnp.mean(jnp.square(cls), axis=0),
         jnp.mean(patches, axis=(0, 1)),
@@ -43,33 +43,37 @@ def moments_of(features: Features) -> Moments:
     )
 
 
-def known_at(updates: jax.Array, running: Moments, found: Moments) -> Moments:
-    """What a step after so many updates may use: the running moments or, before there are any, the
-    batch's own.
+def moments_for_step(
+    updates: jax.Array, running: RunningMoments, batch: RunningMoments
+) -> RunningMoments:
+    """The moments that a step after so many updates uses: the running ones or, before there are
+    any, the batch's own.
     """
-    return jax.tree.map(lambda old, new: jnp.where(updates == 0, new, old), running, found)
+    return jax.tree.map(lambda old, new: jnp.where(updates == 0, new, old), running, batch)
 
 
-def updated(updates: jax.Array, running: Moments, found: Moments) -> Moments:
+def ema_update(
+    updates: jax.Array, running: RunningMoments, batch: RunningMoments
+) -> RunningMoments:
     """A plain mean over the first batches, then an average that forgets slowly."""
     share = jnp.maximum(1.0 / (updates + 1.0), LEAST_SHARE)
-    return jax.tree.map(lambda old, new: old + share * (new - old), running, found)
+    return jax.tree.map(lambda old, new: old + share * (new - old), running, batch)
 
 
-def standardised(features: Features, moments: Moments) -> Features:
+def standardize(features: Features, moments: RunningMoments) -> Features:
     """Float32 tokens; registers stay as they are."""
     return Features(
-        _apart(features.cls, moments.cls, moments.cls_square),
-        _apart(features.patches, moments.patches, moments.patches_square),
+        _standardize(features.cls, moments.cls, moments.cls_square),
+        _standardize(features.patches, moments.patches, moments.patches_square),
         features.registers,
     )
 
 
-def restored(features: Features, moments: Moments) -> Features:
+def unstandardize(features: Features, moments: RunningMoments) -> Features:
     """The inverse: standardised tokens in the teacher's own scale."""
     return Features(
-        _together(features.cls, moments.cls, moments.cls_square),
-        _together(features.patches, moments.patches, moments.patches_square),
+        _unstandardize(features.cls, moments.cls, moments.cls_square),
+        _unstandardize(features.patches, moments.patches, moments.patches_square),
         features.registers,
     )
 
@@ -78,9 +82,9 @@ def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0) + _EPSILON)
 
 
-def _apart(tokens: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
+def _standardize(tokens: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
     return (tokens.astype(jnp.float32) - mean) / _deviation(mean, square)
 
 
-def _together(tokens: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
+def _unstandardize(tokens: jax.Array, mean: jax.Array, square: jax.Array) -> jax.Array:
     return tokens.astype(jnp.float32) * _deviation(mean, square) + mean

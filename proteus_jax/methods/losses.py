@@ -1,8 +1,8 @@
 """The three objectives of Proteus (arXiv 2407.10366, section 3), each a plain mean of squared
 errors in float32.
 
-No centring, scaling or temperature anywhere: both sides are tokens after their own final LayerNorm,
-the student's through a head.
+No centering, scaling or temperature anywhere: both sides are tokens after their own final
+LayerNorm, the student's through a head.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from proteus_jax.models.student import Answers
+from proteus_jax.models.student import HeadOutputs
 from proteus_jax.models.vit import Features
 
 
@@ -65,7 +65,7 @@ def patch_loss(
 
 
 def distillation_losses(
-    answers: Answers,
+    outputs: HeadOutputs,
     target: Features,
     masked_target: Float[Array, "m n t"] | None,
     mask: Bool[Array, "m n"] | None,
@@ -74,11 +74,11 @@ def distillation_losses(
     """The objectives of a batch for one teacher. Without a masked pass the patch loss is 0 and must
     have the weight 0.
     """
-    token = token_loss(answers.token, target.cls)
-    feature = feature_loss(answers.token, answers.feature, target)
-    if answers.patch is None or masked_target is None or mask is None:
+    token = token_loss(outputs.token, target.cls)
+    feature = feature_loss(outputs.token, outputs.feature, target)
+    if outputs.patch is None or masked_target is None or mask is None:
         patch = jnp.zeros(())
     else:
-        patch = patch_loss(answers.patch, masked_target, mask)
+        patch = patch_loss(outputs.patch, masked_target, mask)
     loss = weights.token * token + weights.feature * feature + weights.patch * patch
     return Losses(loss, token, feature, patch)

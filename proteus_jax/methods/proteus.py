@@ -31,7 +31,7 @@ class Proteus:
 
     @property
     def masks(self) -> bool:
-        """Whether any teacher's patches are predicted under a mask."""
+        """True where any teacher's patches are predicted under a mask."""
         return any(weights.patch > 0 for weights in self.loss_weights.values())
 
     @property
@@ -101,9 +101,9 @@ def student_losses(
     losses = {}
     for name, target in targets.items():
         # A teacher whose patches count for nothing is not asked for them.
-        asked = mask is not None and weights[name].patch > 0
-        masked_target = target.patches[masked_rows] if asked else None
+        wanted = mask is not None and weights[name].patch > 0
+        masked_target = target.patches[masked_rows] if wanted else None
         losses[name] = distillation_losses(
-            predictions.answers[name], target, masked_target, mask, weights[name]
+            predictions.by_teacher[name], target, masked_target, mask, weights[name]
         )
     return losses

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.pos_embed import resize_matrix
 from proteus_jax.models.vit import Features
 
 
-def resized(pixels: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:
+def resize_images(pixels: Float[Array, "b h w c"], side: int) -> Float[Array, "b side side c"]:
     """Square images of another side, by antialiased bicubic interpolation."""
     if pixels.shape[1:3] == (side, side):
         return pixels
     return _on_a_grid(pixels, (side, side))
 
 
-def renormalised(
-    pixels: Float[Array, "b h w 3"], old: Normalisation, new: Normalisation
+def renormalize(
+    pixels: Float[Array, "b h w 3"], old: Normalization, new: Normalization
 ) -> Float[Array, "b h w 3"]:
     """Images that have one model's statistics with another's instead."""
     if old == new:
@@ -30,7 +30,7 @@ def renormalised(
     return pixels * factor + shift / jnp.asarray(new.std, jnp.float32)
 
 
-def regridded(features: Features, side: int) -> Features:
+def resize_patch_grid(features: Features, side: int) -> Features:
     """Features with the patch tokens of a square grid resampled to another: every new patch gets
     what the old ones say at its place.
     """

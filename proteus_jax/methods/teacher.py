@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from proteus_jax.methods.resample import regridded, renormalised, resized
+from proteus_jax.methods.resample import renormalize, resize_images, resize_patch_grid
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.vit import Features
 
 
@@ -20,7 +20,7 @@ class Teacher(NamedTuple):
     """
 
     backbone: BackboneFunction
-    normalisation: Normalisation
+    normalisation: Normalization
     side: int | None = None
     standardise: bool = False
 
@@ -29,16 +29,16 @@ def teacher_features(
     teacher: Teacher,
     params: Params,
     pixels: Float[Array, "b h w 3"],
-    normalisation: Normalisation,
+    normalisation: Normalization,
     crop: int,
     grid: int,
 ) -> Features:
     """A teacher's features, without gradient, of images that have a student's `normalisation`:
     at the teacher's own size and statistics, its patches on the students' `grid`.
     """
-    pixels = resized(pixels, teacher.side or crop)
-    pixels = renormalised(pixels, normalisation, teacher.normalisation)
-    return regridded(jax.lax.stop_gradient(teacher.backbone(params, pixels)), grid)
+    pixels = resize_images(pixels, teacher.side or crop)
+    pixels = renormalize(pixels, normalisation, teacher.normalisation)
+    return resize_patch_grid(jax.lax.stop_gradient(teacher.backbone(params, pixels)), grid)
 
 
 def common_grid_size(students: Mapping[str, StudentFunction]) -> int:

@@ -35,7 +35,8 @@ def attention(
 
 
 def _by_cudnn(qkv: Float[Array, "b t 3 h d"]) -> Float[Array, "b t h d"]:
-    """Where the number of tokens is odd, as a class token makes it, one more is added and masked.
+    """Attention by cuDNN. Where the number of tokens is odd, as a class token makes it, one more is
+    added and masked.
 
     cuDNN wants an even number only with a bias; JAX (0.10.2) takes the one that is not there for
     one, and refuses the gradient.
@@ -67,8 +68,8 @@ class Choice(NamedTuple):
 
 
 def choose(name: str, platform: str, dtype: DTypeLike, dim: int) -> Choice:
-    """What `name`, one of IMPLEMENTATIONS or "auto", means on "cpu", "gpu" or "tpu" for heads of
-    `dim` channels. ValueError where the platform does not have it, or not for these.
+    """Chooses an implementation: `name`, one of IMPLEMENTATIONS or "auto", on "cpu", "gpu" or "tpu"
+    for heads of `dim` channels. ValueError where the platform does not have it, or not for these.
     """
     kind = jnp.dtype(dtype)
     # cuDNN's kernel computes in 16 bits alone.
@@ -103,7 +104,7 @@ def _cudnn_refuses(dtype: str, dim: int) -> str:
 
 
 class _Saved(NamedTuple):
-    """What the forward pass saves for the backward pass."""
+    """The arrays that the forward pass saves for the backward pass."""
 
     qkv: Float[Array, "b t 3 h d"]
     mixed: Float[Array, "b t h d"]

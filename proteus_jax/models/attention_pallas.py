@@ -65,8 +65,8 @@ def backward(
 
 
 def _fits(flat: jax.Array, *, wide: int, narrow: int) -> bool:
-    """Whether VMEM holds a sample's arrays twice, as one is copied while the other is used, and
-    some scores: so many arrays of the projection's width, and of a third of it.
+    """Returns True where VMEM holds a sample's arrays twice, as one is copied while the other is
+    used, and some scores: so many arrays of the projection's width, and of a third of it.
     """
     _, tokens, width = flat.shape
     rows, columns = -(-tokens // 16) * 16, -(-tokens // LANES) * LANES
@@ -146,7 +146,7 @@ def _blocks(tokens: int) -> Iterator[slice]:
 
 
 class _Heads:
-    """Where the heads lie in a row of registers.
+    """The place of the heads in a row of registers.
 
     Heads of 32 or 64 channels are taken several at a time, as many as fill the row: their channels
     need not be moved, and the others' are zeros in a product, which costs a row either way.
@@ -184,7 +184,7 @@ class _Heads:
         return pl.ds(pl.multiple_of(start, LANES), self.lanes)
 
     def number(self, group: Any, head: int) -> Any:
-        """Of a head of a group among all."""
+        """The number of a head of a group among all."""
         return pl.ds(group * self.together + head, 1)
 
     def only(self, head: int, *arrays: jax.Array) -> list[jax.Array]:

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 def forward(
     qkv: Float[Array, "b t 3 h d"],
 ) -> tuple[Float[Array, "b t h d"], Float[Array, "b h t"]]:
-    """What queries attend to, in the dtype of `qkv`, and the logarithms of their normalizers,
-    float32.
+    """Attends: returns the weighted values, in the dtype of `qkv`, and the logarithms of the
+    normalizers, float32.
     """
     return _on_any_platform(_mix, qkv)
 
@@ -48,9 +48,9 @@ def _on_any_platform(function: Callable, *arrays: jax.Array) -> Any:
             array.reshape(together, batch // together, *array.shape[1:]).swapaxes(0, 1)
             for array in arrays
         ]
-        found = jax.lax.map(lambda group: function(*group), groups)
+        mapped = jax.lax.map(lambda group: function(*group), groups)
         return jax.tree.map(
-            lambda array: array.swapaxes(0, 1).reshape(batch, *array.shape[2:]), found
+            lambda array: array.swapaxes(0, 1).reshape(batch, *array.shape[2:]), mapped
         )
 
     return jax.lax.platform_dependent(*arrays, cpu=one_by_one, default=function)
@@ -101,7 +101,7 @@ def _unmix(
 
 
 def _heads_first(tokens: Float[Array, "b t h d"]) -> Float[Array, "b h t d"]:
-    """Its own inverse."""
+    """Swaps the axes of tokens and heads; its own inverse."""
     return jnp.swapaxes(tokens, 1, 2)
 
 

@@ -65,8 +65,8 @@ class ViTSpec:
             raise ValueError(wrong[0])
         for name, (least, most) in _LIMITS.items():
             if not least <= getattr(self, name) <= most:
-                found = getattr(self, name)
-                raise ValueError(f"{name} must be from {least} to {most}, found {found}")
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be from {least} to {most}, found {value}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
         for name, choices in _CHOICES.items():
@@ -128,13 +128,13 @@ class ViTSpec:
 
 
 def _of_another_type(values: Mapping[str, Any]) -> list[str]:
-    """What should be a whole number, a number, true or false, or a text, and is not."""
+    """Fields whose value is no whole number, number, true or false, or text, and should be one."""
     problems = []
     for field in dataclasses.fields(ViTSpec):
         kind = int if field.default is dataclasses.MISSING else type(field.default)
         if field.name in values and type(values[field.name]) is not kind:
-            found = values[field.name]
-            problems.append(f"{field.name} should be {kind.__name__}, found {found!r}")
+            value = values[field.name]
+            problems.append(f"{field.name} should be {kind.__name__}, found {value!r}")
     return problems
 
 

@@ -55,12 +55,12 @@ def training(
         tokens = 1 + patches + (patches / 2 if masked else 0)
         width = sum(teacher.width for teacher, _ in teachers)
         heads += TRAINING_PASSES * 2.0 * tokens * spec.width * width
-    taught = sum(forward(teacher, side) for teacher, side in teachers)
-    return Work(taught, student, student / 2 if masked else 0.0, heads)
+    teacher_flops = sum(forward(teacher, side) for teacher, side in teachers)
+    return Work(teacher_flops, student, student / 2 if masked else 0.0, heads)
 
 
 class Device(NamedTuple):
-    """What a device can do: bfloat16 operations a second without sparsity, bytes of memory."""
+    """A kind of device: bfloat16 operations a second without sparsity, bytes of memory."""
 
     name: str
     peak: float

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.student import Predictions, Student
+from proteus_jax.models.student import Student, StudentOutput
 from proteus_jax.models.vit import Features, VisionTransformer
 
 Params = dict[str, Any]
@@ -69,7 +69,7 @@ class _Functional:
         self.shapes: Params = nnx.to_pure_dict(state)
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters, as the reference initialises them."""
+        """Random float32 parameters, as the reference initializes them."""
         return nnx.to_pure_dict(nnx.state(self._make(nnx.Rngs(key))))
 
     def _module(self, params: Params) -> Any:
@@ -163,7 +163,7 @@ class StudentFunction(_Functional):
         masked_images: jax.Array | None = None,
         mask: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> Predictions:
+    ) -> StudentOutput:
         """See Student.__call__; blocks are dropped only where a `key` is given, that is in
         training.
         """

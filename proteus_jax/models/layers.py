@@ -22,7 +22,7 @@ LINEAR_INIT = nnx.initializers.normal(0.02)
 
 
 def torch_uniform(fan_in: int) -> Callable:
-    """PyTorch's default initialisation of a Linear or Conv2d, of weight and of bias:
+    """PyTorch's default initialization of a Linear or Conv2d, of weight and of bias:
     U(-1/sqrt(fan_in), +).
     """
     limit = fan_in**-0.5
@@ -43,7 +43,7 @@ def linear(
     rngs: nnx.Rngs,
     init: nnx.Initializer = LINEAR_INIT,
 ) -> nnx.Linear:
-    """A Linear with the backbone's initialisation."""
+    """A Linear with the backbone's initialization."""
     return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
@@ -121,7 +121,7 @@ class LayerScale(nnx.Module):
 
 
 class Unscaled(nnx.Module):
-    """In the place of a LayerScale where a model has none."""
+    """Stands in the place of a LayerScale where a model has none."""
 
     def __call__(self, linear: nnx.Linear, tokens: Float[Array, "*b i"]) -> Float[Array, "*b d"]:
         """The Linear's output."""

@@ -6,15 +6,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """A model's own channel statistics, of values from 0 to 1."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @classmethod
-    def checked(cls, mean: Any, std: Any) -> "Normalisation":
-        """Of lists from outside; ValueError where they are not three numbers each."""
+    def checked(cls, mean: Any, std: Any) -> "Normalization":
+        """Makes a normalization of lists from outside; ValueError where they are not three numbers
+        each.
+        """
         for values, least in ((mean, -1e3), (std, 1e-6)):
             fits = isinstance(values, list | tuple) and len(values) == 3
             if not fits or not all(
@@ -37,7 +39,7 @@ class Normalisation(NamedTuple):
         return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
 
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATISTICS = {"imagenet": IMAGENET, "clip": CLIP, "half": HALF}

@@ -26,7 +26,7 @@ class AttentionPool(nnx.Module):
         self.mlp = Mlp(spec, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        """What the query finds in the tokens."""
+        """Pools the tokens that the query attends to."""
         values = self._heads(self.qkv(tokens))[:, :, 2]
         mixed = jnp.einsum("bhn,bnhd->bhd", self.attention(tokens), values.astype(jnp.float32))
         pooled = self.proj(mixed.reshape(len(tokens), -1)).astype(tokens.dtype)

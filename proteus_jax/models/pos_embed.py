@@ -26,19 +26,19 @@ def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> n
     giving a scale factor of (target + offset) / source; without one it is source / target.
     """
     step = source / (target + offset)
-    centre = (np.arange(target)[:, None] + 0.5) * step
+    center = (np.arange(target)[:, None] + 0.5) * step
     if antialias and source == target:
         # PyTorch skips an axis whose length stays, whatever the scale factor; only here.
         return np.eye(source, dtype=np.float32)
     if antialias:
         stretch = max(step, 1.0)
-        first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)
-        last = np.minimum((centre + 2 * stretch + 0.5).astype(int), source)
+        first = np.maximum((center - 2 * stretch + 0.5).astype(int), 0)
+        last = np.minimum((center + 2 * stretch + 0.5).astype(int), source)
         index = np.arange(source)[None, :]
         inside = (index >= first) & (index < last)
-        weights = np.where(inside, _cubic((index - centre + 0.5) / stretch, -0.5), 0.0)
+        weights = np.where(inside, _cubic((index - center + 0.5) / stretch, -0.5), 0.0)
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    position = centre - 0.5
+    position = center - 0.5
     nearest = np.floor(position).astype(int)
     matrix = np.zeros((target, source))
     for tap in range(-1, 3):

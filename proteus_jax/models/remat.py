@@ -1,4 +1,6 @@
-"""What a block leaves for its backward pass, and what the backward pass computes again."""
+"""Rematerialization: which arrays a block keeps for its backward pass, and which are computed
+again.
+"""
 
 from typing import Any
 

@@ -16,7 +16,9 @@ PERIOD = 100.0
 
 
 class Rotation(NamedTuple):
-    """Of every token and channel of a head, float32; the tokens before the patches do not turn."""
+    """The rotation of every token and channel of a head, float32; the tokens before the patches do
+    not turn.
+    """
 
     cosine: Float[np.ndarray, "t d"]
     sine: Float[np.ndarray, "t d"]
@@ -25,7 +27,7 @@ class Rotation(NamedTuple):
 def rotation(grid: tuple[int, int], channels: int, prefix: int) -> Rotation:
     """For a grid (rows, columns) of patches after `prefix` other tokens, heads of `channels`."""
     frequencies = PERIOD ** -np.arange(0, 1, 4 / channels, dtype=np.float32)
-    # Centres of patches from -1 to 1, on either axis whatever the other's length.
+    # Centers of patches from -1 to 1, on either axis whatever the other's length.
     rows, columns = (2 * (np.arange(side) + np.float32(0.5)) / side - 1 for side in grid)
     places = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2, 1)
     angles = np.float32(2 * math.pi) * places.astype(np.float32) * frequencies

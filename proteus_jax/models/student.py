@@ -20,8 +20,8 @@ from proteus_jax.models.vit import Features, VisionTransformer
 HEAD_NORM_EPSILON = 1e-5
 
 
-class Answers(NamedTuple):
-    """What the student says of a batch in one teacher's space; `patch` is None without a masked
+class HeadOutputs(NamedTuple):
+    """A student's outputs for a batch in one teacher's space; `patch` is None without a masked
     pass.
     """
 
@@ -30,15 +30,15 @@ class Answers(NamedTuple):
     patch: Float[Array, "m n t"] | None
 
 
-class Predictions(NamedTuple):
+class StudentOutput(NamedTuple):
     """The student's own features of a batch, and its answers to each teacher by name."""
 
     features: Features
-    answers: dict[str, Answers]
+    by_teacher: dict[str, HeadOutputs]
 
 
 class Head(nnx.Module):
-    """LayerNorm and a Linear with PyTorch's default initialisation; trained, then thrown away."""
+    """LayerNorm and a Linear with PyTorch's default initialization; trained, then thrown away."""
 
     def __init__(self, width: int, teacher_width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = torch_uniform(width)
@@ -60,10 +60,10 @@ class Heads(nnx.Module):
         self.feature = Head(width, teacher_width, dtype=dtype, rngs=rngs)
         self.patch = Head(width, teacher_width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, features: Features, masked: Features | None) -> Answers:
+    def __call__(self, features: Features, masked: Features | None) -> HeadOutputs:
         """Answers from the features of the unmasked pass and, where there is one, the masked."""
         patch = None if masked is None else self.patch(masked.patches)
-        return Answers(self.token(features.cls), self.feature(features.patches), patch)
+        return HeadOutputs(self.token(features.cls), self.feature(features.patches), patch)
 
 
 # What a teacher cannot be called: its heads are kept under its name.
@@ -99,7 +99,7 @@ class Student(nnx.Module):
         drop_path: float = 0.0,
         key: PRNGKeyArray | None = None,
         remat: str = "off",
-    ) -> Predictions:
+    ) -> StudentOutput:
         """Unmasked predictions for `images`, masked ones for `masked_images` under `mask`."""
         training = {"drop_path": drop_path, "key": key, "remat": remat, "training": True}
         masked: Features | None = None
@@ -107,8 +107,8 @@ class Student(nnx.Module):
             features = self.backbone(images, **training)
         else:
             features, masked = self._both_passes(images, masked_images, mask, training)
-        answers = {name: heads(features, masked) for name, heads in self.heads.items()}
-        return Predictions(features, answers)
+        outputs = {name: heads(features, masked) for name, heads in self.heads.items()}
+        return StudentOutput(features, outputs)
 
     def _both_passes(
         self,

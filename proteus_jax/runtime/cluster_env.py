@@ -57,7 +57,7 @@ LAUNCHERS = (
 )
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
     """This process among the hosts of a run, and who said so.
 
     `local_devices` are the devices that it may take, where several processes share a machine;
@@ -72,10 +72,12 @@ class Place(NamedTuple):
     local_devices: tuple[int, ...] | None = None
 
 
-ALONE = Place(0, 1, "", 0, "this machine alone")
+ALONE = ProcessInfo(0, 1, "", 0, "this machine alone")
 
 
-def find_place(flags: Mapping[str, str], environment: Mapping[str, str] | None = None) -> Place:
+def detect_cluster_env(
+    flags: Mapping[str, str], environment: Mapping[str, str] | None = None
+) -> ProcessInfo:
     """--hosts, --host and --coordinator where they are given, then torchrun or mpirun, which SLURM
     may have started, a step of SLURM, then a TPU pod; alone otherwise.
 
@@ -117,7 +119,7 @@ def _step_nodes(environment: Mapping[str, str]) -> int:
     return _number(environment, "SLURM_STEP_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
 
 
-def _from_flags(flags: Mapping[str, str]) -> Place:
+def _from_flags(flags: Mapping[str, str]) -> ProcessInfo:
     missing = [name for name in ("--hosts", "--host", "--coordinator") if not flags.get(name)]
     if missing:
         raise InputError(
@@ -137,14 +139,14 @@ def _from_flags(flags: Mapping[str, str]) -> Place:
     return _checked(int(flags["--host"]), int(flags["--hosts"]), address, int(port), "the flags")
 
 
-def _checked(host: int, hosts: int, address: str, port: int, source: str) -> Place:
+def _checked(host: int, hosts: int, address: str, port: int, source: str) -> ProcessInfo:
     if hosts < 1:
         raise InputError(f"{source}: expected at least 1 host, found {hosts}")
     if not 0 <= host < hosts:
         raise InputError(
             f"{source}: expected hosts numbered from 0 to {hosts - 1}, found host {host}"
         )
-    return Place(host, hosts, address, port, source) if hosts > 1 else ALONE
+    return ProcessInfo(host, hosts, address, port, source) if hosts > 1 else ALONE
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -158,7 +160,7 @@ def _tasks(environment: Mapping[str, str]) -> int:
     return _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
 
 
-def _from_slurm(environment: Mapping[str, str]) -> Place:
+def _from_slurm(environment: Mapping[str, str]) -> ProcessInfo:
     """A task of an srun; the first node coordinates."""
     nodes = environment["SLURM_STEP_NODELIST"]
     tasks = _tasks(environment)
@@ -175,8 +177,8 @@ def _port_of(job: str) -> int:
     return 20000 + int(hashlib.sha256(job.encode()).hexdigest()[:8], 16) % 6000 * 2
 
 
-def _with_one_device(place: Place, environment: Mapping[str, str], local: str) -> Place:
-    """Of several processes on a machine each takes the device of its number, which the variable
+def _with_one_device(place: ProcessInfo, environment: Mapping[str, str], local: str) -> ProcessInfo:
+    """Gives each of several processes on a machine the device of its number, which the variable
     `local` has, unless a scheduler has hidden all but one from it.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
@@ -185,7 +187,7 @@ def _with_one_device(place: Place, environment: Mapping[str, str], local: str) -
     return place
 
 
-def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> Place:
+def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> ProcessInfo:
     """InputError where it does not say at which machine its processes meet."""
     size, rank = launcher.size, launcher.rank
     missing = [name for name in (rank, launcher.local_rank) if name not in environment]
@@ -215,13 +217,13 @@ def _from_launcher(launcher: Launcher, environment: Mapping[str, str]) -> Place:
 
 def first_node(nodes: str) -> str:
     """The first host of SLURM's short list: node[007-012,020],other3 begins with node007."""
-    found = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
-    if found is None:
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodes)
+    if match is None:
         raise InputError(f"SLURM_STEP_NODELIST: expected names of nodes, found {nodes!r}")
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", found.group())
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match.group())
 
 
-def _from_tpu(environment: Mapping[str, str]) -> Place | None:
+def _from_tpu(environment: Mapping[str, str]) -> ProcessInfo | None:
     """A worker of a TPU slice: variables on Kubernetes, the metadata server elsewhere."""
     names = environment.get("TPU_WORKER_HOSTNAMES", "")
     if names and environment.get("TPU_WORKER_ID", ""):
@@ -239,14 +241,14 @@ def _from_tpu(environment: Mapping[str, str]) -> Place | None:
     address = endpoints[0].split(":")[-1]
     # Lines of NAME: 'value'.
     lines = (line.partition(":") for line in _metadata("tpu-env").splitlines())
-    told = {name.strip(): value.strip().strip("'") for name, _, value in lines}
-    told.update((name, environment[name]) for name in SLICES if name in environment)
-    return _in_slices(int(worker), len(endpoints), address, told, "the TPU's metadata")
+    attributes = {name.strip(): value.strip().strip("'") for name, _, value in lines}
+    attributes.update((name, environment[name]) for name in SLICES if name in environment)
+    return _in_slices(int(worker), len(endpoints), address, attributes, "the TPU's metadata")
 
 
 def _in_slices(
     worker: int, workers: int, address: str, environment: Mapping[str, str], source: str
-) -> Place:
+) -> ProcessInfo:
     """A worker of a slice among all workers of all slices, where there are several: the slices are
     numbered, and the first worker of the first one coordinates.
     """
@@ -275,14 +277,14 @@ def _metadata(name: str) -> str:
 
 
 def unseen_gpus(platform: str) -> str | None:
-    """What to say where JAX computes on the CPU of a machine with GPUs; None where it does not, or
-    was told to.
+    """Warns where JAX computes on the CPU of a machine with GPUs; None where it does not, or was
+    told to.
     """
-    found = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
-    if platform != "cpu" or not found or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    gpus = len(list(GPU_DEVICES.glob("nvidia[0-9]*")))
+    if platform != "cpu" or not gpus or "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         return None
     return (
-        f"{found} GPU{'' if found == 1 else 's'} here, but JAX sees none and computes on the CPU: "
+        f"{gpus} GPU{'' if gpus == 1 else 's'} here, but JAX sees none and computes on the CPU: "
         "launch/setup.sh installs JAX for them, or pip install 'jax[cuda12]' (jax[cuda13] for "
         "drivers from 580 on)"
     )

@@ -1,4 +1,4 @@
-"""What hosts tell each other: small numbers and texts, through the devices."""
+"""Small numbers and texts exchanged between hosts, through the devices."""
 
 import hashlib
 
@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 from proteus_jax.runtime.sharding import place_batch, replicated
 
 
-def same_everywhere(text: str) -> bool:
+def same_on_all_hosts(text: str) -> bool:
     """True where all hosts have the same text; all must ask."""
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     everybody = multihost_utils.process_allgather(digest)
     return bool((everybody == digest).all())
 
 
-def of_all_hosts(text: str) -> list[str]:
-    """What each host has to say, in their order, on all hosts; all must say something."""
+def gather_from_all_hosts(text: str) -> list[str]:
+    """Gathers a text of each host, in their order, on all hosts; all must call it."""
     if jax.process_count() == 1:
         return [text]
     content = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
@@ -30,14 +30,14 @@ def of_all_hosts(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def from_first_host(number: int) -> int:
-    """What host 0 says, on all hosts; all must ask."""
+def broadcast_from_rank0(number: int) -> int:
+    """Broadcasts a number of host 0 to all hosts; all must call it."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
-class Agreement:
+class AnyProcess:
     """One answer on all hosts to what each asks at every step: does any of them say yes.
 
     On several hosts the answer is to what was asked LAG steps before, so that nobody waits for the

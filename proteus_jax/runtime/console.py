@@ -1,5 +1,5 @@
-"""What a person sees: this project's own lines, a live line where there is a terminal, and no
-library's chatter.
+"""The terminal: this project's own lines, a live line where there is a terminal, and no library's
+chatter.
 """
 
 import contextlib
@@ -114,15 +114,15 @@ def _watch(log: IO[bytes], stderr: int) -> int:
     """Starts the child that waits for this process to end; returns what to write to for it to end
     in silence.
     """
-    ears, mouth = os.pipe()
+    reader, writer = os.pipe()
     if os.fork():
-        os.close(ears)
-        return mouth
+        os.close(reader)
+        return writer
     try:
         # Signals to the group are the parent's to answer.
         os.setsid()
-        os.close(mouth)
-        if not os.read(ears, 1):
+        os.close(writer)
+        if not os.read(reader, 1):
             size = os.fstat(log.fileno()).st_size
             words = os.pread(log.fileno(), LAST_WORDS, max(0, size - LAST_WORDS))
             os.write(stderr, words)

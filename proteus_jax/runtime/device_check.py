@@ -1,4 +1,6 @@
-"""Whether all devices of all hosts can speak with each other, and how fast: what --devices says."""
+"""The command --devices: checks that all devices of all hosts can speak with each other, and how
+fast.
+"""
 
 import contextlib
 import os
@@ -61,9 +63,9 @@ def _summed(size: int, mesh: jax.sharding.Mesh) -> tuple[float, int]:
     right, spent = devices * (devices + 1) / 2, []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        found = jax.block_until_ready(total(numbers))
+        result = jax.block_until_ready(total(numbers))
         spent.append(time.perf_counter() - start)
-        if not np.all(np.asarray(found.addressable_data(0)) == right):
+        if not np.all(np.asarray(result.addressable_data(0)) == right):
             raise InputError(
                 f"--devices: a sum of {size} bytes over {devices} devices is wrong: expected "
                 f"{right} everywhere"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from proteus_jax.errors import DEFECT, InputError, exit_code
-from proteus_jax.runtime.cluster_env import Place
-from proteus_jax.runtime.rendezvous import GRACE, Company, meet
+from proteus_jax.runtime.cluster_env import ProcessInfo
+from proteus_jax.runtime.rendezvous import GRACE, ProcessGroup, rendezvous
 
 # A failed collective is often the first sign of a lost host; its name follows.
 NEWS_TIMEOUT = 15.0
@@ -21,14 +21,14 @@ _HANDLERS: list[object] = []
 
 
 @contextlib.contextmanager
-def joined(
-    place: Place,
+def initialize_distributed(
+    place: ProcessInfo,
     about: Mapping[str, str],
     *,
     timeout: float,
     progress: Callable[[str], None],
     say: Callable[[str], None],
-) -> Iterator[Company | None]:
+) -> Iterator[ProcessGroup | None]:
     """The block runs once all hosts have met and JAX knows them, and is given their company; alone
     it just runs.
 
@@ -42,9 +42,9 @@ def joined(
         return
     if place.host == 0:
         progress(f"waiting for {place.hosts} hosts to meet here, at port {place.port + 1}")
-    company = meet(place, about, timeout=timeout, say=say)
+    group = rendezvous(place, about, timeout=timeout, say=say)
     try:
-        with _exit_in_place_of_abort(company):
+        with _exit_in_place_of_abort(group):
             # It would take SIGTERM from us and keep it to itself.
             jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(
@@ -57,18 +57,18 @@ def joined(
             )
             _start_devices()
             _refuse_uneven_hosts()
-            yield company
+            yield group
             jax.distributed.shutdown()
     except BaseException as error:
         # What ends one host ends all of them, with the same code: a launcher must not start them
         # again where that would be the same.
         code = exit_code(error)
-        if code == DEFECT and company.lost_one(NEWS_TIMEOUT):
+        if code == DEFECT and group.lost_one(NEWS_TIMEOUT):
             # The company says who, and ends this process.
             threading.Event().wait(2 * GRACE)
-        company.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
+        group.leave(str(error).strip().partition("\n")[0] or type(error).__name__, code)
         raise
-    company.leave()
+    group.leave()
 
 
 def _start_devices() -> None:
@@ -76,8 +76,8 @@ def _start_devices() -> None:
     try:
         jax.devices()
     except Exception as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        what = f"JAX_PLATFORMS={asked}" if asked else "the devices of this machine"
+        platform = os.environ.get("JAX_PLATFORMS", "")
+        what = f"JAX_PLATFORMS={platform}" if platform else "the devices of this machine"
         reason = (str(error).strip().splitlines() or ["its plugin is not installed"])[0][:300]
         raise InputError(
             f"{what}: JAX cannot start it ({reason}); launch/setup.sh installs JAX for the devices "
@@ -87,18 +87,20 @@ def _start_devices() -> None:
 
 def _refuse_uneven_hosts() -> None:
     """InputError, on all hosts alike, where they do not have as many devices of one kind."""
-    found: dict[int, list[str]] = {}
+    kinds_by_host: dict[int, list[str]] = {}
     for device in jax.devices():
-        found.setdefault(device.process_index, []).append(device.device_kind)
-    if len({tuple(kinds) for kinds in found.values()}) > 1:
-        told = [f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(found.items())]
+        kinds_by_host.setdefault(device.process_index, []).append(device.device_kind)
+    if len({tuple(kinds) for kinds in kinds_by_host.values()}) > 1:
+        counts = [
+            f"host {n}: {len(kinds)} {kinds[0]}" for n, kinds in sorted(kinds_by_host.items())
+        ]
         raise InputError(
-            f"expected as many devices of one kind on each host, found {', '.join(told)}"
+            f"expected as many devices of one kind on each host, found {', '.join(counts)}"
         )
 
 
 @contextlib.contextmanager
-def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
+def _exit_in_place_of_abort(group: ProcessGroup) -> Iterator[None]:
     """JAX's client aborts the process when its coordinator is gone, perhaps before we have said so.
 
     abort() calls the handler of SIGABRT on the thread that it runs on, outside Python: there it can
@@ -106,8 +108,8 @@ def _exit_in_place_of_abort(company: Company) -> Iterator[None]:
     """
 
     def exit_with_news(_: int) -> None:
-        if company.lost_one(NEWS_TIMEOUT):
-            os._exit(company.exit_code)
+        if group.lost_one(NEWS_TIMEOUT):
+            os._exit(group.exit_code)
 
     library, handler = ctypes.CDLL(None), ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_with_news)
     library.signal(signal.SIGABRT, handler)

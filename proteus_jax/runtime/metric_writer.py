@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl and TensorBoard events, one row a logged step."""
+"""Metrics on disk: metrics.jsonl and TensorBoard events, one row a logged step."""
 
 import contextlib
 import json
@@ -133,13 +133,13 @@ class NoMetrics:
     """Stands where the first of several hosts has its MetricsWriter."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:

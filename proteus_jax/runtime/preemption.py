@@ -11,7 +11,7 @@ from proteus_jax.errors import Interrupted
 from proteus_jax.runtime.process import REQUESTS
 
 
-class StopRequest:
+class PreemptionHandler:
     """A signal of REQUESTS, where not ignored (as by nohup), asks for an end after this step; a
     second one, later than REPEATED seconds, does not wait for it, and nor does this process longer
     than `deadline` seconds: it ends with 75. So it does at once until `waits` is set, as before the
@@ -37,7 +37,7 @@ class StopRequest:
         self.made = self.waits = False
         self._deadline, self._say, self._before_end = deadline, say, before_end
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "PreemptionHandler":
         self._ears, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
         # The number of each signal is written there the moment that it comes.

@@ -1,4 +1,4 @@
-"""What a command settles with the system before it begins."""
+"""The settings of a process that a command makes before it begins."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ _STRICT = ("JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_ENABLE_
 
 
 def begin() -> None:
-    """To be called first by a command: paths and texts are UTF-8 whatever the locale says, as many
-    files may be open as the system allows, and JAX computes as always, whatever the environment has
-    it refuse or widen. Standard streams that are closed lead nowhere.
+    """Prepares the process; to be called first by a command. Paths and texts are UTF-8 whatever the
+    locale says, as many files may be open as the system allows, and JAX computes as always,
+    whatever the environment has it refuse or widen. Standard streams that are closed lead nowhere.
 
     On a system that lacks what a run is made of, as Windows, it ends the process in one line.
     """
@@ -38,8 +38,8 @@ def begin() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Where they are closed, as by some daemons, what is said goes nowhere; and no file that is
-    opened later gets their numbers, into which libraries write.
+    """Opens standard streams that are closed, as by some daemons: they lead nowhere, and no file
+    that is opened later gets their numbers, into which libraries write.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

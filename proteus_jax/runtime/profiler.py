@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 
-class Profiling:
+class Profiler:
     """A trace of a few steps, once those that compile and fill the queues are past."""
 
     FIRST, LAST = 5, 10

@@ -28,7 +28,7 @@ PATIENCE = 10.0
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path names a store rather than a disk."""
+    """Returns True for a path that names a store rather than a disk."""
     return "://" in path
 
 
@@ -151,23 +151,23 @@ def remote_listing(root: str) -> Iterator[tuple[str, int]]:
 
 
 def _tried_again() -> Callable[[], str]:
-    """What is said of a store that takes long: its library does not tell of what it tries."""
+    """Words for a store that takes long: its library does not tell of what it tries."""
     began = time.monotonic()
 
-    def told() -> str:
+    def attempts() -> str:
         if time.monotonic() - began < PATIENCE:
             return ""
         return "requests that fail are tried again, up to two minutes"
 
-    return told
+    return attempts
 
 
 def _reason(error: OSError) -> str:
     """The last thing that a store said, without the accounts of its library."""
-    found = re.search(
+    match = re.search(
         r"Status\((\w+): .*? last message of (.*?) error_info=", str(error), re.DOTALL
     )
-    return ": ".join(found.groups()) if found else str(error)
+    return ": ".join(match.groups()) if match else str(error)
 
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -178,16 +178,16 @@ def expand(pattern: str) -> list[str]:
 
     InputError where none is there.
     """
-    found = _RANGE.search(pattern)
-    if found:
-        first, last = found.groups()
+    match = _RANGE.search(pattern)
+    if match:
+        first, last = match.groups()
         if int(first) > int(last):
             raise InputError(f"{pattern}: expected {{first..last}}, found nothing to count")
         numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
         return [
             name
             for number in numbers
-            for name in expand(pattern[: found.start()] + number + pattern[found.end() :])
+            for name in expand(pattern[: match.start()] + number + pattern[match.end() :])
         ]
     if is_remote(pattern):
         return _remote_matches(pattern)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from proteus_jax.errors import InputError, Interrupted
-from proteus_jax.runtime.cluster_env import Place
+from proteus_jax.runtime.cluster_env import ProcessInfo
 
 ALIVE_EVERY = 5.0
 # A host that says nothing for so long is lost: a machine that vanishes closes no connection.
@@ -89,7 +89,7 @@ class _Peer(NamedTuple):
         return f"host {self.host} ({self.name})"
 
 
-class Company:
+class ProcessGroup:
     """The hosts of a run, met; watched until `leave`."""
 
     def __init__(self, peers: list[_Peer], own: str, say: Callable[[str], None]):
@@ -192,9 +192,9 @@ class Company:
                     peer.line.say(alive=self.step)
 
 
-def meet(
-    place: Place, about: Mapping[str, str], *, timeout: float, say: Callable[[str], None]
-) -> Company:
+def rendezvous(
+    place: ProcessInfo, about: Mapping[str, str], *, timeout: float, say: Callable[[str], None]
+) -> ProcessGroup:
     """Returns when all hosts are there and agree on `about` (what each of them runs).
 
     Interrupted, with who came and who did not, after `timeout` seconds; InputError where they
@@ -202,11 +202,11 @@ def meet(
     """
     own = f"host {place.host} ({socket.gethostname()})"
     if place.host == 0:
-        return Company(_receive(place, about, timeout), own, say)
-    return Company([_join(place, about, timeout)], own, say)
+        return ProcessGroup(_receive(place, about, timeout), own, say)
+    return ProcessGroup([_join(place, about, timeout)], own, say)
 
 
-def _receive(place: Place, about: Mapping[str, str], timeout: float) -> list[_Peer]:
+def _receive(place: ProcessInfo, about: Mapping[str, str], timeout: float) -> list[_Peer]:
     """Host 0: takes in the others."""
     deadline = time.monotonic() + timeout
     server = _listen(place, deadline)
@@ -243,7 +243,7 @@ def _receive(place: Place, about: Mapping[str, str], timeout: float) -> list[_Pe
     return [peers[host] for host in sorted(peers)]
 
 
-def _listen(place: Place, deadline: float) -> socket.socket:
+def _listen(place: ProcessInfo, deadline: float) -> socket.socket:
     """A port that the run before this one still holds is waited for."""
     while True:
         try:
@@ -266,7 +266,7 @@ def _greet(line: _Line) -> tuple[dict[str, Any], _Peer]:
 
 
 def _disagreement(
-    place: Place, hello: dict[str, Any], about: Mapping[str, str], peer: _Peer
+    place: ProcessInfo, hello: dict[str, Any], about: Mapping[str, str], peer: _Peer
 ) -> str | None:
     if hello["hosts"] != place.hosts or not 0 < peer.host < place.hosts:
         return (
@@ -282,7 +282,7 @@ def _disagreement(
     return None
 
 
-def _who_came(place: Place, peers: Mapping[int, _Peer], timeout: float) -> str:
+def _who_came(place: ProcessInfo, peers: Mapping[int, _Peer], timeout: float) -> str:
     came = ["host 0 (this one)" if not peers else "host 0"]
     came += [str(peers[host]) for host in sorted(peers)]
     missing = [str(host) for host in range(1, place.hosts) if host not in peers]
@@ -299,7 +299,7 @@ def _refuse(peers: Iterable[_Peer], **reason: str) -> None:
         peer.line.close()
 
 
-def _join(place: Place, about: Mapping[str, str], timeout: float) -> _Peer:
+def _join(place: ProcessInfo, about: Mapping[str, str], timeout: float) -> _Peer:
     """The others: find host 0 and wait for its word."""
     deadline = time.monotonic() + timeout
     reason = "no answer"

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh, one rule (docs/decisions/0003-one-sharding-rule.md)."""
+"""Placement of arrays: one mesh, one rule (docs/decisions/0003-one-sharding-rule.md)."""
 
 import functools
 from collections.abc import Callable

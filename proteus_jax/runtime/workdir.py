@@ -1,4 +1,4 @@
-"""Where a run lies: a folder, or an address on gs:// with a folder that stands for it meanwhile.
+"""The place of a run: a folder, or an address on gs:// with a folder that stands for it meanwhile.
 
 Checkpoints go to an address directly, through orbax. Small files are written locally and uploaded
 at every checkpoint; the address is the truth, and what a machine had of its own is not looked for.
@@ -52,7 +52,7 @@ class Workdir:
 
     @property
     def checkpoints(self) -> str:
-        """Where orbax writes."""
+        """The directory that orbax writes to."""
         return self.address_of(self.local / CHECKPOINTS)
 
     def compare(self, host: int, of_all_hosts: Callable[[str], list[str]]) -> None:
@@ -72,11 +72,15 @@ class Workdir:
         on_store = bool(self.remote or address)
         seen = self.remote == address if on_store else _is_there(left, first)
         name = self.remote or str(self.local.absolute())
-        told = of_all_hosts(f"{'sees' if seen else 'misses'} {socket.gethostname()}: {name}")
+        answers_of_hosts = of_all_hosts(
+            f"{'sees' if seen else 'misses'} {socket.gethostname()}: {name}"
+        )
         if host == 0:
             left.unlink(missing_ok=True)
-        if any(word.startswith("misses") for word in told):
-            places = [f"host {n} ({word.partition(' ')[2]})" for n, word in enumerate(told)]
+        if any(word.startswith("misses") for word in answers_of_hosts):
+            places = [
+                f"host {n} ({word.partition(' ')[2]})" for n, word in enumerate(answers_of_hosts)
+            ]
             raise InputError(
                 f"--workdir: the hosts do not see the same one: {'; '.join(places)}; give a folder "
                 "that all of them share, or an address on gs://"
@@ -118,20 +122,20 @@ class Workdir:
                         f"--workdir: {self.local} cannot be locked: {error.strerror}"
                     ) from None
                 file.seek(0)
-                who = file.read().strip()
+                owner = file.read().strip()
                 if not is_stopping(self._heartbeat()):
-                    raise _in_use(str(self.local), who) from None
+                    raise _in_use(str(self.local), owner) from None
                 if not waiting:
-                    say(f"waiting for {who}, which is stopping")
+                    say(f"waiting for {owner}, which is stopping")
                 waiting = True
                 time.sleep(1.0)
             else:
                 return
 
     def _refuse_while_it_lives(self, say: Callable[[str], None]) -> None:
-        who = living(self._heartbeat, say)
-        if who is not None:
-            raise _in_use(self.remote or str(self.local), who)
+        owner = living(self._heartbeat, say)
+        if owner is not None:
+            raise _in_use(self.remote or str(self.local), owner)
 
     def _heartbeat(self) -> str:
         """The first host's, as others see it; nothing where none can be read."""
@@ -151,7 +155,7 @@ class Workdir:
             system.put_file(str(path), f"{root}/{path.relative_to(self.local).as_posix()}")
 
     def address_of(self, path: Path) -> str:
-        """What all hosts call a path under `local`, for orbax."""
+        """The name of a path under `local` that is the same on all hosts, for orbax."""
         return self.named(path) if self.remote else str(path.absolute())
 
     def named(self, path: Path) -> str:
@@ -208,7 +212,9 @@ class Workdir:
 
 
 def _is_there(path: Path, text: str) -> bool:
-    """Whether a file with that text is there, or comes: NFS shows a new file after a while."""
+    """Returns True where a file with that text is there, or comes: NFS shows a new file after a
+    while.
+    """
     deadline = time.monotonic() + NEWS
     while True:
         with contextlib.suppress(OSError):
@@ -219,9 +225,10 @@ def _is_there(path: Path, text: str) -> bool:
         time.sleep(0.2)
 
 
-def _in_use(name: str, who: str) -> InputError:
+def _in_use(name: str, owner: str) -> InputError:
     return InputError(
-        f"--workdir: {name} is in use by another run ({who}); wait for it, or give another workdir"
+        f"--workdir: {name} is in use by another run ({owner}); wait for it, or give another "
+        "workdir"
     )
 
 

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from proteus_jax.errors import InputError
 from proteus_jax.methods.proteus import Proteus
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import FIRST, Lesson, lessons, masks
+from proteus_jax.methods.teacher_config import PRIMARY, TeacherConfig, masks, teacher_configs
 from proteus_jax.models import flops
 from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec, student_spec
 from proteus_jax.models.functional import BackboneFunction, Params, StudentFunction
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
@@ -29,7 +29,7 @@ SHORTENED = 10
 HEAD = 64
 
 
-class Length(NamedTuple):
+class Schedule(NamedTuple):
     """How long a run is, in steps; `remark` says where its warm-up is shorter than was asked for,
     and is empty where it is not.
     """
@@ -46,14 +46,14 @@ class Assembly(NamedTuple):
     teachers: dict[str, Teacher]
     students: dict[str, StudentFunction]
     # Of the images that students see.
-    normalisation: Normalisation
+    normalisation: Normalization
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
     # What there is to say of how it came out.
     remarks: tuple[str, ...] = ()
 
     def work(self, config: Any) -> flops.Work:
-        """What an image of the batch costs."""
+        """FLOPs for an image of the batch."""
         specs = [student.spec for student in self.students.values()]
         teachers = [
             (each.backbone.spec, each.side or config.data.crop) for each in self.teachers.values()
@@ -78,17 +78,17 @@ class Assembly(NamedTuple):
         )
 
 
-def length(config: Any, images: int) -> Length:
+def schedule_of(config: Any, images: int) -> Schedule:
     """Steps of a run over so many images an epoch."""
     total = config.steps or max(1, round(config.epochs * images / config.batch))
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(config.warmup_epochs * images / config.batch)
     if not warmup or warmup < total:
-        return Length(total, warmup)
+        return Schedule(total, warmup)
     # The learning rate would never be reached.
     shorter = total // SHORTENED
-    return Length(
+    return Schedule(
         total,
         shorter,
         f"warm-up of {shorter} steps in place of {warmup}, as the run has {total} in all "
@@ -97,16 +97,16 @@ def length(config: Any, images: int) -> Length:
 
 
 class Known(NamedTuple):
-    """What there is to know of a model before its weights."""
+    """The facts about a model that are known before its weights."""
 
     spec: ViTSpec
-    normalisation: Normalisation
+    normalisation: Normalization
 
 
 def assemble(
     config: Any,
     teachers: Mapping[str, Known],
-    steps: Length,
+    steps: Schedule,
     platform: str,
     start: ViTSpec | None = None,
 ) -> Assembly:
@@ -124,17 +124,17 @@ def assemble(
         remarks.append(choice.remark)
         return choice.implementation
 
-    taught = {
+    teachers_built = {
         name: _teacher(
-            lesson,
+            given,
             teachers[name],
             config.data.crop,
             precision,
             attention(teachers[name].spec, precision),
         )
-        for name, lesson in lessons(config).items()
+        for name, given in teacher_configs(config).items()
     }
-    widths = {name: teacher.backbone.spec.width for name, teacher in taught.items()}
+    widths = {name: teacher.backbone.spec.width for name, teacher in teachers_built.items()}
     dtype = dtype_of(config.precision, platform)
     specs = {name: student_spec(name, config.data.crop, start) for name in config.student}
     students = {
@@ -152,14 +152,14 @@ def assemble(
     schedule = warmup_cosine(peak, steps.warmup, steps.total)
     optimizer = adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
     # Students see images as the first teacher does.
-    normalisation = taught[FIRST].normalisation
+    normalisation = teachers_built[PRIMARY].normalisation
     method = Proteus(
-        loss_weights={name: lesson.weights for name, lesson in lessons(config).items()},
+        loss_weights={name: given.weights for name, given in teacher_configs(config).items()},
         mask_ratio=config.mask_ratio,
     )
     step = make_train_step(
         method=method,
-        teachers=taught,
+        teachers=teachers_built,
         students=students,
         optimizer=optimizer,
         schedule=schedule,
@@ -169,7 +169,7 @@ def assemble(
         erasing=config.data.erasing,
         accumulate=config.accumulate,
     )
-    standardise = {name: widths[name] for name, each in taught.items() if each.standardise}
+    standardise = {name: widths[name] for name, each in teachers_built.items() if each.standardise}
 
     def init() -> TrainState:
         return init_state(
@@ -180,12 +180,12 @@ def assemble(
             standardise=standardise,
         )
 
-    said = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
-    return Assembly(method, taught, students, normalisation, init, step, said)
+    all_remarks = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
+    return Assembly(method, teachers_built, students, normalisation, init, step, all_remarks)
 
 
-def unsuited(config: Any, platform: str) -> list[str]:
-    """What a platform does not have of what is asked for, in words."""
+def check_platform(config: Any, platform: str) -> list[str]:
+    """Lists what is asked for and a platform does not have, in words."""
     problems = []
     if config.teacher_precision == "float16" and platform == "tpu":
         problems.append(
@@ -200,17 +200,19 @@ def unsuited(config: Any, platform: str) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None) -> list[str]:
-    """What the sizes of the models make wrong, in words. Students without a model to start from
-    have been checked with the configuration.
+def check_compatibility(
+    config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None
+) -> list[str]:
+    """Lists what the sizes of the models make wrong, in words. Students without a model to start
+    from have been checked with the configuration.
     """
     problems = []
-    for name, lesson in lessons(config).items():
-        side = lesson.crop or config.data.crop
+    for name, given in teacher_configs(config).items():
+        side = given.crop or config.data.crop
         if name in teachers and side % teachers[name].patch_size:
-            own = "teacher_crop" if name == FIRST else f"more_teachers.{name}.crop"
+            own = "teacher_crop" if name == PRIMARY else f"more_teachers.{name}.crop"
             problems.append(
-                f"--config.{own if lesson.crop else 'data.crop'}: {lesson.source} has patches of "
+                f"--config.{own if given.crop else 'data.crop'}: {given.source} has patches of "
                 f"{teachers[name].patch_size} px, which do not divide images of {side} px"
             )
     for name in config.student if start is not None else ():
@@ -227,15 +229,15 @@ def misfits(config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None)
     return problems
 
 
-def _teacher(lesson: Lesson, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
-    """With its position table made for the size of images that it sees, and its LayerScale in its
-    weights.
+def _teacher(given: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
+    """Builds a teacher, with its position table made for the size of images that it sees, and its
+    LayerScale in its weights.
     """
-    grid = (lesson.crop or crop) // known.spec.patch_size
+    grid = (given.crop or crop) // known.spec.patch_size
     spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)
     return Teacher(
         BackboneFunction(spec, dtype, attention),
-        lesson.statistics(known.normalisation),
-        lesson.crop,
-        lesson.standardise,
+        given.statistics(known.normalisation),
+        given.crop,
+        given.standardise,
     )

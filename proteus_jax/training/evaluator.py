@@ -1,5 +1,5 @@
-"""What a run learns of its students while it trains: agreement with the teacher, scores on images
-with classes, pictures, and the report that shows them.
+"""Evaluation of students while they train: agreement with the teacher, scores on images with
+classes, pictures, and the report that shows them.
 """
 
 import contextlib
@@ -9,23 +9,23 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.data.loader import held_out_views
 from proteus_jax.data.sources.base import Source
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.evaluation import teacher_agreement
 from proteus_jax.evaluation.feature_extraction import (
     Compiled,
-    Reading,
-    Table,
+    FeatureTable,
+    LoaderConfig,
     compiled_pass,
     feature_pass,
 )
 from proteus_jax.evaluation.online_probes import Scores, scores
 from proteus_jax.evaluation.reporting import figures, snapshots
 from proteus_jax.evaluation.reporting.html_report import write_report
-from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import Params
 from proteus_jax.runtime.console import Console
 from proteus_jax.training.setup import Experiment
@@ -34,11 +34,11 @@ from proteus_jax.training.train_state import TrainState
 # Before the key of what is measured of the average of a student's weights.
 AVERAGE = "ema_"
 PICTURE, PICTURE_ROWS = "agreement.png", 8
-# The shorter side of a test image over its centre crop, as in 256 to 224.
+# The shorter side of a test image over its center crop, as in 256 to 224.
 MARGIN = 8 / 7
 
 
-class Examination:
+class Evaluator:
     """The held-out views, the labelled images, and what the teacher says of them."""
 
     def __init__(self, experiment: Experiment, workdir: Path, console: Console):
@@ -88,77 +88,86 @@ class Examination:
         assert self._scene is not None
         for name in state.params:
 
-            def predict(images: np.ndarray, name: str = name) -> teacher_agreement.Said:
-                return self.experiment.said(name, state, images)
+            def predict(images: np.ndarray, name: str = name) -> teacher_agreement.StudentOutputs:
+                return self.experiment.student_outputs(name, state, images)
 
             tokens = teacher_agreement.student_tokens(predict, views, batch)
-            found = teacher_agreement.measure(tokens, self._target)
-            values[f"{name}/agreement_class"] = found.cls
+            agreement = teacher_agreement.measure(tokens, self._target)
+            values[f"{name}/agreement_class"] = agreement.cls
             if self._says_patches:
-                values[f"{name}/agreement_patch"] = found.patch
-            values |= {f"{name}/neighbour_overlap": found.neighbours, f"{name}/cka": found.cka}
+                values[f"{name}/agreement_patch"] = agreement.patch
+            values |= {
+                f"{name}/neighbour_overlap": agreement.neighbours,
+                f"{name}/cka": agreement.cka,
+            }
             values |= self._agreement_of_average(name, state, views)
-            guessed = self._guessed(name, state, self._scene)
+            predicted = self._masked_predictions(name, state, self._scene)
             if self.leads:
                 with self._writing("a picture"):
-                    snapshots.draw_student(self._scene, name, step, tokens, guessed, self.workdir)
+                    snapshots.draw_student(self._scene, name, step, tokens, predicted, self.workdir)
         return values
 
     def _agreement_of_average(
         self, name: str, state: TrainState, views: np.ndarray
     ) -> dict[str, float]:
-        """What can be said of the average of a student's weights, which has no heads."""
+        """Agreement of the average of a student's weights, which has no heads."""
         if state.ema is None or self._target is None:
             return {}
         averaged = state.params[name] | {"backbone": state.ema[name]}
         at = state._replace(params=state.params | {name: averaged})
         tokens = teacher_agreement.student_tokens(
-            lambda images: self.experiment.said(name, at, images), views, self.config.batch
+            lambda images: self.experiment.student_outputs(name, at, images),
+            views,
+            self.config.batch,
         )
-        found = teacher_agreement.measure(tokens, self._target)
+        agreement = teacher_agreement.measure(tokens, self._target)
         return {
-            f"{name}/{AVERAGE}neighbour_overlap": found.neighbours,
-            f"{name}/{AVERAGE}cka": found.cka,
+            f"{name}/{AVERAGE}neighbour_overlap": agreement.neighbours,
+            f"{name}/{AVERAGE}cka": agreement.cka,
         }
 
     @property
     def _says_patches(self) -> bool:
-        """Whether the feature head is trained: CLIP's student answers with its class token only."""
+        """True where the feature head is trained: CLIP's student has its class token only."""
         return self.config.loss.feature > 0
 
-    def _guessed(self, name: str, state: TrainState, scene: snapshots.Scene) -> np.ndarray | None:
-        """What the patch head says where the scene hides patches; None where it is not trained."""
+    def _masked_predictions(
+        self, name: str, state: TrainState, scene: snapshots.Scene
+    ) -> np.ndarray | None:
+        """The patch head's predictions of hidden patches; None where it is not trained."""
         if not self.config.loss.patch or not scene.hidden.any():
             return None
         shown = len(scene.hidden)
         # As many as in a step, so that any number of devices has its share.
         rows = np.arange(self.config.batch) % shown
-        found = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
-        return np.asarray(found, np.float32)[:shown]
+        patches = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
+        return np.asarray(patches, np.float32)[:shown]
 
-    def _scores(self, step: int, state: TrainState, pair: Pair) -> dict[str, float]:
+    def _scores(self, step: int, state: TrainState, pair: TrainTestSplit) -> dict[str, float]:
         if self._taught is None:
-            self._taught = self._scored(FIRST, self.experiment.teacher_params[FIRST], pair, step)
+            self._taught = self._scored(
+                PRIMARY, self.experiment.teacher_params[PRIMARY], pair, step
+            )
         values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
         for name, params in state.params.items():
-            found = self._scored(name, params["backbone"], pair, step)
-            values |= {f"{name}/{key}_top1": value for key, value in found._asdict().items()}
+            scores = self._scored(name, params["backbone"], pair, step)
+            values |= {f"{name}/{key}_top1": value for key, value in scores._asdict().items()}
             if state.ema is not None:
-                found = self._scored(name, state.ema[name], pair, step)
+                scores = self._scored(name, state.ema[name], pair, step)
                 values |= {
-                    f"{name}/{AVERAGE}{key}_top1": value for key, value in found._asdict().items()
+                    f"{name}/{AVERAGE}{key}_top1": value for key, value in scores._asdict().items()
                 }
         return values
 
-    def _scored(self, name: str, params: Params, pair: Pair, step: int) -> Scores:
-        """Of the teacher, or of a student's backbone."""
+    def _scored(self, name: str, params: Params, pair: TrainTestSplit, step: int) -> Scores:
+        """Scores of the teacher, or of a student's backbone."""
         experiment, data = self.experiment, self.config.data
         compiled = self._pass(name)
-        view = CentreCrop(round(experiment.side * MARGIN), experiment.side)
-        found = makers(data.workers, max(data.threads, 1), experiment.side)
-        reading = Reading(self.config.batch, found.workers, found.threads)
+        view = CenterCrop(round(experiment.side * MARGIN), experiment.side)
+        pool = makers(data.workers, max(data.threads, 1), experiment.side)
+        reading = LoaderConfig(self.config.batch, pool.workers, pool.threads)
 
-        def tokens(part: Labelled) -> Table:
+        def tokens(part: LabeledDataset) -> FeatureTable:
             return feature_pass(
                 compiled,
                 params,
@@ -196,24 +205,24 @@ class Examination:
         except OSError as error:
             self.console.line(f"{what} could not be written: {error.strerror or error}")
 
-    def draw(self, state: TrainState, *, anew: bool) -> None:
-        """Patch tokens of some held-out views as colours: the teacher's and each student's; where
-        there is such a picture only if `anew`.
+    def draw(self, state: TrainState, *, again: bool) -> None:
+        """Patch tokens of some held-out views as colors: the teacher's and each student's; where
+        there is such a picture only if `again`.
         """
         path = self.workdir / PICTURE
-        if self.views is None or (path.is_file() and not anew):
+        if self.views is None or (path.is_file() and not again):
             return
         # The students before are no part of a checkpoint: the seed makes them again.
         moments = (("before", self.experiment.init()), ("after", state))
         batch = self.views[np.arange(self.config.batch) % len(self.views)]
         rows = min(PICTURE_ROWS, len(batch))
-        taught = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
-        said = [
-            (f"{name} {moment}", self.experiment.said(name, at, batch).feature)
+        target = np.asarray(self.experiment.teacher_features(batch).patches)[:rows]
+        outputs = [
+            (f"{name} {moment}", self.experiment.student_outputs(name, at, batch).feature)
             for name in self.experiment.students
             for moment, at in moments
         ]
-        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in said]
+        columns = [(title, np.asarray(tokens)[:rows]) for title, tokens in outputs]
         if self.leads:
             with self._writing("a picture"):
-                figures.save_picture(figures.agreement_picture(batch[:rows], taught, columns), path)
+                figures.save_picture(figures.agreement_picture(batch[:rows], target, columns), path)

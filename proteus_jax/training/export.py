@@ -1,4 +1,4 @@
-"""What a run leaves: each student as a model directory, with its card and README."""
+"""Export of students: each as a model directory, with its card and README."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 import proteus_jax
-from proteus_jax.methods.teacher_config import FIRST, lessons
+from proteus_jax.methods.teacher_config import PRIMARY, teacher_configs
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.setup import Experiment
@@ -40,11 +40,11 @@ def export_students(experiment: Experiment, state: TrainState, workdir: Path) ->
 
 
 def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
-    """What config.json says of a student."""
+    """A student's config.json."""
     config = experiment.config
-    taught = {key: lesson.source for key, lesson in lessons(config).items()}
+    sources = {key: each.source for key, each in teacher_configs(config).items()}
     digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
-    several = {"teachers": taught, "teachers_sha256": digests} if len(taught) > 1 else {}
+    several = {"teachers": sources, "teachers_sha256": digests} if len(sources) > 1 else {}
     return ModelCard(
         spec=experiment.students[name].spec,
         family=experiment.facts["card"]["families"][name],
@@ -52,8 +52,8 @@ def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
         licence=experiment.facts["card"]["licence"],
         source={
             "student": name,
-            "teacher": taught[FIRST],
-            "teacher_sha256": digests[FIRST],
+            "teacher": sources[PRIMARY],
+            "teacher_sha256": digests[PRIMARY],
             **several,
             **_recipe(experiment, step),
         },
@@ -92,7 +92,7 @@ def _readme(
     experiment: Experiment, name: str, card: ModelCard, step: int, results: dict[str, float]
 ) -> str:
     teachers = {
-        key: (lesson.source, experiment.cards[key])
-        for key, lesson in lessons(experiment.config).items()
+        key: (each.source, experiment.cards[key])
+        for key, each in teacher_configs(experiment.config).items()
     }
     return text_of(card, name, teachers, _recipe(experiment, step), results)

@@ -1,11 +1,11 @@
-"""What must be the same for a run to go on."""
+"""The facts that must be the same for a run to go on."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.training.builder import (
     Assembly,
@@ -17,7 +17,7 @@ from proteus_jax.weights.model_dir import WEIGHTS, ModelCard
 
 
 def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[str, Any]:
-    """What must be the same of the teachers, by name."""
+    """The facts that must be the same of the teachers, by name."""
     return {
         name: {
             "weights": sha256(directories[name] / WEIGHTS),
@@ -38,7 +38,9 @@ def fingerprint(
     cards: Mapping[str, ModelCard],
     start: ModelCard | None,
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on, and, as `card`, what its student carries on."""
+    """The facts that must be the same for a run to go on, and, as `card`, what its student carries
+    on.
+    """
     return {
         "data": inputs.split.training.fingerprint,
         "seed": config.seed,
@@ -68,11 +70,13 @@ def fingerprint(
 
 
 def _family(student: str, start: ModelCard | None) -> str:
-    """Whose code has a place for a student: that of what it started from, or of its name."""
+    """The family whose code has a place for a student: that of the model it started from, or by its
+    name.
+    """
     if start is not None:
         return start.family
     return next((family for family in ("synclr", "clip") if family in student.split("_")), "dinov2")
 
 
-def _listed(normalisation: Normalisation) -> list[list[float]]:
+def _listed(normalisation: Normalization) -> list[list[float]]:
     return [list(part) for part in normalisation]

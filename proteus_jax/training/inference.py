@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from proteus_jax.evaluation.teacher_agreement import Said
-from proteus_jax.methods.feature_standardization import Moments, restored
-from proteus_jax.methods.resample import resized
+from proteus_jax.evaluation.teacher_agreement import StudentOutputs
+from proteus_jax.methods.feature_standardization import RunningMoments, unstandardize
+from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import common_grid_size, teacher_features
-from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import (
     Params,
     StudentFunction,
@@ -29,25 +29,28 @@ from proteus_jax.training.train_state import TrainState
 def class_token_functions(
     config: Any, assembly: Assembly
 ) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
-    """By model, the first teacher's and each student's: class tokens of uint8 images."""
-    crop, teacher = config.data.crop, assembly.teachers[FIRST]
+    """Functions from uint8 images to class tokens: the first teacher's, and each student's."""
+    crop, teacher = config.data.crop, assembly.teachers[PRIMARY]
     grid = common_grid_size(assembly.students)
 
-    def taught(params: Params, images: jax.Array) -> jax.Array:
+    def teacher_pass(params: Params, images: jax.Array) -> jax.Array:
         pixels = assembly.normalisation(images)
-        said = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
-        return said.cls.astype(jnp.float32)
+        outputs = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
+        return outputs.cls.astype(jnp.float32)
 
     def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
         backbone = student.backbone
 
-        def learnt(params: Params, images: jax.Array) -> jax.Array:
-            pixels = resized(assembly.normalisation(images), crop)
+        def student_pass(params: Params, images: jax.Array) -> jax.Array:
+            pixels = resize_images(assembly.normalisation(images), crop)
             return backbone(params, pixels).cls.astype(jnp.float32)
 
-        return learnt
+        return student_pass
 
-    return {FIRST: taught, **{name: of(student) for name, student in assembly.students.items()}}
+    return {
+        PRIMARY: teacher_pass,
+        **{name: of(student) for name, student in assembly.students.items()},
+    }
 
 
 def evaluation_functions(
@@ -55,50 +58,52 @@ def evaluation_functions(
 ) -> tuple[Callable, Callable, Callable]:
     """First teacher and students as functions from a host batch to host arrays."""
     crop, grid = config.data.crop, common_grid_size(assembly.students)
-    teacher, normalise = assembly.teachers[FIRST], assembly.normalisation
+    teacher, normalise = assembly.teachers[PRIMARY], assembly.normalisation
 
     def compiled(function: Callable, **options: Any) -> Callable:
         whole = sharding.replicated(mesh)
         return jax.jit(sharding.traced_on(mesh, function), out_shardings=whole, **options)
 
     @compiled
-    def taught(params: Params, images: jax.Array) -> Features:
+    def teacher_pass(params: Params, images: jax.Array) -> Features:
         return teacher_features(teacher, params, normalise(images), normalise, crop, grid)
 
-    def in_its_scale(features: Features, statistics: dict[str, Moments]) -> Features:
-        return restored(features, statistics[FIRST]) if FIRST in statistics else features
+    def in_its_scale(features: Features, statistics: dict[str, RunningMoments]) -> Features:
+        return unstandardize(features, statistics[PRIMARY]) if PRIMARY in statistics else features
 
     @functools.partial(compiled, static_argnums=0)
-    def learnt(name: str, params: Params, statistics: Any, images: jax.Array) -> Said:
-        found = assembly.students[name](params, resized(normalise(images), crop))
-        answers = found.answers[FIRST]
+    def student_pass(
+        name: str, params: Params, statistics: Any, images: jax.Array
+    ) -> StudentOutputs:
+        output = assembly.students[name](params, resize_images(normalise(images), crop))
+        answered = output.by_teacher[PRIMARY]
         spoken = in_its_scale(
-            Features(answers.token, answers.feature, found.features.registers), statistics
+            Features(answered.token, answered.feature, output.features.registers), statistics
         )
-        return Said(found.features, spoken.cls, spoken.patches)
+        return StudentOutputs(output.features, spoken.cls, spoken.patches)
 
     @functools.partial(compiled, static_argnums=0)
-    def guessed(
+    def masked_pass(
         name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        pixels = resized(normalise(images), crop)
-        answers = assembly.students[name](params, pixels, pixels, mask).answers[FIRST]
-        assert answers.patch is not None
-        spoken = Features(answers.token, answers.patch, answers.patch[:, :0])
+        pixels = resize_images(normalise(images), crop)
+        answered = assembly.students[name](params, pixels, pixels, mask).by_teacher[PRIMARY]
+        assert answered.patch is not None
+        spoken = Features(answered.token, answered.patch, answered.patch[:, :0])
         return in_its_scale(spoken, statistics).patches
 
     def features(images: np.ndarray) -> Features:
-        return jax.device_get(taught(teacher_params[FIRST], _on_mesh(images, mesh)))
+        return jax.device_get(teacher_pass(teacher_params[PRIMARY], _on_mesh(images, mesh)))
 
-    def said(name: str, state: TrainState, images: np.ndarray) -> Said:
+    def outputs(name: str, state: TrainState, images: np.ndarray) -> StudentOutputs:
         known = state.params[name], state.statistics
-        return jax.device_get(learnt(name, *known, _on_mesh(images, mesh)))
+        return jax.device_get(student_pass(name, *known, _on_mesh(images, mesh)))
 
     def hidden(name: str, state: TrainState, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
         shares = (_on_mesh(part, mesh) for part in (images, mask))
-        return jax.device_get(guessed(name, state.params[name], state.statistics, *shares))
+        return jax.device_get(masked_pass(name, state.params[name], state.statistics, *shares))
 
-    return features, said, hidden
+    return features, outputs, hidden
 
 
 def _on_mesh(images: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -9,7 +9,7 @@ from proteus_jax.models.functional import Params
 from proteus_jax.models.vit import resize_position_table
 
 
-def adapted(params: Params, old: ViTSpec, new: ViTSpec) -> Params:
+def init_from_pretrained(params: Params, old: ViTSpec, new: ViTSpec) -> Params:
     """A model's arrays for a spec that `models.specs.student_spec` made of its own: the last of
     every so many blocks where it has fewer, the position table for its grid.
     """

@@ -1,4 +1,4 @@
-"""What a run reads, found and checked before anything is fetched or written."""
+"""A run's inputs, found and checked before anything is fetched or written."""
 
 import dataclasses
 import json
@@ -10,17 +10,17 @@ from typing import Any
 import jax
 
 from proteus_jax.data.dataset import open_configured
-from proteus_jax.data.datasets.labeled import Pair, open_pair
+from proteus_jax.data.datasets.labeled import TrainTestSplit, open_pair
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.splits import Split
 from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.results import FILE as RESULTS
-from proteus_jax.methods.teacher_config import FIRST, lessons, masks
+from proteus_jax.methods.teacher_config import PRIMARY, masks, teacher_configs
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, first_of, is_remote, why_no_workdir
 from proteus_jax.training.builder import (
-    misfits,
-    unsuited,
+    check_compatibility,
+    check_platform,
 )
 from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.weights.model_dir import WEIGHTS, load_card
@@ -31,13 +31,13 @@ WRITTEN = (METRICS, *STUDENTS, "report.html", "report", "agreement.png", "dump",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads: images, the directories of its teachers' weights by name, and that of the
+    """A run's inputs: images, the directories of its teachers' weights by name, and that of the
     model to start from.
     """
 
     split: Split
     teachers: dict[str, Path]
-    labelled: Pair | None = None
+    labelled: TrainTestSplit | None = None
     start: Path | None = None
 
 
@@ -50,7 +50,7 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     misspelt path.
     """
     problems = [*known, *_check_workdir(workdir, config.data.root), *_check_devices(config)]
-    problems += [] if known else unsuited(config, jax.default_backend())
+    problems += [] if known else check_platform(config, jax.default_backend())
     return _found(config, problems)
 
 
@@ -85,24 +85,24 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     if not problems and fetched and config.eval.root == skimage.NAME:
         with collecting(problems, "--config.eval.root"):
             labelled = open_pair(config.eval.root)
-    found = {field: path for field, path in models.items() if path is not None}
-    if problems or split is None or len(found) < len(models):
+    directories = {field: path for field, path in models.items() if path is not None}
+    if problems or split is None or len(directories) < len(models):
         raise InputError(problems)
-    teachers = {name: found[_field(name)] for name in lessons(config)}
-    return Inputs(split=split, teachers=teachers, labelled=labelled, start=found.get(START))
+    teachers = {name: directories[_field(name)] for name in teacher_configs(config)}
+    return Inputs(split=split, teachers=teachers, labelled=labelled, start=directories.get(START))
 
 
 START = "start"
 
 
 def _field(teacher: str) -> str:
-    return "teacher" if teacher == FIRST else f"more_teachers.{teacher}.teacher"
+    return "teacher" if teacher == PRIMARY else f"more_teachers.{teacher}.teacher"
 
 
 def _sources(config: Any) -> dict[str, str]:
-    """What each field that names a model says."""
-    found = {_field(name): lesson.source for name, lesson in lessons(config).items()}
-    return found | ({START: config.start} if config.start else {})
+    """The models that the fields of a configuration name, by field."""
+    sources = {_field(name): each.source for name, each in teacher_configs(config).items()}
+    return sources | ({START: config.start} if config.start else {})
 
 
 def _check_workdir(workdir: str | None, roots: Sequence[str]) -> list[str]:
@@ -151,8 +151,8 @@ def _why_among_images(workdir: str, roots: Sequence[str]) -> str | None:
     return None
 
 
-def found_devices() -> str:
-    """What JAX found, as "2 hosts x 4 devices"."""
+def describe_devices() -> str:
+    """Describes the devices that JAX found, as "2 hosts x 4 devices"."""
 
     def several(count: int, name: str) -> str:
         return f"{count} {name}{'' if count == 1 else 's'}"
@@ -166,8 +166,8 @@ def _check_devices(config: Any) -> list[str]:
     expected = config.hosts or hosts, config.devices or jax.local_device_count()
     if expected != (hosts, jax.local_device_count()):
         return [
-            f"--config.hosts, --config.devices: found {found_devices()}, expected {expected[0]} x "
-            f"{expected[1]}"
+            f"--config.hosts, --config.devices: found {describe_devices()}, expected "
+            f"{expected[0]} x {expected[1]}"
         ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
@@ -182,14 +182,14 @@ def _check_devices(config: Any) -> list[str]:
 
 
 def images_together(config: Any) -> int:
-    """What a batch has to be a multiple of."""
+    """The number that a batch has to be a multiple of."""
     # Half of the images is masked, and each device has its share of that half, in every part.
     return (2 if masks(config) else 1) * jax.device_count() * config.accumulate
 
 
 def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
-    """What the sizes of the models make wrong, of those still to be fetched by what is known of
-    them.
+    """Lists what the sizes of the models make wrong, of those still to be fetched by what is known
+    of them.
     """
     sources = _sources(config)
     specs = {
@@ -197,5 +197,7 @@ def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
         for field, directory in models.items()
     }
     specs = {field: spec for field, spec in specs.items() if spec is not None}
-    teachers = {name: specs[_field(name)] for name in lessons(config) if _field(name) in specs}
-    return misfits(config, teachers, specs.get(START))
+    teachers = {
+        name: specs[_field(name)] for name in teacher_configs(config) if _field(name) in specs
+    }
+    return check_compatibility(config, teachers, specs.get(START))

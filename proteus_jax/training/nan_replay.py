@@ -18,21 +18,21 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.checkpoint.checkpointer import Checkpoints
-from proteus_jax.checkpoint.checksums import SEAL, damage, seal
+from proteus_jax.checkpoint.checksums import SEAL, verify_checksums, write_checksums
 from proteus_jax.config import complete
 from proteus_jax.errors import Diverged, InputError, about, refusing
-from proteus_jax.methods.resample import resized
+from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import common_grid_size, teacher_features
-from proteus_jax.methods.teacher_config import FIRST, lessons, side_of_images
+from proteus_jax.methods.teacher_config import PRIMARY, image_side, teacher_configs
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import is_remote
-from proteus_jax.training.builder import Assembly, Known, assemble, length
+from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
 from proteus_jax.training.fingerprint import teacher_facts
 from proteus_jax.training.inputs import images_together
-from proteus_jax.training.resume import changes
+from proteus_jax.training.resume import compare_facts
 from proteus_jax.training.schema import TRAINING
 from proteus_jax.training.setup import Experiment, placed_teacher
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
@@ -46,7 +46,7 @@ TOGETHER = 64
 FOLDER = "dump"
 
 
-class Moment(NamedTuple):
+class StepSnapshot(NamedTuple):
     """A step as the loop saw it: this host's share of the images uint8 [b, H, W, 3], their numbers
     in the source [b], and the metrics, by key.
     """
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
 
 
 def write_dump(
-    experiment: Experiment, moment: Moment, state: TrainState, folder: Path, address: str
+    experiment: Experiment, moment: StepSnapshot, state: TrainState, folder: Path, address: str
 ) -> None:
     """Writes a step that was not finite. All hosts take part; `state` is that of any later step
     without a good one between, `address` is what `folder` is called on all hosts.
@@ -99,7 +99,7 @@ def write_dump(
             "configuration": json.loads(experiment.config.to_json()),
         }
         write_atomically(folder / ABOUT, json.dumps(written, indent=2) + "\n")
-        seal(folder, SEALED_AS)
+        write_checksums(folder, SEALED_AS)
 
 
 def _set(counter: jax.Array, value: int) -> jax.Array:
@@ -114,10 +114,10 @@ def replay(source: str, console: Console) -> None:
     if is_remote(source):
         raise InputError(f"--replay: {source}: copy the folder to this machine first")
     folder = Path(source).expanduser()
-    said, images = _read(folder)
-    config = said["configuration"]
+    description, images = _read(folder)
+    config = description["configuration"]
     with refusing(f"--replay: {folder} is no dump of a step"):
-        assembly, directories = _assembled(config, said["images_an_epoch"])
+        assembly, directories = _assembled(config, description["images_an_epoch"])
     mesh = _mesh(config, len(images))
     params = {
         name: placed_teacher(assembly.teachers[name], directory, mesh)
@@ -126,28 +126,28 @@ def replay(source: str, console: Console) -> None:
     _, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
     with contextlib.closing(Checkpoints(str((folder / STATE).absolute()))) as checkpoints:
-        found = checkpoints.shelf.newest()
-        if found.step is None:
+        newest = checkpoints.shelf.newest()
+        if newest.step is None:
             raise InputError(f"{folder / STATE}: expected the state of a step, found none")
         places = sharding.shardings(shapes, mesh)
-        state = from_items(checkpoints.restore(found.step, to_items(shapes), to_items(places)))
-        facts = checkpoints.facts(found.step)
-    step = found.step
-    taught = (facts["teachers"], teacher_facts(assembly, directories))
-    different = changes(*({"teachers": each} for each in taught)).refused
+        state = from_items(checkpoints.restore(newest.step, to_items(shapes), to_items(places)))
+        facts = checkpoints.facts(newest.step)
+    step = newest.step
+    compared = (facts["teachers"], teacher_facts(assembly, directories))
+    different = compare_facts(*({"teachers": each} for each in compared)).refused
     if different:
         raise InputError([f"--replay: another teacher than the run's: {d}" for d in different])
     console.line(
         f"step {step}: {len(images)} images of {images.shape[1]} px on {jax.device_count()} "
         f"devices, from {folder}"
     )
-    for line in _not_finite(config, assembly, params, state, images, said["names"], mesh):
+    for line in _not_finite(config, assembly, params, state, images, description["names"], mesh):
         console.line(f"  {line}")
     _, metrics = train_step(state, params, sharding.place_batch(images, mesh))
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     console.line(f"{'':36}{'the run':>16}{'again':>16}")
     for key, value in values.items():
-        seen = said["metrics"].get(key, float("nan"))
+        seen = description["metrics"].get(key, float("nan"))
         console.line(f"{key:36}{seen:16.8g}{value:16.8g}")
     if values["skipped_in_a_row"] > 0:
         raise Diverged(f"step {step}: a loss or gradient is not finite, as in the run")
@@ -155,43 +155,48 @@ def replay(source: str, console: Console) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """What dump.json and batch.npz hold; InputError where that is no dump's."""
+    """Reads dump.json and batch.npz; InputError where the folder is no dump."""
     wrong = f"--replay: {folder} is no dump of a step"
-    reason = damage(folder, SEALED_AS) if folder.is_dir() else "no such folder"
+    reason = verify_checksums(folder, SEALED_AS) if folder.is_dir() else "no such folder"
     if reason is not None:
         raise InputError(f"{wrong}: {reason}")
     with about(wrong), refusing("it cannot be read"):
-        said = json.loads((folder / ABOUT).read_text())
-        names, metrics = said["names"], said["metrics"]
+        description = json.loads((folder / ABOUT).read_text())
+        names, metrics = description["names"], description["metrics"]
         with np.load(folder / BATCH, allow_pickle=False) as arrays:
             images = arrays["images"]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"{ABOUT}: expected names of images")
-        if not (isinstance(said["images_an_epoch"], int) and said["images_an_epoch"] > 0):
+        if not (
+            isinstance(description["images_an_epoch"], int) and description["images_an_epoch"] > 0
+        ):
             raise ValueError(f"{ABOUT}: expected a number of images_an_epoch")
-        said["metrics"] = {key: float(value) for key, value in metrics.items()}
-        config = said["configuration"] = complete(said["configuration"], TRAINING)
-        expected = (config.batch, side_of_images(config), side_of_images(config), 3)
+        description["metrics"] = {key: float(value) for key, value in metrics.items()}
+        config = description["configuration"] = complete(description["configuration"], TRAINING)
+        expected = (config.batch, image_side(config), image_side(config), 3)
         if images.dtype != np.uint8 or images.shape != expected:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {found}")
-    return said, images
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {shape}")
+    return description, images
 
 
 def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
-    directories = {name: obtain_teacher(lesson.source) for name, lesson in lessons(config).items()}
+    directories = {
+        name: obtain_teacher(teacher_config.source)
+        for name, teacher_config in teacher_configs(config).items()
+    }
     cards = {name: load_card(directory) for name, directory in directories.items()}
     start = None
     if config.start:
         start = load_card(obtain_teacher(config.start)).spec
     known = {name: Known(card.spec, card.normalisation) for name, card in cards.items()}
-    steps = length(config, images)
+    steps = schedule_of(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories
 
 
 def _mesh(config: Any, images: int) -> jax.sharding.Mesh:
-    """Of all devices here; InputError where the batch does not divide among them."""
+    """The mesh of all devices here; InputError where the batch does not divide among them."""
     devices = jax.device_count()
     if images % images_together(config):
         raise InputError(
@@ -210,7 +215,9 @@ def _not_finite(
     names: list[str],
     mesh: jax.sharding.Mesh,
 ) -> list[str]:
-    """Whose numbers are not: of parameters, of what a teacher or a student makes of each image."""
+    """Lists what is not finite: parameters, and the features that a teacher or a student has of
+    each image.
+    """
 
     def finite(features: Features) -> jax.Array:
         patches = jnp.isfinite(features.patches).all((1, 2))
@@ -228,7 +235,7 @@ def _not_finite(
             )
             for name, teacher in assembly.teachers.items()
         }
-        small = resized(pixels, config.data.crop)
+        small = resize_images(pixels, config.data.crop)
         for name, student in assembly.students.items():
             seen[name] = finite(student.backbone(students[name]["backbone"], small))
         return seen
@@ -243,9 +250,9 @@ def _not_finite(
     ]
     for name in (*assembly.teachers, *assembly.students):
         bad = np.flatnonzero(~np.concatenate([part[name] for part in parts])).tolist()
-        who = "the teacher" if name == FIRST else name
+        label = "the teacher" if name == PRIMARY else name
         named = ", ".join(names[at] if at < len(names) else f"image {at}" for at in bad[:8])
         lines.append(
-            f"{who}: features of {len(bad)} images are not finite{': ' * bool(bad)}{named}"
+            f"{label}: features of {len(bad)} images are not finite{': ' * bool(bad)}{named}"
         )
     return lines

@@ -15,7 +15,7 @@ RATIO = (0.3, 1 / 0.3)
 ATTEMPTS = 10
 
 
-def erase(
+def random_erasing(
     key: jax.Array, images: Float[Array, "b h w 3"], probability: float
 ) -> Float[Array, "b h w 3"]:
     """Normalised images, each with a chance of one box of normal noise: area uniform in AREA,

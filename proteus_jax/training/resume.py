@@ -1,4 +1,4 @@
-"""What differs between a run and the command that goes on with it, and what of it may."""
+"""Compatibility of a run with the command that resumes it: what differs, and what of it may."""
 
 import json
 import re
@@ -36,16 +36,16 @@ _IN_STEPS = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
 LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "data.epoch")
 
 
-class Changes(NamedTuple):
-    """In words, a line each: what a run is refused for, and what may differ."""
+class Differences(NamedTuple):
+    """Differences in words, a line each: those that a run is refused for, and those that may be."""
 
     refused: list[str]
     allowed: list[str]
 
 
-def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
+def compare_facts(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:
     """Between the facts of a checkpoint and those of this run."""
-    was, now = dict(found), dict(expected)
+    was, now = dict(saved), dict(expected)
     own = [dict(_leaves(facts.pop(CONFIGURATION, {}))) for facts in (was, now)]
     for facts in (was, now):
         facts.pop(CARD, None)
@@ -58,11 +58,13 @@ def changes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Changes:
         for field, (before, after) in _different(*own).items()
         if not (refused and _within(field, IDENTITY))
     ]
-    return Changes(lines, allowed)
+    return Differences(lines, allowed)
 
 
 def _refusal(key: str, before: Any, after: Any) -> str:
-    """Of digests, which say nothing to a reader, what they are of."""
+    """Words for a refused difference; digests, which say nothing to a reader, are named by what
+    they are of.
+    """
     if not (_is_digest(before) and _is_digest(after)):
         return f"the checkpoint has {_short(before)}, this run has {_short(after)}"
     what = "other weights"
@@ -103,7 +105,7 @@ def _within(field: str, groups: tuple[str, ...]) -> bool:
 
 
 def _rule(field: str, given: set[str]) -> str:
-    """What a change comes to; `given` are the fields in steps that a run has."""
+    """The effect of a change; `given` are the fields in steps that a run has."""
     if _IN_STEPS.get(field) in given:
         return f", which counts for nothing beside --config.{_IN_STEPS[field]}"
     if _within(field, IDENTITY + WITHOUT_EFFECT):

@@ -1,4 +1,4 @@
-"""What the fields of a configuration that trains may hold."""
+"""Rules for the fields of a configuration that trains."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from typing import Any
 
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.schema import EVALUATION
-from proteus_jax.methods.teacher_config import FIRST, OWN, lessons, masks
+from proteus_jax.methods.teacher_config import NATIVE, PRIMARY, masks, teacher_configs
 from proteus_jax.models.attention import IMPLEMENTATIONS
 from proteus_jax.models.config import SPECS, named_spec
 from proteus_jax.models.normalization import STATISTICS
@@ -48,7 +48,7 @@ _RULES: dict[str, Rule] = {
     ),
     "start": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
     "teacher": Rule(lambda value: isinstance(value, str) and bool(value), "a model"),
-    "teacher_normalisation": one_of(OWN, *STATISTICS),
+    "teacher_normalisation": one_of(NATIVE, *STATISTICS),
     "teacher_crop": at_least(1),
     "more_teachers": Rule(lambda value: hasattr(value, "items"), "teachers by name"),
     "standardise": BOOLEAN,
@@ -113,7 +113,7 @@ _RULES: dict[str, Rule] = {
 
 
 def _check(config: Any) -> list[str]:
-    """What only two fields together make wrong; InputError where that cannot be told."""
+    """Lists what two fields make wrong only together; InputError where that cannot be told."""
     problems = _check_teachers(config.more_teachers)
     if problems:
         # Nothing else can be looked at.
@@ -131,9 +131,9 @@ def _check(config: Any) -> list[str]:
             f"--config.data.crop: expected a multiple of the patch size {patch}, found "
             f"{config.data.crop}"
         )
-    for name, lesson in lessons(config).items():
-        if not any(lesson.weights):
-            where = "loss" if name == FIRST else f"more_teachers.{name}.loss"
+    for name, each in teacher_configs(config).items():
+        if not any(each.weights):
+            where = "loss" if name == PRIMARY else f"more_teachers.{name}.loss"
             problems.append(
                 f"--config.{where}: expected a factor above 0 for one of token, feature and patch"
             )
@@ -173,7 +173,7 @@ _MORE = {
 def _check_teachers(more: Any) -> list[str]:
     problems = []
     for name in more:
-        if name in TAKEN | {FIRST} or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        if name in TAKEN | {PRIMARY} or not re.fullmatch("[a-z][a-z0-9_]*", name):
             problems.append(
                 f"--config.more_teachers: expected a name of small letters, digits and _ that is "
                 f"not taken, found {name!r}"
@@ -204,5 +204,5 @@ TRAINING = Schema(_RULES, _check, _is_optional, numbers=("data.weights",))
 
 
 def schema_of(config: Any) -> Schema:
-    """Whether a configuration trains or evaluates shows in its fields."""
+    """Chooses the schema of a configuration: whether it trains or evaluates shows in its fields."""
     return EVALUATION if "protocol" in config else TRAINING

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from proteus_jax.data.datasets.labeled import Pair
-from proteus_jax.data.sampler import Order, shares
+from proteus_jax.data.datasets.labeled import TrainTestSplit
+from proteus_jax.data.sampler import Sampler, shares
 from proteus_jax.data.splits import Split
 from proteus_jax.data.transforms.randaugment import RandAugment
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation.teacher_agreement import Said
+from proteus_jax.evaluation.teacher_agreement import StudentOutputs
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import side_of_images
+from proteus_jax.methods.teacher_config import image_side
 from proteus_jax.models.flops import known_device
 from proteus_jax.models.functional import (
     Params,
@@ -30,7 +30,7 @@ from proteus_jax.models.functional import (
     in_precision,
     without_layer_scale,
 )
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.runtime import sharding
@@ -38,11 +38,11 @@ from proteus_jax.training.builder import (
     Assembly,
     Known,
     assemble,
-    length,
+    schedule_of,
 )
 from proteus_jax.training.fingerprint import fingerprint
 from proteus_jax.training.inference import class_token_functions, evaluation_functions
-from proteus_jax.training.initialization import adapted
+from proteus_jax.training.initialization import init_from_pretrained
 from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.train_state import TrainState
 from proteus_jax.training.train_step import Metrics
@@ -56,9 +56,9 @@ class Experiment:
     config: Any
     mesh: Mesh
     split: Split
-    labelled: Pair | None
-    order: Order
-    recipe: Recipe
+    labelled: TrainTestSplit | None
+    order: Sampler
+    recipe: TrainTransform
     total_steps: int
     # What is not as was asked for; empty where all is.
     remarks: tuple[str, ...]
@@ -66,7 +66,7 @@ class Experiment:
     cards: dict[str, ModelCard]
     teacher_params: dict[str, Params]
     # Statistics and side of the images that are made for a step.
-    normalisation: Normalisation
+    normalisation: Normalization
     side: int
     students: dict[str, StudentFunction]
     # "teacher", the first one, and each student's name: class tokens of images that are made so.
@@ -77,8 +77,8 @@ class Experiment:
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
     # The first teacher's, its patches on the students' grid.
     teacher_features: Callable[[np.ndarray], Features]
-    said: Callable[[str, TrainState, np.ndarray], Said]
-    # As `said`, with the patches under a mask [b, n] hidden: what the patch head says there.
+    student_outputs: Callable[[str, TrainState, np.ndarray], StudentOutputs]
+    # The patch head's predictions of the patches under a mask [b, n].
     hidden_patches: Callable[[str, TrainState, np.ndarray, np.ndarray], np.ndarray]
     # Floating-point operations for an image, and what all devices could do in a second; None where
     # that is not known.
@@ -92,7 +92,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
     if weights and 0 in shares(sum(inputs.split.parts), weights):
         raise InputError(f"--config.data.weights: {weights} leave nothing of one root")
     mesh = sharding.make_mesh(config.fsdp)
-    steps = length(config, config.data.epoch or len(inputs.split.training))
+    steps = schedule_of(config, config.data.epoch or len(inputs.split.training))
     cards = {name: load_card(directory) for name, directory in inputs.teachers.items()}
     start = None if inputs.start is None else load_card(inputs.start)
     assembly = assemble(
@@ -109,21 +109,21 @@ def build(config: Any, inputs: Inputs) -> Experiment:
     init, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
     places = sharding.shardings(shapes, mesh)
-    features, said, hidden = evaluation_functions(config, assembly, teacher_params, mesh)
+    features, outputs, hidden = evaluation_functions(config, assembly, teacher_params, mesh)
     return Experiment(
         config=config,
         mesh=mesh,
         split=inputs.split,
         labelled=inputs.labelled,
-        order=Order(config.seed, inputs.split.parts, weights, config.data.repeats),
-        recipe=Recipe(side_of_images(config), RandAugment(**config.data.randaugment)),
+        order=Sampler(config.seed, inputs.split.parts, weights, config.data.repeats),
+        recipe=TrainTransform(image_side(config), RandAugment(**config.data.randaugment)),
         total_steps=steps.total,
         remarks=assembly.remarks,
         facts=fingerprint(config, inputs, assembly, cards, start),
         cards=cards,
         teacher_params=teacher_params,
         normalisation=assembly.normalisation,
-        side=side_of_images(config),
+        side=image_side(config),
         students=assembly.students,
         class_tokens=class_token_functions(config, assembly),
         state_shapes=shapes,
@@ -131,7 +131,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         init=_started(init, inputs.start, assembly, mesh),
         train_step=train_step,
         teacher_features=features,
-        said=said,
+        student_outputs=outputs,
         hidden_patches=hidden,
         work=assembly.work(config).total,
         peak=_peak(config),
@@ -146,11 +146,11 @@ def _started(
         return init
     params, card = load_model(start)
     backbones = {
-        name: adapted(params, card.spec, student.spec)
+        name: init_from_pretrained(params, card.spec, student.spec)
         for name, student in assembly.students.items()
     }
 
-    def begun() -> TrainState:
+    def init_from_start() -> TrainState:
         state = init()
         placed = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
         learning = {
@@ -162,11 +162,11 @@ def _started(
             ema = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
         return state._replace(params=learning, ema=ema)
 
-    return begun
+    return init_from_start
 
 
 def _peak(config: Any) -> float | None:
-    """Of all devices together, for matmuls in bfloat16."""
+    """Peak of all devices together, for matmuls in bfloat16."""
     device = known_device(jax.devices()[0].device_kind)
     if device is None or dtype_of(config.precision, jax.default_backend()) != jnp.bfloat16:
         return None

@@ -1,4 +1,4 @@
-"""What a run says at its beginning and at its end."""
+"""The lines that a run prints at its beginning and at its end."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,35 +9,33 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
-from proteus_jax.methods.teacher_config import OWN, Lesson, lessons
+from proteus_jax.methods.teacher_config import NATIVE, TeacherConfig, teacher_configs
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.training.inputs import found_devices
+from proteus_jax.training.inputs import describe_devices
 from proteus_jax.training.setup import Experiment
 
 # Percent by which accuracy and balanced accuracy differ where both are said.
 WORTH_A_WORD = 1.0
 
 
-def introduce(
+def print_header(
     experiment: Experiment,
     workdir: str,
     resumed: int | None,
     remarks: Sequence[str],
     console: Console,
 ) -> None:
-    """Who teaches whom with which images, how far it is, and what there is to say of where it goes
-    on.
-    """
+    """Prints teachers, students and images, how far the run is, and remarks."""
     config = experiment.config
     kind = jax.devices()[0].device_kind
-    console.line(f"proteus_jax {proteus_jax.__version__} on {found_devices()} ({kind})")
-    for name, lesson in lessons(config).items():
+    console.line(f"proteus_jax {proteus_jax.__version__} on {describe_devices()} ({kind})")
+    for name, each in teacher_configs(config).items():
         spec = experiment.cards[name].spec
         size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params[name]))
         console.line(
-            f"teacher  {lesson.source}: {spec.depth} blocks, {spec.width} wide, "
-            f"{size / 1e6:.1f} M parameters{_given(lesson)}"
+            f"teacher  {each.source}: {spec.depth} blocks, {spec.width} wide, "
+            f"{size / 1e6:.1f} M parameters{_given(each)}"
         )
     for name, shapes in experiment.state_shapes.params.items():
         size = sum(array.size for array in jax.tree.leaves(shapes["backbone"]))
@@ -66,28 +64,28 @@ def introduce(
         )
 
 
-def _given(lesson: Lesson) -> str:
-    """What of its images and tokens is not as usual."""
+def _given(each: TeacherConfig) -> str:
+    """Words for a teacher whose images or tokens are not as usual."""
     facts = []
-    if lesson.crop is not None:
-        facts.append(f"images of {lesson.crop} px")
-    if lesson.normalisation != OWN:
-        facts.append(f"{lesson.normalisation} statistics")
-    if lesson.standardise:
+    if each.crop is not None:
+        facts.append(f"images of {each.crop} px")
+    if each.normalisation != NATIVE:
+        facts.append(f"{each.normalisation} statistics")
+    if each.standardise:
         facts.append("standardised")
     return f" ({', '.join(facts)})" if facts else ""
 
 
-def conclude(
+def print_summary(
     experiment: Experiment, workdir: Path, directories: Sequence[str], console: Console
 ) -> None:
-    """What was learnt, where it lies, and how to load it."""
+    """Prints what was learned, where it lies, and how to load it."""
     rows = list(read_metrics(workdir))
     for name, directory in zip(experiment.students, directories, strict=True):
         prefix = f"{name}/" if len(directories) > 1 else ""
         console.line()
         console.line(f"what {name} learnt")
-        for text in _learnt(rows, prefix):
+        for text in _score_lines(rows, prefix):
             console.line("  " + text)
         console.line(f"it lies in {directory}; to use it:")
         console.line()
@@ -100,7 +98,7 @@ def conclude(
         )
 
 
-def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+def _score_lines(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     steps = [row for row in rows if prefix + "loss" in row]
     if steps:
         yield f"{'':38}{'first step':>12}{'last 10':>10}"
@@ -111,8 +109,8 @@ def _learnt(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     if measured:
         yield f"{'on held-out views':38}{'before':>12}{'after':>10}"
         labels = {
-            "agreement_class": "centred cosine, class token",
-            "agreement_patch": "centred cosine, patch tokens",
+            "agreement_class": "centered cosine, class token",
+            "agreement_patch": "centered cosine, patch tokens",
             "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
             "cka": "linear CKA, class token",
             "ema_neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours, average",
@@ -132,14 +130,14 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     for key, label in (("knn_top1", "nearest neighbours"), ("ridge_top1", "ridge probe")):
         if measured:
             before, after = measured[0][prefix + key], measured[-1][prefix + key]
-            taught = measured[-1][f"teacher_{key}"]
-            share = f": {after / taught:.0%}" if taught else ""
+            of_teacher = measured[-1][f"teacher_{key}"]
+            share = f": {after / of_teacher:.0%}" if of_teacher else ""
             average = measured[-1].get(f"{prefix}ema_{key}")
             also = "" if average is None else f", average {average:.1f}"
             even = measured[-1].get(prefix + key.replace("_top1", "_balanced_top1"), after)
             if abs(even - after) > WORTH_A_WORD:
                 also = f" (balanced {even:.1f}){also}"
             yield (
-                f"{label}: student {after:.1f}{also}, teacher {taught:.1f}{share} "
+                f"{label}: student {after:.1f}{also}, teacher {of_teacher:.1f}{share} "
                 f"(before {before:.1f})"
             )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from proteus_jax.checkpoint.items import PARAMS, PROGRESS, STATISTICS
-from proteus_jax.methods.feature_standardization import Moments, no_moments
+from proteus_jax.methods.feature_standardization import RunningMoments, init_moments
 from proteus_jax.models.functional import Params, StudentFunction
 
 
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     params: dict[str, Params]
     optimizer: dict[str, Any]
     ema: dict[str, Params] | None
-    statistics: dict[str, Moments]
+    statistics: dict[str, RunningMoments]
     skipped: Skipped
 
 
@@ -59,7 +59,7 @@ def init_state(
         params=params,
         optimizer={name: optimizer.init(values) for name, values in params.items()},
         ema=averages if ema else None,
-        statistics={name: no_moments(width) for name, width in (standardise or {}).items()},
+        statistics={name: init_moments(width) for name, width in (standardise or {}).items()},
         skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )
 
@@ -90,6 +90,6 @@ def from_items(items: Mapping[str, Any]) -> TrainState:
         items[PARAMS],
         progress["optimizer"],
         progress.get("ema"),
-        {name: Moments(**moments) for name, moments in statistics.items()},
+        {name: RunningMoments(**moments) for name, moments in statistics.items()},
         Skipped(**progress["skipped"]),
     )

@@ -12,18 +12,18 @@ from jaxtyping import Array, Bool, UInt8
 
 from proteus_jax.methods.base import Batch, Method, NamedLosses
 from proteus_jax.methods.feature_standardization import (
-    Moments,
-    known_at,
-    moments_of,
-    standardised,
-    updated,
+    RunningMoments,
+    batch_moments,
+    ema_update,
+    moments_for_step,
+    standardize,
 )
-from proteus_jax.methods.resample import resized
+from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import Teacher, common_grid_size, teacher_features
 from proteus_jax.models.functional import Params, StudentFunction
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.vit import Features
-from proteus_jax.training.random_erasing import erase
+from proteus_jax.training.random_erasing import random_erasing
 from proteus_jax.training.train_state import Skipped, TrainState, updates_made
 
 Metrics = dict[str, jax.Array]
@@ -36,7 +36,7 @@ def make_train_step(
     students: Mapping[str, StudentFunction],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    normalisation: Normalisation,
+    normalisation: Normalization,
     ema_decay: float,
     seed: int,
     erasing: float = 0.0,
@@ -58,7 +58,7 @@ def make_train_step(
 
     def targets_of(
         state: TrainState, teacher_params: dict[str, Params], pixels: jax.Array
-    ) -> tuple[dict[str, Features], dict[str, Moments]]:
+    ) -> tuple[dict[str, Features], dict[str, RunningMoments]]:
         """Teacher targets, and the moments of those that are standardized."""
         targets, moments = {}, {}
         for name, teacher in teachers.items():
@@ -66,24 +66,24 @@ def make_train_step(
                 teacher, teacher_params[name], pixels, normalisation, crop, grid
             )
             if teacher.standardise:
-                moments[name] = moments_of(features)
-                known = known_at(updates_made(state), state.statistics[name], moments[name])
-                features = standardised(features, known)
+                moments[name] = batch_moments(features)
+                known = moments_for_step(updates_made(state), state.statistics[name], moments[name])
+                features = standardize(features, known)
             targets[name] = features
         return targets, moments
 
     def gradients_of(state: TrainState, teacher_params: dict[str, Params], part: Batch) -> _Found:
         """Gradients and losses of every student, from one pass of the teachers."""
         targets, moments = targets_of(state, teacher_params, part.pixels)
-        batch = part._replace(pixels=resized(part.pixels, crop))
+        batch = part._replace(pixels=resize_images(part.pixels, crop))
 
         def objective(values: Params, student: StudentFunction) -> tuple[jax.Array, NamedLosses]:
             loss, named = method.loss(student, values, batch, targets)
             return loss, {"loss": loss} | named
 
         gradients = jax.grad(objective, has_aux=True)
-        found = {name: gradients(state.params[name], s) for name, s in students.items()}
-        return _Found(found, moments)
+        by_student = {name: gradients(state.params[name], s) for name, s in students.items()}
+        return _Found(by_student, moments)
 
     def train_step(
         state: TrainState, teacher_params: dict[str, Params], images: jax.Array
@@ -92,19 +92,19 @@ def make_train_step(
         draw_key, drop_key, erasing_key = jax.random.split(key, 3)
         pixels = normalisation(images)
         if erasing:
-            pixels = erase(erasing_key, pixels, erasing)
+            pixels = random_erasing(erasing_key, pixels, erasing)
         draws = method.draw(draw_key, len(images), grid**2)
-        found = _mean_over_parts(
+        results = _mean_over_parts(
             lambda part: gradients_of(state, teacher_params, part),
             Batch(pixels, draws, drop_key),
             accumulate,
             method.group,
         )
 
-        good = _finite(found)
+        good = _finite(results)
         params, optimizer_state, ema = {}, {}, {}
         metrics: Metrics = {"learning_rate": jnp.asarray(schedule(updates_made(state)))}
-        for name, (gradients, losses) in found.students.items():
+        for name, (gradients, losses) in results.students.items():
             updates, optimizer_state[name] = optimizer.update(
                 gradients, state.optimizer[name], state.params[name]
             )
@@ -117,8 +117,8 @@ def make_train_step(
                     params[name]["backbone"], state.ema[name], 1.0 - decay
                 )
         statistics = {
-            name: updated(updates_made(state), state.statistics[name], moments)
-            for name, moments in found.moments.items()
+            name: ema_update(updates_made(state), state.statistics[name], moments)
+            for name, moments in results.moments.items()
         }
         averages = ema if state.ema is not None else None
         total, in_a_row = state.skipped
@@ -138,19 +138,20 @@ def ramp(updates: jax.Array) -> jax.Array:
     return (1.0 + updates) / (10.0 + updates)
 
 
-def _finite(found: Any) -> Bool[Array, ""]:
-    """Whether all numbers are, and their squares: AdamW keeps those of gradients, and one that
-    overflows would stay. One that is not makes the sum of its array none.
+def _finite(tree: Any) -> Bool[Array, ""]:
+    """Returns True where all numbers and their squares are finite: AdamW keeps the squares of
+    gradients, and one that overflows would stay. A number that is not finite makes the sum of its
+    array not finite.
     """
-    sums = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(found)]
+    sums = [jnp.sum(jnp.square(array.astype(jnp.float32))) for array in jax.tree.leaves(tree)]
     return jnp.all(jnp.isfinite(jnp.stack(sums)))
 
 
 class _Found(NamedTuple):
-    """What a part of a batch gives: by student (gradients, losses), by teacher moments."""
+    """Results of a part of a batch: by student (gradients, losses), by teacher moments."""
 
     students: dict[str, tuple[Params, NamedLosses]]
-    moments: dict[str, Moments]
+    moments: dict[str, RunningMoments]
 
 
 def _mean_over_parts(function: Callable[[Batch], Any], whole: Batch, count: int, group: int) -> Any:

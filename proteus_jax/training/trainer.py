@@ -18,9 +18,14 @@ from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.data.datasets.labeled import images_on_both_sides
 from proteus_jax.data.loader import Batch, training_batches
 from proteus_jax.data.workers import Makers, WorkerLost, makers
-from proteus_jax.engine.checkpointing import Saving
-from proteus_jax.engine.metrics_logger import Rows
-from proteus_jax.engine.monitors import Clock, SkippedUpdates, UnreadableImages, WaitNotice
+from proteus_jax.engine.checkpointing import CheckpointManager
+from proteus_jax.engine.metrics_logger import MetricsLogger
+from proteus_jax.engine.monitors import (
+    CorruptImageMonitor,
+    InputBoundWarning,
+    NonFiniteMonitor,
+    StepTimer,
+)
 from proteus_jax.errors import Diverged, InputError, Interrupted
 from proteus_jax.evaluation.per_class import uneven
 from proteus_jax.runtime import collectives, sharding
@@ -36,17 +41,17 @@ from proteus_jax.runtime.metric_writer import (
     parameter_table,
     read_metrics,
 )
-from proteus_jax.runtime.preemption import StopRequest
-from proteus_jax.runtime.profiler import Profiling
-from proteus_jax.runtime.rendezvous import Company
+from proteus_jax.runtime.preemption import PreemptionHandler
+from proteus_jax.runtime.profiler import Profiler
+from proteus_jax.runtime.rendezvous import ProcessGroup
 from proteus_jax.runtime.workdir import STUDENTS, Workdir
 from proteus_jax.training import nan_replay
-from proteus_jax.training.evaluator import Examination
+from proteus_jax.training.evaluator import Evaluator
 from proteus_jax.training.export import export_students
 from proteus_jax.training.inputs import Inputs
-from proteus_jax.training.resume import changes
+from proteus_jax.training.resume import compare_facts
 from proteus_jax.training.setup import Experiment, build
-from proteus_jax.training.summary import conclude, introduce
+from proteus_jax.training.summary import print_header, print_summary
 from proteus_jax.training.train_state import TrainState, from_items, to_items
 
 DONE = 0
@@ -57,21 +62,21 @@ def run(
     inputs: Inputs,
     place: Workdir,
     console: Console,
-    company: Company | None = None,
+    group: ProcessGroup | None = None,
     *,
     profile: bool = False,
 ) -> int:
-    """Trains, or goes on training, to the end; returns the exit code. `company` are the other
+    """Trains, or goes on training, to the end; returns the exit code. `group` are the other
     hosts, `profile` writes a trace of a few steps.
 
     InputError, before anything is changed, where another run is using the workdir, or it holds one
     of other images, seed, batch or models, or one that has lost its checkpoints.
     """
-    place.compare(jax.process_index(), collectives.of_all_hosts)
+    place.compare(jax.process_index(), collectives.gather_from_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
     # The hosts of a run share a workdir: the first one holds it.
     with contextlib.nullcontext() if jax.process_index() else place.locked(console.line):
-        return _run_alone(config, inputs, place, console, company, profile)
+        return _run_alone(config, inputs, place, console, group, profile)
 
 
 def _run_alone(
@@ -79,7 +84,7 @@ def _run_alone(
     inputs: Inputs,
     place: Workdir,
     console: Console,
-    company: Company | None,
+    group: ProcessGroup | None,
     profile: bool,
 ) -> int:
     experiment, workdir = build(config, inputs), place.local
@@ -104,13 +109,13 @@ def _run_alone(
         if host == 0:
             text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
             write_atomically(workdir / "config.json", text)
-        introduce(experiment, place.named(workdir), resumed, remarks, console)
-        stop = StopRequest(
+        print_header(experiment, place.named(workdir), resumed, remarks, console)
+        stop = PreemptionHandler(
             config.stop_within, console.error, lambda: run.heartbeat.close("stopped")
         )
         run.stop = stack.enter_context(stop)
-        run.profiling = Profiling(workdir / "profile", on=profile and host == 0)
-        with run.watched(company):
+        run.profiling = Profiler(workdir / "profile", on=profile and host == 0)
+        with run.watched(group):
             run.code = run.to_the_end(resumed)
         return run.code
 
@@ -124,29 +129,29 @@ def _resumed(
     remarks = []
     if jax.process_index() == 0:
         try:
-            found = checkpoints.shelf.newest()
+            newest = checkpoints.shelf.newest()
             left = [name for name in STUDENTS if (workdir / name).exists()]
-            if found.step is None and left:
+            if newest.step is None and left:
                 raise InputError(f"{workdir} has {left[0]}/, but no checkpoint: of another run")
         except InputError as error:
             raise InputError(
                 f"{error}. Restore its checkpoints/ from a copy, give another workdir, or remove "
                 "this one to begin anew"
             ) from None
-        step = -1 if found.step is None else found.step
-        instead = "there is none before it" if found.step is None else f"step {step} is whole"
+        step = -1 if newest.step is None else newest.step
+        instead = "there is none before it" if newest.step is None else f"step {step} is whole"
         remarks += [
             f"the checkpoint of step {number} is not whole: {reason}; {instead}"
-            for number, reason in found.faults.items()
+            for number, reason in newest.faults.items()
         ]
         remarks += [
-            f"{name}, which a save left unfinished, is removed" for name in found.unfinished
+            f"{name}, which a save left unfinished, is removed" for name in newest.unfinished
         ]
     else:
-        found, step = None, -1
-    step = collectives.from_first_host(step)
+        newest, step = None, -1
+    step = collectives.broadcast_from_rank0(step)
     if step >= 0:
-        different = changes(checkpoints.facts(step), experiment.facts)
+        different = compare_facts(checkpoints.facts(step), experiment.facts)
         if different.refused:
             where = f"--workdir holds another run, at step {step}"
             error = InputError([f"{where}: {line} (refused)" for line in different.refused])
@@ -154,18 +159,18 @@ def _resumed(
                 error.add_note(f"{line} (this may differ)")
             raise error
         remarks += different.allowed
-    if found is not None:
-        checkpoints.shelf.make_way(found)
+    if newest is not None:
+        checkpoints.shelf.quarantine_and_clean(newest)
     return (None if step < 0 else step), remarks
 
 
 class _Run:
     """One run of the loop and its accounts."""
 
-    stop: StopRequest
-    profiling: Profiling
+    stop: PreemptionHandler
+    profiling: Profiler
     heartbeat: Heartbeat
-    rows: Rows
+    rows: MetricsLogger
 
     def __init__(self, experiment: Experiment, place: Workdir, console: Console):
         self.experiment, self.config = experiment, experiment.config
@@ -175,19 +180,19 @@ class _Run:
         # With which the process is to end.
         self.code = DONE
         config, data = self.config, self.config.data
-        self.saving = Saving(config, place, console)
+        self.saving = CheckpointManager(config, place, console)
         name = experiment.split.training.name
-        self.unreadable = UnreadableImages(
+        self.unreadable = CorruptImageMonitor(
             name, limit=data.unreadable, repeats=data.repeats, say=console.line
         )
-        self.skipped = SkippedUpdates(name, limit=config.max_skipped, say=console.line)
+        self.skipped = NonFiniteMonitor(name, limit=config.max_skipped, say=console.line)
         self.makers = makers(data.workers, data.threads, data.crop)
-        self.examination = Examination(experiment, self.workdir, console)
+        self.examination = Evaluator(experiment, self.workdir, console)
 
     @contextlib.contextmanager
-    def watched(self, company: Company | None) -> Iterator[None]:
+    def watched(self, group: ProcessGroup | None) -> Iterator[None]:
         """A heartbeat as long as the block lasts."""
-        known = {} if company is None else {"steps": company.steps}
+        known = {} if group is None else {"steps": group.steps}
         self.heartbeat = Heartbeat(
             self.workdir,
             self.experiment.total_steps,
@@ -225,7 +230,7 @@ class _Run:
             step = resumed
         trains = step < total
         writer = MetricsWriter(self.workdir, resumed) if self.leads else NoMetrics()
-        self.rows = Rows(
+        self.rows = MetricsLogger(
             writer,
             self.console,
             students=tuple(experiment.students),
@@ -239,14 +244,14 @@ class _Run:
                 self.examination.report()
             if trains:
                 state, step = self.train(state, step)
-        with self.heartbeat.standing():
+        with self.heartbeat.paused():
             return self.end(state, step, trains)
 
     def end(self, state: TrainState, step: int, trained: bool) -> int:
         """Waits for the last checkpoint; exports where the run is at its end."""
         experiment, total = self.experiment, self.experiment.total_steps
         self.saving.checkpoints.wait()
-        saved, goes_on = self.saving.newest, self.saving.where_it_goes_on()
+        saved, goes_on = self.saving.newest, self.saving.resume_point()
         if isinstance(self.failure, Interrupted) and not (step == total == saved):
             raise Interrupted(f"{self.failure}; the same command goes on from {goes_on}")
         if isinstance(self.failure, InputError):
@@ -268,10 +273,10 @@ class _Run:
                 f"{goes_on}"
             )
         directories = export_students(experiment, state, self.workdir)
-        self.examination.draw(state, anew=trained)
+        self.examination.draw(state, again=trained)
         if self.leads:
             names = [self.place.named(directory) for directory in directories]
-            conclude(experiment, self.workdir, names, self.console)
+            print_summary(experiment, self.workdir, names, self.console)
         return DONE
 
     def refuse_hosts_that_differ(self, resumed: int | None) -> None:
@@ -286,7 +291,7 @@ class _Run:
             ),
             "held-out images that can be read": hashlib.sha256(views).hexdigest(),
         }
-        different = [what for what, text in seen.items() if not collectives.same_everywhere(text)]
+        different = [what for what, text in seen.items() if not collectives.same_on_all_hosts(text)]
         if different:
             raise InputError([f"the hosts do not see the same {what}" for what in different])
 
@@ -295,10 +300,10 @@ class _Run:
         experiment, config, total = self.experiment, self.config, self.experiment.total_steps
         self.console.progress(f"step {step}/{total}: compiling")
         self.rows.begin(step)
-        began_at, clock = step, Clock()
+        began_at, clock = step, StepTimer()
         first = step + 2 * max(config.log_every, 5)
-        self.notice = WaitNotice(str(self.makers), first, self.console.line)
-        stopping, agreement = False, collectives.Agreement(experiment.mesh)
+        self.notice = InputBoundWarning(str(self.makers), first, self.console.line)
+        stopping, agreement = False, collectives.AnyProcess(experiment.mesh)
         with (
             contextlib.closing(self.profiling),
             contextlib.closing(self.batches(step)) as batches,
@@ -325,7 +330,7 @@ class _Run:
                 self.stop.waits = True
                 self.heartbeat.step(step)
                 self.skipped.note(step, values, batch)
-                with self.heartbeat.standing():
+                with self.heartbeat.paused():
                     self.profiling.after(step - began_at, values)
                 self.failure = self.failure or self.saving.reason_to_stop()
                 if self.failure is not None:
@@ -339,8 +344,8 @@ class _Run:
                     measured = self.rows.rates(clock.lap(step, config.batch))
                     if evaluating:
                         with (
-                            clock.standing(),
-                            self.heartbeat.standing(),
+                            clock.paused(),
+                            self.heartbeat.paused(),
                             jax.transfer_guard("allow"),
                         ):
                             measured |= self.examination.measure(step, state)
@@ -349,15 +354,15 @@ class _Run:
                     self.save(step, state)
         if self.profiling.missed:
             self.console.line(
-                f"--profile: no trace, as the run ended before step {Profiling.FIRST + 1} from here"
+                f"--profile: no trace, as the run ended before step {Profiler.FIRST + 1} from here"
             )
         return state, step
 
     def save(self, step: int, state: TrainState) -> None:
         """A checkpoint, with all that is due before it."""
         self.write_row()
-        self.skipped.settle()
-        with self.heartbeat.standing(), jax.transfer_guard("allow"):
+        self.skipped.flush()
+        with self.heartbeat.paused(), jax.transfer_guard("allow"):
             self.saving.save(step, to_items(state), self.experiment.facts, self.rows_written)
 
     def rows_written(self) -> OSError | None:
@@ -378,7 +383,7 @@ class _Run:
             last = self.skipped.last
             if last is None:
                 raise
-            moment = nan_replay.Moment(
+            moment = nan_replay.StepSnapshot(
                 last.step,
                 last.batch.images,
                 last.batch.numbers,
@@ -387,7 +392,7 @@ class _Run:
             folder = self.workdir / nan_replay.FOLDER / f"step_{last.step}"
             self.saving.checkpoints.wait()
             try:
-                with jax.transfer_guard("allow"), self.heartbeat.standing():
+                with jax.transfer_guard("allow"), self.heartbeat.paused():
                     nan_replay.write_dump(
                         self.experiment, moment, state(), folder, self.place.address_of(folder)
                     )
@@ -440,6 +445,6 @@ class _Run:
         if row is None:
             return
         if row.evaluated:
-            with self.heartbeat.standing():
+            with self.heartbeat.paused():
                 self.examination.report()
         self.notice.lap(row.step, row.values["data_wait"], row.values["images_per_second"])

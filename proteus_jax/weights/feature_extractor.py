@@ -70,8 +70,8 @@ class Model:
     def _refuse_shape(self, images: np.ndarray | jax.Array, dtype: str) -> None:
         shape = getattr(images, "shape", None)
         if shape is None or len(shape) != 4 or shape[-1] != 3:
-            found = f"{getattr(images, 'dtype', type(images).__name__)} {shape or ''}"
-            raise InputError(f"images should be {dtype} [batch, height, width, 3], found {found}")
+            given = f"{getattr(images, 'dtype', type(images).__name__)} {shape or ''}"
+            raise InputError(f"images should be {dtype} [batch, height, width, 3], found {given}")
         patch = self.spec.patch_size
         if shape[1] % patch or shape[2] % patch or 0 in shape:
             raise InputError(
@@ -79,7 +79,7 @@ class Model:
             )
 
     def attention(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """What the class token attends to in the last block, [B, heads, N]; images as in a call."""
+        """Attention of the class token in the last block, [B, heads, N]; images as in a call."""
         self._refuse_floats(images)
         with _promoting():
             return self._attention(self.params, images)

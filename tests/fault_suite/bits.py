@@ -11,7 +11,7 @@ import pytest
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, arrays
 from proteus_jax.checkpoint.checksums import SEAL
-from proteus_jax.checkpoint.store import Shelf
+from proteus_jax.checkpoint.store import CheckpointStore
 from proteus_jax.errors import InputError
 
 NEWEST = STEPS
@@ -149,7 +149,7 @@ def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
     if number % 7 == 0:
         (root.parent / NOTED).unlink()
     left = [step for step in known if step not in spoilt]
-    shelf = Shelf(str(root))
+    shelf = CheckpointStore(str(root))
     if not left:
         _nothing_is_left(shelf, root, spoilt, kinds)
         return
@@ -158,13 +158,15 @@ def _spoilt(bench: Bench, known: Known, number: int, seed: int) -> None:
     for step, kind in zip(spoilt, kinds, strict=True):
         if not (kind == "gone" and (step != NEWEST or not (root.parent / NOTED).exists())):
             assert found.faults[step], kinds
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert sorted(shelf.steps()) == left
     _is(root, max(left), known)
     shutil.rmtree(root.parent)
 
 
-def _nothing_is_left(shelf: Shelf, root: Path, spoilt: list[int], kinds: list[str]) -> None:
+def _nothing_is_left(
+    shelf: CheckpointStore, root: Path, spoilt: list[int], kinds: list[str]
+) -> None:
     """An error that names every one; only without a trace of a finished save may a run begin."""
     before = sorted(str(path) for path in root.rglob("*"))
     finished = [step for step in spoilt if (root / str(step) / "_CHECKPOINT_METADATA").exists()]
@@ -181,11 +183,11 @@ def _nothing_is_left(shelf: Shelf, root: Path, spoilt: list[int], kinds: list[st
 def _beside(bench: Bench, known: Known, name: str, act: Callable[[Path], object]) -> None:
     root = _few(bench, known, f"beside {name}")
     act(root)
-    shelf = Shelf(str(root))
+    shelf = CheckpointStore(str(root))
     found = shelf.newest()
     assert found.step == NEWEST, found
     assert found.unfinished == [path.name for path in root.glob("*tmp*")]
-    shelf.make_way(found)
+    shelf.quarantine_and_clean(found)
     assert sorted(shelf.steps()) == sorted(known)
     assert not list(root.glob("*tmp*"))
     _is(root, NEWEST, known)

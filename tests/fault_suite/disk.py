@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fault_suite.account import Fault
 from fault_suite.bench import EVERY, STEPS, Bench, Limit, assert_same, rows, until
-from proteus_jax.checkpoint.store import Keep, Shelf
+from proteus_jax.checkpoint.store import CheckpointStore, RetentionPolicy
 
 SIZE = 40 * 2**20
 
@@ -56,7 +56,7 @@ def _limited_stops(bench: Bench) -> None:
         result.stderr
     )
     assert "Traceback" not in result.stderr
-    assert Shelf(str(workdir / "checkpoints")).newest().step == 4
+    assert CheckpointStore(str(workdir / "checkpoints")).newest().step == 4
     assert not [path for path in (workdir / "checkpoints").iterdir() if "tmp" in path.name]
     after = bench.run(command)
     assert after.returncode == 0, after.stderr
@@ -118,8 +118,8 @@ def _kept(bench: Bench) -> None:
     """The newest ones and every so many steps one; whatever is asked for, one is left."""
     for last in range(1, 5):
         for every in (None, 1, 3, 10):
-            keep, steps = Keep(last, every), [2, 3, 5, 6, 9, 10, 12]
-            left = set(steps) - set(keep.superfluous(steps))
+            keep, steps = RetentionPolicy(last, every), [2, 3, 5, 6, 9, 10, 12]
+            left = set(steps) - set(keep.steps_to_delete(steps))
             assert set(steps[-last:]) <= left
             assert left - set(steps[-last:]) == {
                 step for step in steps[:-last] if every and step % every == 0
@@ -183,7 +183,7 @@ def _full(bench: Bench, what: str) -> None:
             assert process.returncode in (0, 75), printed
             assert "Traceback" not in printed
         ballast.unlink(missing_ok=True)
-        newest = Shelf(str(workdir / "checkpoints")).newest().step
+        newest = CheckpointStore(str(workdir / "checkpoints")).newest().step
         assert newest is not None
         assert newest >= 4
         after = bench.run(command)

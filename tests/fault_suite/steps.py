@@ -10,7 +10,7 @@ import numpy as np
 
 from fault_suite.account import Fault
 from fault_suite.bench import RICH, Bench, arrays
-from proteus_jax.checkpoint.checksums import seal
+from proteus_jax.checkpoint.checksums import write_checksums
 from proteus_jax.training import nan_replay
 
 
@@ -109,7 +109,7 @@ def _no_dumps(bench: Bench) -> None:
     for content in ("", "[]", "{}", '{"names": [], "metrics": {}, "configuration": {}}'):
         (folder / "dump.json").write_text(content)
         np.savez(folder / "batch.npz", images=np.zeros((4, 28, 28, 3), np.uint8))
-        seal(folder, nan_replay.SEALED_AS)
+        write_checksums(folder, nan_replay.SEALED_AS)
         refused()
     _, whole = _diverged(bench, "diverged, changed")
     shutil.rmtree(folder)
@@ -125,14 +125,14 @@ def _no_dumps(bench: Bench) -> None:
     )
     for change in spoilt:
         (folder / "dump.json").write_text(json.dumps(about | change))
-        seal(folder, nan_replay.SEALED_AS)
+        write_checksums(folder, nan_replay.SEALED_AS)
         refused()
     # Not sealed anew: what is in it is not looked at.
     (folder / "dump.json").write_text(json.dumps(about))
     assert "dump.json: expected" in refused()
     mark = bench.root / "ran"
     np.savez(folder / "batch.npz", images=np.array([_Payload(mark)], dtype=object))
-    seal(folder, nan_replay.SEALED_AS)
+    write_checksums(folder, nan_replay.SEALED_AS)
     refused()
     assert not mark.exists()
     result = bench.run([*main, f"--replay={folder}", "--config.seed=1", "--workdir=x"])

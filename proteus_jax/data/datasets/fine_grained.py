@@ -35,7 +35,9 @@ class Images(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """What is learnt from, what C is chosen by (None: a part of the former), and the test set."""
+    """The training set, the set that C is chosen by (None: a part of the training set), and the
+    test set.
+    """
 
     train: Images
     validation: Images | None
@@ -58,18 +60,18 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
 
     InputError where one is there and does not hold what it should, or where there is none at all.
     """
-    found, absent, problems = {}, {}, []
+    splits, absent, problems = {}, {}, []
     for name in names:
         dataset = DATASETS[name]
         try:
             if root.lower() == PREFIX:
-                found[name] = _not_empty(_from_tfds(dataset))
+                splits[name] = _not_empty(_from_tfds(dataset))
                 continue
             folder = _folder(Path(root).expanduser() / name, dataset.marker)
             if folder is None:
                 absent[name] = f"no {dataset.marker} below {root}/{name}"
             else:
-                found[name] = _not_empty(dataset.read(folder))
+                splits[name] = _not_empty(dataset.read(folder))
         except _Absent as error:
             absent[name] = str(error)
         except InputError as error:
@@ -80,9 +82,9 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
             )
     if problems:
         raise InputError(problems)
-    if not found:
+    if not splits:
         raise InputError(f"{root}: none of {', '.join(names)} in it")
-    return found, absent
+    return splits, absent
 
 
 def _not_empty(splits: Splits) -> Splits:
@@ -99,7 +101,9 @@ class _Absent(Exception):
 
 
 def _folder(base: Path, marker: str) -> Path | None:
-    """Where the marker lies: the folder itself or one or two (VOCdevkit/VOC2007) inside it."""
+    """Finds the folder of the marker: the folder itself or one or two (VOCdevkit/VOC2007) inside
+    it.
+    """
     inside = [*sorted(base.glob("*/")), *sorted(base.glob("*/*/"))] if base.is_dir() else []
     return next((place for place in (base, *inside) if (place / marker).exists()), None)
 
@@ -143,10 +147,10 @@ def _labels_of(source: TfdsSource, metric: str) -> np.ndarray:
         labels = source.labels()
         assert labels is not None
         return labels
-    found = np.full((len(source), len(VOC_CLASSES)), -1)
-    for row, classes in zip(found, source.values("labels_no_difficult"), strict=True):
+    table = np.full((len(source), len(VOC_CLASSES)), -1)
+    for row, classes in zip(table, source.values("labels_no_difficult"), strict=True):
         row[classes] = 1
-    return found
+    return table
 
 
 def _lines(path: Path) -> list[str]:
@@ -201,8 +205,8 @@ def _cars(folder: Path) -> Splits:
     """Stanford Cars: annotations in .mat files, with the test set's labels."""
 
     def part(place: str, annotations: str) -> Images:
-        found = _mat(folder / annotations)["annotations"]
-        rows = [(str(row["fname"]), int(row["class"]) - 1) for row in np.atleast_1d(found)]
+        annotated = _mat(folder / annotations)["annotations"]
+        rows = [(str(row["fname"]), int(row["class"]) - 1) for row in np.atleast_1d(annotated)]
         return _images(folder / place, rows)
 
     test = "cars_test_annos_withlabels.mat"
@@ -306,8 +310,8 @@ def _voc2007(folder: Path) -> Splits:
         if all((lists / f"{kind}_{split}.txt").is_file() for kind in VOC_CLASSES):
             columns = []
             for kind in VOC_CLASSES:
-                said = dict(line.split() for line in _lines(lists / f"{kind}_{split}.txt"))
-                columns.append([int(said[name]) for name in names])
+                values = dict(line.split() for line in _lines(lists / f"{kind}_{split}.txt"))
+                columns.append([int(values[name]) for name in names])
             labels = np.array(columns).T
         else:
             labels = np.array([_shown(folder / f"Annotations/{name}.xml") for name in names])
@@ -318,15 +322,17 @@ def _voc2007(folder: Path) -> Splits:
 
 
 def _shown(path: Path) -> list[int]:
-    """Of an annotation, for each class: 1 where it is shown, 0 where only difficult to see, -1."""
+    """Reads an annotation. Returns for each class 1 where it is shown, 0 where only difficult to
+    see, else -1.
+    """
     text = path.read_text()
     if re.search(r"<!(DOCTYPE|ENTITY)", text):
         raise ValueError(f"{path.name} declares entities")
     shown = dict.fromkeys(VOC_CLASSES, -1)
-    for found in ElementTree.fromstring(text).iter("object"):
+    for element in ElementTree.fromstring(text).iter("object"):
         kind, difficult = (
-            found.findtext("name", ""),
-            found.findtext("difficult", "0").strip() == "1",
+            element.findtext("name", ""),
+            element.findtext("difficult", "0").strip() == "1",
         )
         shown[kind.strip()] = max(shown[kind.strip()], 0 if difficult else 1)
     return list(shown.values())

@@ -9,9 +9,9 @@ import numpy as np
 
 from proteus_jax.data import decode
 from proteus_jax.data.dataset import open_source
-from proteus_jax.data.sampler import chosen
+from proteus_jax.data.sampler import subset_indices
 from proteus_jax.data.sources import skimage
-from proteus_jax.data.sources.base import MemorySource, Part, Source
+from proteus_jax.data.sources.base import MemorySource, Source, SubsetSource
 from proteus_jax.data.sources.image_folder import FileSource
 from proteus_jax.data.sources.tfds import PREFIX, TfdsSource
 from proteus_jax.errors import InputError, Unreadable
@@ -28,29 +28,29 @@ LOOKED_AT = 32
 TILES, TILE = 16, 98
 
 
-class Labelled(NamedTuple):
+class LabeledDataset(NamedTuple):
     """A source, the class of each image [N] as a number, and the classes' names."""
 
     source: Source
     labels: np.ndarray
     classes: tuple[str, ...]
 
-    def part(self, indices: np.ndarray) -> "Labelled":
+    def part(self, indices: np.ndarray) -> "LabeledDataset":
         """Some of the images."""
-        return Labelled(Part(self.source, indices), self.labels[indices], self.classes)
+        return LabeledDataset(
+            SubsetSource(self.source, indices), self.labels[indices], self.classes
+        )
 
 
-class Pair(NamedTuple):
-    """What is learnt from and what is tested on, with the same classes; `told` says how they were
-    told apart.
-    """
+class TrainTestSplit(NamedTuple):
+    """A training set and a test set of the same classes; `test_name` names the second."""
 
-    train: Labelled
-    test: Labelled
-    told: str
+    train: LabeledDataset
+    test: LabeledDataset
+    test_name: str
 
 
-def open_labelled(root: str) -> Labelled:
+def open_labeled(root: str) -> LabeledDataset:
     """A place of images whose classes are known; a folder's are the names right inside it.
 
     InputError where there is none, or where there are not two classes.
@@ -68,26 +68,26 @@ def open_labelled(root: str) -> Labelled:
             )
         names: Sequence[str] = [part[0] for part in parts]
     else:
-        found = source.labels()
-        if found is None:
+        values = source.labels()
+        if values is None:
             raise InputError(f"{root}: expected images with classes, found none")
-        if found.min() < 0:
-            raise InputError(f"{root}: its labels are {found.min()}: this split has no classes")
+        if values.min() < 0:
+            raise InputError(f"{root}: its labels are {values.min()}: this split has no classes")
         known = source.class_names() if isinstance(source, TfdsSource) else ()
-        names = [known[label] if known else str(label) for label in found.tolist()]
+        names = [known[label] if known else str(label) for label in values.tolist()]
     classes, labels = np.unique(names, return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"{root}: expected two classes or more, found only {classes[0]}")
-    return Labelled(source, labels.astype(np.int64), tuple(classes.tolist()))
+    return LabeledDataset(source, labels.astype(np.int64), tuple(classes.tolist()))
 
 
 def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[int]]:
     """Squares of at most `side` pixels of each image, at most so many, spread evenly over a grid;
     and which image each is of.
     """
-    found, labels = [], []
+    squares, labels = [], []
     for number in range(len(source)):
-        pixels = decode.opened(source.read(number)).pixels()
+        pixels = decode.open_image(source.read(number)).pixels()
         height, width = pixels.shape[:2]
         length = min(side, height, width)
         corners = [
@@ -97,30 +97,30 @@ def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[
         ]
         picked = np.linspace(0, len(corners) - 1, min(most, len(corners))).round().astype(int)
         for top, left in (corners[at] for at in picked):
-            found.append(pixels[top : top + length, left : left + length].copy())
+            squares.append(pixels[top : top + length, left : left + length].copy())
             labels.append(number)
-    return found, labels
+    return squares, labels
 
 
-def open_pictures_pair() -> Pair:
+def open_pictures_pair() -> TrainTestSplit:
     """Which of the nineteen pictures a tile is of: tiles of the left three quarters to learn from,
     of the right quarter to test on.
     """
     split = skimage.open_pictures()
     names = tuple(split.training.name(number) for number in range(len(split.training)))
 
-    def part(source: Source | None, most: int) -> Labelled:
+    def part(source: Source | None, most: int) -> LabeledDataset:
         assert source is not None
-        found, labels = tiles(source, TILE, most)
+        squares, labels = tiles(source, TILE, most)
         titles = [f"tile {at} of {names[label]}" for at, label in enumerate(labels)]
-        return Labelled(MemorySource(found, titles), np.array(labels), names)
+        return LabeledDataset(MemorySource(squares, titles), np.array(labels), names)
 
-    return Pair(
+    return TrainTestSplit(
         part(split.training, TILES), part(split.held_out, TILES // 4), "tiles of the right quarters"
     )
 
 
-def open_pair(root: str) -> Pair:
+def open_pair(root: str) -> TrainTestSplit:
     """A folder with train/ and test/ (or val/), each with one folder a class; tfds:NAME with such
     splits; a folder of classes, of whose images every fifth is tested on; or "scikit-image", see
     open_pictures_pair.
@@ -130,7 +130,7 @@ def open_pair(root: str) -> Pair:
     if root == skimage.NAME:
         return open_pictures_pair()
     if root.lower().startswith(PREFIX):
-        return _matched(open_labelled(f"{root}:{TRAIN}"), *_first(root, TEST, ":"))
+        return _matched(open_labeled(f"{root}:{TRAIN}"), *_first(root, TEST, ":"))
     inside = _folders(root)
     if TRAIN not in inside:
         if inside and inside <= {name for name in inside if name.lower() in SPLITS}:
@@ -138,16 +138,16 @@ def open_pair(root: str) -> Pair:
                 f"{root}: expected {TRAIN}/ and {TEST[0]}/, or classes, found "
                 f"{', '.join(sorted(inside))}"
             )
-        return _parted(open_labelled(root))
+        return _parted(open_labeled(root))
     tests = [name for name in TEST if name in inside]
     if not tests:
         raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
-    return _matched(open_labelled(f"{root}/{TRAIN}"), *_first(root, tests, "/"))
+    return _matched(open_labeled(f"{root}/{TRAIN}"), *_first(root, tests, "/"))
 
 
-def images_on_both_sides(pair: Pair) -> str:
-    """What to say where images are tested on that are learnt from: of files that have the same name
-    on both sides some are looked at. Nothing where none is the same.
+def images_on_both_sides(pair: TrainTestSplit) -> str:
+    """Warns of images that are both trained and tested on: of files that have the same name on both
+    sides some are compared. Returns an empty text where none is the same.
     """
     sides = (pair.train.source, pair.test.source)
     if not all(isinstance(side, FileSource) for side in sides):
@@ -180,18 +180,18 @@ def _folders(root: str) -> set[str]:
     return {path.name for path in place.iterdir() if path.is_dir() and path.name[0] != "."}
 
 
-def _first(root: str, splits: Sequence[str], between: str) -> tuple[Labelled, str]:
+def _first(root: str, splits: Sequence[str], between: str) -> tuple[LabeledDataset, str]:
     """The first split that has classes, and its name: a test set is often published without."""
     reasons = []
     for split in splits:
         try:
-            return open_labelled(f"{root}{between}{split}"), split
+            return open_labeled(f"{root}{between}{split}"), split
         except InputError as error:
             reasons += error.problems
     raise InputError([f"{root}: no split to test on", *reasons])
 
 
-def _matched(train: Labelled, test: Labelled, told: str) -> Pair:
+def _matched(train: LabeledDataset, test: LabeledDataset, test_name: str) -> TrainTestSplit:
     """The test set's labels as numbers of the training set's classes."""
     number = {name: label for label, name in enumerate(train.classes)}
     strange = [name for name in test.classes if name not in number]
@@ -201,10 +201,12 @@ def _matched(train: Labelled, test: Labelled, told: str) -> Pair:
             f"{len(train.classes)}, as {train.classes[0]}"
         )
     own = np.array([number[name] for name in test.classes])
-    return Pair(train, Labelled(test.source, own[test.labels], train.classes), told)
+    return TrainTestSplit(
+        train, LabeledDataset(test.source, own[test.labels], train.classes), test_name
+    )
 
 
-def _parted(whole: Labelled) -> Pair:
+def _parted(whole: LabeledDataset) -> TrainTestSplit:
     """Every fifth image of each class, at least one, is tested on."""
     out = np.zeros(len(whole.labels), bool)
     for label, name in enumerate(whole.classes):
@@ -214,6 +216,8 @@ def _parted(whole: Labelled) -> Pair:
                 f"{name}: expected two images or more of a class, one to learn from and one to "
                 f"test on, found {len(members)}"
             )
-        out[members[chosen(0, len(members), max(len(members) // TESTED, 1), part=label)]] = True
+        out[
+            members[subset_indices(0, len(members), max(len(members) // TESTED, 1), part=label)]
+        ] = True
     train, test = (whole.part(np.flatnonzero(side)) for side in (~out, out))
-    return Pair(train, test, f"one image in {TESTED} of each class")
+    return TrainTestSplit(train, test, f"one image in {TESTED} of each class")

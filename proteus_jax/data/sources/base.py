@@ -1,4 +1,4 @@
-"""Where images come from: random access, a length, a fingerprint."""
+"""Sources of images: random access, a length, a fingerprint."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """The name of an image in messages."""
         ...
 
     def key(self, index: int) -> str:
@@ -76,7 +76,7 @@ class MemorySource:
         """Not needed: the source is split by hand."""
 
 
-class Part:
+class SubsetSource:
     """Some images of a source, by sorted indices."""
 
     def __init__(self, source: Source, indices: np.ndarray):
@@ -110,7 +110,7 @@ class Part:
         return None if digests is None else [digests[index] for index in self._indices]
 
 
-class Joined:
+class ConcatSource:
     """Several sources, one after the other in one index. They have no classes in common."""
 
     def __init__(self, sources: Sequence[Source]):

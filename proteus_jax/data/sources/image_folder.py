@@ -15,7 +15,7 @@ import numpy as np
 
 from proteus_jax.data import decode
 from proteus_jax.data.mmap_table import Names, Table, read_table, write_table
-from proteus_jax.data.splits import told
+from proteus_jax.data.splits import named
 from proteus_jax.errors import InputError
 from proteus_jax.runtime import remote_fs
 from proteus_jax.runtime.filesystem import cache_directory
@@ -75,10 +75,10 @@ def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
     InputError where there is no folder or no image in it.
     """
     if remote_fs.is_remote(root):
-        found = (
+        listed = (
             e for e in remote_fs.remote_listing(root) if e[0].lower().endswith(decode.SUFFIXES)
         )
-        return _source(root, sorted(found)), ()
+        return _source(root, sorted(listed)), ()
     folder = remote_fs.local(root)
     if not os.path.isdir(folder):
         raise InputError(f"{root}: no such folder")
@@ -233,7 +233,7 @@ def _source(
 
 
 def _looked_at(
-    asked: str, root: Path, entries: Sequence[tuple[str, int]]
+    given: str, root: Path, entries: Sequence[tuple[str, int]]
 ) -> tuple[FileSource, tuple[str, ...]]:
     """Files each of which begins like an image, known by their content; and the others."""
     names, digests, skipped = [], [], []
@@ -246,7 +246,7 @@ def _looked_at(
             digests.append(digest)
     if not names:
         raise InputError(
-            f"{asked}: no image ({', '.join(decode.SUFFIXES)}) below it" + told(skipped)
+            f"{given}: no image ({', '.join(decode.SUFFIXES)}) below it" + named(skipped)
         )
     joined = hashlib.sha256()
     for name, digest in zip(names, digests, strict=True):

@@ -114,7 +114,7 @@ def open_tar(paths: Sequence[str]) -> TarSource:
 
 def _members(path: str, size: int) -> list[tuple[str, int, int, int]]:
     """(name, offset, size, class or -1) of every image of a shard."""
-    found: list[tuple[str, int, int, int]] = []
+    members: list[tuple[str, int, int, int]] = []
     classes: dict[str, int] = {}
     try:
         with remote_fs.open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as shard:
@@ -130,12 +130,12 @@ def _members(path: str, size: int) -> list[tuple[str, int, int, int]]:
                     text = shard.extractfile(member).read(32)  # pyright: ignore[reportOptionalMemberAccess]
                     classes[key] = int(text) if text.strip().isdigit() else -1
                 elif name.suffix.lower() in decode.SUFFIXES:
-                    found.append((member.name, member.offset_data, member.size, key))  # pyright: ignore[reportArgumentType]
+                    members.append((member.name, member.offset_data, member.size, key))  # pyright: ignore[reportArgumentType]
     except tarfile.TarError as error:
         raise InputError(f"{path}: expected an uncompressed tar file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    return [(name, at, length, classes.get(str(key), -1)) for name, at, length, key in found]
+    return [(name, at, length, classes.get(str(key), -1)) for name, at, length, key in members]
 
 
 class ParquetSource:
@@ -209,12 +209,12 @@ class ParquetSource:
         """The column of class numbers, where there is one."""
         if self._columns[1] is None:
             return None
-        found = []
+        chunks = []
         for path in self._paths:
             with remote_fs.open_file(path) as file:
                 table = pyarrow.parquet.read_table(file, columns=[self._columns[1]])
-                found.append(table.column(0).to_numpy())
-        return np.concatenate(found)
+                chunks.append(table.column(0).to_numpy())
+        return np.concatenate(chunks)
 
     def digests(self) -> None:
         """Not known without reading everything."""
@@ -230,14 +230,14 @@ def open_parquet(paths: Sequence[str]) -> ParquetSource:
     for number, path in enumerate(paths):
         try:
             with remote_fs.open_file(path) as file:
-                opened = pyarrow.parquet.ParquetFile(file)
-                metadata, schema = opened.metadata, opened.schema_arrow
+                parquet = pyarrow.parquet.ParquetFile(file)
+                metadata, schema = parquet.metadata, parquet.schema_arrow
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{path}: expected a parquet file: {error}") from None
-        found = _columns(path, schema)
-        if columns is not None and found != columns:
-            raise InputError(f"{path}: has columns {found}, the files before it {columns}")
-        columns = found
+        roles = _columns(path, schema)
+        if columns is not None and roles != columns:
+            raise InputError(f"{path}: has columns {roles}, the files before it {columns}")
+        columns = roles
         for group in range(metadata.num_row_groups):
             end += metadata.row_group(group).num_rows
             groups.append((number, group, end))

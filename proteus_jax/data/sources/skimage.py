@@ -33,7 +33,7 @@ def _folder() -> Path:
 
 
 def are_here() -> bool:
-    """Whether they have been fetched."""
+    """Returns True where the images have been fetched."""
     return all((_folder() / name).is_file() for name in FILES)
 
 

@@ -37,8 +37,8 @@ class TfdsSource:
         self._label = "label" if "label" in features else None
         info = self._builder.info
         part = info.splits[split]
-        told = f"{info.full_name} {split} {part.num_examples} {part.num_bytes}"
-        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        identity = f"{info.full_name} {split} {part.num_examples} {part.num_bytes}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def __reduce__(self) -> tuple:
         return TfdsSource, self._asked
@@ -70,7 +70,7 @@ class TfdsSource:
             raise Unreadable(str(error)) from None
 
     def class_names(self) -> list[str]:
-        """By number; none where the builder does not know them."""
+        """Names of the classes by number; none where the builder does not know them."""
         return list(getattr(self._builder.info.features[self._label], "names", None) or ())
 
     def labels(self) -> np.ndarray | None:
@@ -82,10 +82,10 @@ class TfdsSource:
             return read_table(place).columns["label"]
         except (OSError, ValueError, KeyError):
             pass
-        found = np.array(list(self.values(self._label)))
+        labels = np.array(list(self.values(self._label)))
         with contextlib.suppress(OSError):  # read again next time
-            write_table(place, {}, {"label": found})
-        return found
+            write_table(place, {}, {"label": labels})
+        return labels
 
     def values(self, feature: str) -> Iterator[Any]:
         """A feature of every example, in order; no image is decoded."""
@@ -108,11 +108,12 @@ def _builder(name: str, data_dir: str | None) -> Any:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{where}: tensorflow-datasets cannot open it: {first}") from None
-    found = builder.info.file_format
-    if found is None or found.value != "array_record":
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
         raise InputError(
             f"{where}: expected it prepared as array_record, found "
-            f"{found.value if found else 'nothing'}; prepare it where TensorFlow is installed with "
+            f"{file_format.value if file_format else 'nothing'}; prepare it where "
+            "TensorFlow is installed with "
             'download_and_prepare(file_format="array_record")'
         )
     return builder

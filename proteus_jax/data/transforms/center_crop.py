@@ -9,8 +9,8 @@ from proteus_jax.data import decode
 from proteus_jax.errors import Unreadable
 
 
-class CentreCrop(NamedTuple):
-    """The shorter side resized to `resize` pixels (Pillow's antialiased bicubic), then the centre
+class CenterCrop(NamedTuple):
+    """The shorter side resized to `resize` pixels (Pillow's antialiased bicubic), then the center
     square of `crop`.
 
     Source: torchvision's Resize and CenterCrop, which DINOv2 and Proteus evaluate with.
@@ -19,7 +19,7 @@ class CentreCrop(NamedTuple):
     resize: int
     crop: int
 
-    def __call__(self, picture: decode.Picture) -> np.ndarray:
+    def __call__(self, picture: decode.LazyImage) -> np.ndarray:
         """Uint8 [crop, crop, 3]; Unreadable where a file turns out to be broken."""
         height, width = picture.height, picture.width
         pixels = picture.pixels()[:height, :width]

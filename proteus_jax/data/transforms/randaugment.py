@@ -1,7 +1,7 @@
 """RandAugment's fifteen operations, "increasing" set, as timm 0.9.16 makes them with Pillow.
 
-Each takes and gives contiguous uint8 [H, W, 3]. Source: timm/data/auto_augment.py's behaviour;
-colours differ from it by at most one level, geometry by what OpenCV's bicubic differs from
+Each takes and gives contiguous uint8 [H, W, 3]. Source: timm/data/auto_augment.py's behavior;
+colors differ from it by at most one level, geometry by what OpenCV's bicubic differs from
 Pillow's (tests/golden.py).
 """
 
@@ -16,12 +16,12 @@ import numpy as np
 from proteus_jax.data.transforms.resize import shifted, warped
 
 MAXIMUM = 10.0
-# What comes in from outside the image: the mean colour of ImageNet.
+# What comes in from outside the image: the mean color of ImageNet.
 FILL = (124, 116, 104)
 _LEVELS = np.arange(256)
 # OpenCV rounds, halves to even; less this much before it cuts, and whole levels stay.
 _CUT = 0.499
-# ITU-R 601-2, as Pillow converts to grey.
+# ITU-R 601-2, as Pillow converts to gray.
 _LUMINANCE = (0.299, 0.587, 0.114)
 
 
@@ -37,7 +37,7 @@ def _table(values: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def _gray(image: np.ndarray) -> np.ndarray:
     """Uint8 [H, W], the luminance of ITU-R 601-2."""
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
@@ -99,15 +99,15 @@ def solarize_add(image: np.ndarray, added: float) -> np.ndarray:
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Towards grey (below 1) or away from it."""
+    """Towards gray (below 1) or away from it."""
     matrix = np.zeros((3, 4))
     matrix[:, :3] = factor * np.eye(3) + (1 - factor) * np.array(_LUMINANCE)
     return _mixed(image, matrix)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Towards the mean grey (below 1) or away from it."""
-    mean = int(cv2.mean(_grey(image))[0] + 0.5)
+    """Towards the mean gray (below 1) or away from it."""
+    mean = int(cv2.mean(_gray(image))[0] + 0.5)
     matrix = factor * np.eye(3, 4)
     matrix[:, 3] = mean * (1 - factor)
     return _mixed(image, matrix)
@@ -131,7 +131,7 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Counterclockwise about the centre."""
+    """Counterclockwise about the center."""
     height, width = image.shape[:2]
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     x, y = width / 2, height / 2
@@ -196,8 +196,9 @@ _NAMES = tuple(OPERATIONS)
 
 
 class RandAugment(NamedTuple):
-    """As timm's "rand-m9-mstd0.5-inc1": so many operations an image, drawn with replacement, each
-    applied with a probability, its magnitude normal and clipped to 0 to 10, its sign even.
+    """RandAugment as timm's "rand-m9-mstd0.5-inc1": so many operations an image, drawn with
+    replacement, each applied with a probability, its magnitude normal and clipped to 0 to 10, its
+    sign even.
 
     No operations at all where `operations` is 0.
     """

@@ -53,7 +53,7 @@ def crop_box(rng: np.random.Generator, height: int, width: int) -> Box:
     return Box(left, top, left + box_width, top + box_height)
 
 
-def resized_crop(picture: decode.Picture, box: Box, size: int) -> np.ndarray:
+def resized_crop(picture: decode.LazyImage, box: Box, size: int) -> np.ndarray:
     """Uint8 [size, size, 3]: a box of a picture, bicubic with antialiasing.
 
     A box so large that the file can be decoded at a fraction of its size is moved by less than
@@ -67,15 +67,15 @@ def resized_crop(picture: decode.Picture, box: Box, size: int) -> np.ndarray:
     return resized(pixels[top:bottom, left:right], size)
 
 
-class Recipe(NamedTuple):
-    """What is done to an image: a random resized crop of `size` pixels, flipped half of the time,
-    then RandAugment.
+class TrainTransform(NamedTuple):
+    """The transform of training images: a random resized crop of `size` pixels, flipped half of the
+    time, then RandAugment.
     """
 
     size: int
     randaugment: RandAugment = RandAugment(operations=0)
 
-    def __call__(self, picture: decode.Picture, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, picture: decode.LazyImage, rng: np.random.Generator) -> np.ndarray:
         """A view, uint8 [size, size, 3]; Unreadable where a file turns out to be broken."""
         box = crop_box(rng, picture.height, picture.width)
         flipped = rng.random() < 0.5

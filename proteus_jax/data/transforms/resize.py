@@ -82,15 +82,15 @@ def _blocks(scale: float) -> int:
 
 
 def warped(image: np.ndarray, matrix: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
-    """Uint8 [H, W, 3]: output (x, y) taken, bicubic, from input matrix @ (x, y, 1), pixel centres
+    """Uint8 [H, W, 3]: output (x, y) taken, bicubic, from input matrix @ (x, y, 1), pixel centers
     at halves as in Pillow; `fill` outside.
     """
-    centred = np.array(matrix, np.float64).reshape(2, 3)
-    centred[:, 2] += centred[:, :2] @ (0.5, 0.5) - 0.5
+    centered = np.array(matrix, np.float64).reshape(2, 3)
+    centered[:, 2] += centered[:, :2] @ (0.5, 0.5) - 0.5
     # In float32 OpenCV's bicubic warp is a third faster than in uint8.
     taken = cv2.warpAffine(
         image.astype(np.float32),
-        centred,
+        centered,
         (image.shape[1], image.shape[0]),
         flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
         borderValue=fill,
@@ -109,7 +109,7 @@ def shifted(image: np.ndarray, pixels: float, axis: int, fill: tuple[int, int, i
     """
     whole, near = math.floor(pixels), math.floor(pixels + 0.5)
     length = image.shape[axis]
-    # The outputs whose source is inside: its centre is at most half a pixel beyond the edge.
+    # The outputs whose source is inside: its center is at most half a pixel beyond the edge.
     start, stop = max(0, -near), min(length, length - near)
     if start >= stop:
         return np.full_like(image, fill)

@@ -33,7 +33,7 @@ def predictions(
     used = [k for k in neighbours if k <= len(train)]
     if not used:
         return {}
-    classes, found = int(labels.max()) + 1, {k: [] for k in used}
+    classes, classes_by_k = int(labels.max()) + 1, {k: [] for k in used}
     bank = _Bank(train, mesh)
     for start in range(0, len(test), QUERIES):
         similarity, index = bank.nearest(test[start : start + QUERIES], max(used))
@@ -42,9 +42,9 @@ def predictions(
         rows, before = np.arange(len(index))[:, None], 0
         for k in sorted(used):
             np.add.at(votes, (rows, labels[index[:, before:k]]), weights[:, before:k])
-            found[k].append(votes.argmax(axis=1))
+            classes_by_k[k].append(votes.argmax(axis=1))
             before = k
-    return {k: np.concatenate(found[k]) for k in used}
+    return {k: np.concatenate(classes_by_k[k]) for k in used}
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 class _Bank:
-    """What is searched: rows spread over the devices."""
+    """The rows that are searched, spread over the devices."""
 
     def __init__(self, rows: np.ndarray, mesh: Mesh):
         self._mesh, count = mesh, len(rows)
@@ -105,20 +105,20 @@ def _search(mesh: Mesh, k: int, chunk: int, count: int):
 
     def search(rows: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
         spec = PartitionSpec(None, sharding.BATCH_AXES)
-        found = jax.shard_map(
+        nearest = jax.shard_map(
             on_a_device,
             mesh=mesh,
             in_specs=(PartitionSpec(sharding.BATCH_AXES), PartitionSpec()),
             out_specs=(spec, spec),
         )(rows, queries)
-        similarity, place = jax.lax.top_k(found[0], k)
-        return similarity, jnp.take_along_axis(found[1], place, axis=1)
+        similarity, place = jax.lax.top_k(nearest[0], k)
+        return similarity, jnp.take_along_axis(nearest[1], place, axis=1)
 
     return jax.jit(search, out_shardings=sharding.replicated(mesh))
 
 
-def _best(k: int, *found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _best(k: int, *candidates: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The k largest of several lists of (similarity [q, n], index [q, n])."""
-    similarity, index = (jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    similarity, index = (jnp.concatenate(parts, axis=1) for parts in zip(*candidates, strict=True))
     similarity, place = jax.lax.top_k(similarity, k)
     return similarity, jnp.take_along_axis(index, place, axis=1)

@@ -42,8 +42,8 @@ def fit(
     tolerance: float = 1e-7,
     most: int = 1000,
 ) -> Fit:
-    """Of standardised features [N, D]. Targets are classes [N], for one softmax, or 0 and 1 [N, K],
-    for K classifiers of their own.
+    """Fits standardised features [N, D]. Targets are classes [N], for one softmax, or 0 and 1 [N,
+    K], for K classifiers of their own.
 
     Each fit goes on until no derivative is larger than `tolerance`, at most `most` steps.
     """
@@ -63,9 +63,9 @@ def fit(
             # One shape for all groups: the last decay again where some are missing.
             padded = np.concatenate([chosen, np.repeat(chosen[-1:], TOGETHER - len(chosen))])
             scaled = jnp.asarray(padded / len(features), dtype)
-            found = jax.device_get(_descend(x, y, scaled, start, tolerance, most))
-            parts.append(jax.tree.map(operator.itemgetter(slice(len(chosen))), found))
-            start = jax.tree.map(lambda a: jnp.asarray(a[-1], dtype), found[0])
+            solutions = jax.device_get(_descend(x, y, scaled, start, tolerance, most))
+            parts.append(jax.tree.map(operator.itemgetter(slice(len(chosen))), solutions))
+            start = jax.tree.map(lambda a: jnp.asarray(a[-1], dtype), solutions[0])
     back = np.argsort(order)
     return Fit(
         np.concatenate([params["weights"] for params, _ in parts])[back],

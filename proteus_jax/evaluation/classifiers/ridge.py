@@ -47,8 +47,8 @@ def fit(features: np.ndarray, labels: np.ndarray) -> Probe:
         fitted = rotated @ (shrunk[:, None] * correlation)
         # The share of itself in each fitted value, the bias included.
         own = np.einsum("nd,d,nd->n", rotated, shrunk, rotated) + 1.0 / len(features)
-        left_out = target - (target - fitted) / np.maximum(1.0 - own, 1e-9)[:, None]
-        right = float(np.mean((left_out + bias).argmax(axis=1) == labels))
+        held_out = target - (target - fitted) / np.maximum(1.0 - own, 1e-9)[:, None]
+        right = float(np.mean((held_out + bias).argmax(axis=1) == labels))
         if right > best_right:
             best, best_right = (regulariser, shrunk), right
     assert best is not None

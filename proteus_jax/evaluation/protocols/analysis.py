@@ -12,21 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.dataset import open_source
-from proteus_jax.data.decode import opened
+from proteus_jax.data.decode import open_image
 from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import InputError, Unreadable, collecting
 from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
-from proteus_jax.evaluation.feature_extraction import Frozen, Table, compiled_pass, feature_pass
+from proteus_jax.evaluation.feature_extraction import (
+    FeatureTable,
+    FrozenBackbone,
+    compiled_pass,
+    feature_pass,
+)
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.teacher_agreement import nearest
 from proteus_jax.loading import Heads, load_any, load_heads
-from proteus_jax.methods.feature_standardization import standardised
-from proteus_jax.methods.resample import regridded, renormalised, resized
-from proteus_jax.methods.teacher_config import FIRST
+from proteus_jax.methods.feature_standardization import standardize
+from proteus_jax.methods.resample import renormalize, resize_images, resize_patch_grid
+from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import BackboneFunction, Params
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.weights.feature_extractor import Model
 
 QUERIES, NEIGHBOURS = 6, 5
@@ -46,8 +51,8 @@ class Data(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Of each block the class token [b, blocks, d] and the mean patch token [b, blocks, d], and the
-    features after the final LayerNorm: class [b, d] and mean patch token [b, d].
+    """Tokens of each block: class tokens [b, blocks, d] and mean patch tokens [b, blocks, d], and
+    the features after the final LayerNorm: class [b, d] and mean patch token [b, d].
     """
 
     cls: Any
@@ -88,12 +93,13 @@ def _refuse_crop(config: Any, teacher: Model) -> None:
 def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
     if heads is None:
         return
-    learnt = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
-    found = teacher.spec.width, teacher.spec.patch_size
-    if learnt != found:
+    student_size = heads.teacher["width"], heads.teacher["spec"]["patch_size"]
+    teacher_size = teacher.spec.width, teacher.spec.patch_size
+    if student_size != teacher_size:
         raise InputError(
-            f"expected a teacher as the run had, {learnt[0]} wide with patches of {learnt[1]} px, "
-            f"found {found[0]} and {found[1]}"
+            f"expected a teacher as the run had, {student_size[0]} wide with patches of "
+            f"{student_size[1]} px, "
+            f"found {teacher_size[0]} and {teacher_size[1]}"
         )
 
 
@@ -103,7 +109,7 @@ def check(config: Any, model: Model) -> list[str]:
 
 
 def layers(backbone: BackboneFunction, params: Params, images: jax.Array) -> Layers:
-    """What is compared, float32."""
+    """The tokens that are compared, float32."""
     depth = backbone.spec.depth
     blocks = backbone.intermediates(params, images, range(depth), normalise=False)
     final = backbone(params, images)
@@ -120,29 +126,29 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     """`cka` is {tokens: [student's blocks][teacher's blocks]}; `effective_rank` and `spectrum` are
     {model: ...}; `errors` null where the heads are not at hand. Pictures lie beside the results.
     """
-    teacher = Frozen(data.teacher, context.mesh, context.frozen.backbone.dtype)
+    teacher = FrozenBackbone(data.teacher, context.mesh, context.frozen.backbone.dtype)
     tables = {
         name: _table(context, frozen, data, name)
         for name, frozen in (("student", context.frozen), ("teacher", teacher))
     }
-    student, taught = (Layers(*table.values) for table in tables.values())
+    student, teacher_layers = (Layers(*table.values) for table in tables.values())
     cka = {
-        "class": _alignment(student.cls, taught.cls),
-        "patches": _alignment(student.patches, taught.patches),
-        "final": linear_cka(student.final, taught.final),
+        "class": _alignment(student.cls, teacher_layers.cls),
+        "patches": _alignment(student.patches, teacher_layers.patches),
+        "final": linear_cka(student.final, teacher_layers.final),
     }
     numbers = tables["student"].numbers
     views = _views(context, data, numbers)
-    for name, tokens in (("student", student.final), ("teacher", taught.final)):
+    for name, tokens in (("student", student.final), ("teacher", teacher_layers.final)):
         if len(numbers) > 1 and jax.process_index() == 0:
-            found = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
+            neighbours = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
             queries = np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers)))
-            sheet = figures.neighbour_sheet(views, queries.round().astype(int).tolist(), found)
+            sheet = figures.neighbour_sheet(views, queries.round().astype(int).tolist(), neighbours)
             figures.save_picture(sheet, context.workdir / f"neighbours-{name}.png")
     errors = None if data.heads is None else _errors(context, data, data.heads, teacher)
     ranks = {
         name: {"class": effective_rank(of.final), "patches": effective_rank(of.final_patches)}
-        for name, of in (("student", student), ("teacher", taught))
+        for name, of in (("student", student), ("teacher", teacher_layers))
     }
     context.say(f"  linear CKA of class tokens, final   {cka['final']:.3f}")
     for name, rank in ranks.items():
@@ -154,7 +160,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
         "effective_rank": ranks,
         "spectrum": {
             "student": spectrum(student.final)[:SHARES].tolist(),
-            "teacher": spectrum(taught.final)[:SHARES].tolist(),
+            "teacher": spectrum(teacher_layers.final)[:SHARES].tolist(),
         },
         "errors": errors,
         "teacher": describe(context.config.analysis.teacher, data.teacher),
@@ -166,7 +172,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     }
 
 
-def _table(context: Context, frozen: Frozen, data: Data, name: str) -> Table:
+def _table(context: Context, frozen: FrozenBackbone, data: Data, name: str) -> FeatureTable:
     return frozen.table(
         layers,
         data.source,
@@ -187,38 +193,38 @@ def _alignment(student: np.ndarray, teacher: np.ndarray) -> list[list[float]]:
 
 def _views(context: Context, data: Data, numbers: np.ndarray) -> np.ndarray:
     """The images as the models saw them."""
-    found = []
+    views = []
     for number in numbers.tolist():
         try:
-            found.append(context.view(opened(data.source.read(number))))
+            views.append(context.view(open_image(data.source.read(number))))
         except Unreadable:  # between the pass and now
-            found.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
-    return np.stack(found)
+            views.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
+    return np.stack(views)
 
 
-def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict[str, Any]:
+def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone) -> dict[str, Any]:
     """The three losses by image, and those of patches by position as a grid."""
     mesh, student = context.mesh, heads.student
     side = context.config.data.crop // student.spec.patch_size
     # The teacher gets its images as it got them in training.
     side_seen = heads.teacher["side"] or context.config.data.crop
-    given = Normalisation(*(tuple(part) for part in heads.teacher["normalisation"]))
+    given = Normalization(*(tuple(part) for part in heads.teacher["normalisation"]))
     ranks = np.random.default_rng(0).permutation(side * side)
     mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 
     def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
         pixels = heads.normalisation(images)
-        seen = renormalised(resized(pixels, side_seen), heads.normalisation, given)
-        target = regridded(teacher.backbone(params[1], seen), side)
+        seen = renormalize(resize_images(pixels, side_seen), heads.normalisation, given)
+        target = resize_patch_grid(teacher.backbone(params[1], seen), side)
         if heads.moments is not None:
-            target = standardised(target, heads.moments)
+            target = standardize(target, heads.moments)
         masks = jnp.broadcast_to(mask, (len(images), len(mask)))
-        said = student(params[0], pixels, pixels, masks).answers[FIRST]
-        assert said.patch is not None
+        outputs = student(params[0], pixels, pixels, masks).by_teacher[PRIMARY]
+        assert outputs.patch is not None
         return {
-            "token": jnp.mean((said.token - target.cls) ** 2, axis=-1),
-            "feature": jnp.mean((said.feature - target.patches) ** 2, axis=-1),
-            "patch": jnp.mean((said.patch - target.patches) ** 2, axis=-1),
+            "token": jnp.mean((outputs.token - target.cls) ** 2, axis=-1),
+            "feature": jnp.mean((outputs.feature - target.patches) ** 2, axis=-1),
+            "patch": jnp.mean((outputs.patch - target.patches) ** 2, axis=-1),
         }
 
     table = feature_pass(
@@ -231,25 +237,25 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: Frozen) -> dict
         data.chosen,
         lambda text: context.progress(f"errors: {text}"),
     )
-    found, hidden = table.values, np.asarray(mask)
+    errors, hidden = table.values, np.asarray(mask)
     names = [data.source.name(number) for number in table.numbers.tolist()]
-    patch = found["patch"][:, hidden].mean(axis=1)
-    position = np.where(hidden, found["patch"].mean(axis=0), np.nan)
+    patch = errors["patch"][:, hidden].mean(axis=1)
+    position = np.where(hidden, errors["patch"].mean(axis=0), np.nan)
     if jax.process_index() == 0:
-        tile = figures.number_tile(found["feature"].mean(axis=0).reshape(side, side))
+        tile = figures.number_tile(errors["feature"].mean(axis=0).reshape(side, side))
         figures.save_picture(tile, context.workdir / "errors-by-position.png")
     return {
         "step": heads.step,
         "by_image": {
             name: {
-                "token": float(found["token"][row]),
-                "feature": float(found["feature"][row].mean()),
+                "token": float(errors["token"][row]),
+                "feature": float(errors["feature"][row].mean()),
                 "patch": float(patch[row]),
             }
             for row, name in enumerate(names)
         },
         "by_position": {
-            "feature": found["feature"].mean(axis=0).reshape(side, side).tolist(),
+            "feature": errors["feature"].mean(axis=0).reshape(side, side).tolist(),
             "patch": [
                 [None if np.isnan(value) else float(value) for value in row]
                 for row in position.reshape(side, side)

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from proteus_jax.data.datasets.fine_grained import DATASETS, Images, Splits, find_datasets
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation.classifiers import logistic_regression
-from proteus_jax.evaluation.feature_extraction import Frozen, class_token
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone, class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.models.normalization import CLIP
 from proteus_jax.weights.feature_extractor import Model
@@ -64,7 +64,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     """`per_dataset` is {name: percent}, `average` their plain mean where all twelve are there, null
     otherwise; `absent` says why others are missing.
     """
-    frozen = Frozen(context.model, context.mesh, context.frozen.backbone.dtype, CLIP)
+    frozen = FrozenBackbone(context.model, context.mesh, context.frozen.backbone.dtype, CLIP)
     results, unreadable = {}, 0
     for name, splits in data.found.items():
         parts: list[Features | None] = []
@@ -117,13 +117,15 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     }
 
 
-def _features(context: Context, frozen: Frozen, images: Images, title: str) -> tuple[Features, int]:
+def _features(
+    context: Context, frozen: FrozenBackbone, images: Images, title: str
+) -> tuple[Features, int]:
     """Class tokens of one part. An image that is drawn several times is several rows."""
     crop = context.view.crop
     table = frozen.table(
         class_token,
         images.source,
-        CentreCrop(crop, crop),
+        CenterCrop(crop, crop),
         context.reading,
         progress=lambda text: context.progress(f"{title}: {text}"),
     )
@@ -131,7 +133,7 @@ def _features(context: Context, frozen: Frozen, images: Images, title: str) -> t
 
 
 def _dtype() -> np.dtype:
-    """Of the solver: float64 where that costs little."""
+    """The dtype of the solver: float64 where that costs little."""
     return np.dtype(np.float64 if jax.default_backend() == "cpu" else np.float32)
 
 
@@ -157,20 +159,20 @@ def evaluate(train: Features, validation: Features | None, test: Features, metri
     return Result(_percent(final, test.labels, metric), 1 / DECAYS[best], percents[best])
 
 
-def _scores(learnt: Features, tested: Features, decays: np.ndarray) -> np.ndarray:
+def _scores(train_features: Features, tested: Features, decays: np.ndarray) -> np.ndarray:
     """[L, N, K] of `tested`, by the means and deviations of what is learnt from."""
-    rows = learnt.rows.astype(np.float64)
+    rows = train_features.rows.astype(np.float64)
     mean, deviation = rows.mean(axis=0), rows.std(axis=0)
     # A dimension that never changes says nothing, and should not divide by zero.
     deviation[deviation == 0] = 1.0
-    labels = learnt.labels
+    labels = train_features.labels
     targets = (labels == 1).astype(np.float64) if labels.ndim == 2 else labels
-    found = logistic_regression.fit((rows - mean) / deviation, targets, decays, dtype=_dtype())
-    return found.scores((tested.rows.astype(np.float64) - mean) / deviation)
+    probe = logistic_regression.fit((rows - mean) / deviation, targets, decays, dtype=_dtype())
+    return probe.scores((tested.rows.astype(np.float64) - mean) / deviation)
 
 
 def _percent(scores: np.ndarray, labels: np.ndarray, metric: str) -> float:
-    """Of scores [N, K]."""
+    """The metric in percent, from scores [N, K]."""
     if metric == "map":
         columns = range(labels.shape[1])
         return 100 * float(
@@ -189,5 +191,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     if not positive.any():
         return 0.0
     recall, precision = hits / hits[-1], hits / np.arange(1, len(hits) + 1)
-    found = [precision[recall >= at - 1e-12].max(initial=0.0) for at in np.linspace(0.0, 1.0, 11)]
-    return float(np.mean(found))
+    precisions = [
+        precision[recall >= at - 1e-12].max(initial=0.0) for at in np.linspace(0.0, 1.0, 11)
+    ]
+    return float(np.mean(precisions))

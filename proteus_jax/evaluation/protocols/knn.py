@@ -4,7 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair, images_on_both_sides, open_pair
+from proteus_jax.data.datasets.labeled import (
+    LabeledDataset,
+    TrainTestSplit,
+    images_on_both_sides,
+    open_pair,
+)
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
@@ -16,7 +21,7 @@ from proteus_jax.weights.feature_extractor import Model
 FEW = 10
 
 
-def open_data(config: Any) -> Pair:
+def open_data(config: Any) -> TrainTestSplit:
     """Training and test images of --config.data.root."""
     with about("--config.data.root"):
         if not config.data.root:
@@ -29,11 +34,11 @@ def check(config: Any, model: Model) -> list[str]:
     return []
 
 
-def described(config: Any, pair: Pair, unreadable: int) -> dict[str, Any]:
-    """What results.json says of the images."""
+def described(config: Any, pair: TrainTestSplit, unreadable: int) -> dict[str, Any]:
+    """The description of the images in results.json."""
     return {
         "root": config.data.root,
-        "test": pair.told,
+        "test": pair.test_name,
         "train_images": len(pair.train.labels),
         "test_images": len(pair.test.labels),
         "classes": len(pair.train.classes),
@@ -43,15 +48,15 @@ def described(config: Any, pair: Pair, unreadable: int) -> dict[str, Any]:
     }
 
 
-def measure(context: Context, pair: Pair) -> dict[str, Any]:
+def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     """`top1` and `balanced_top1` are {k: percent}; `per_class` is of the k that is best."""
     config, unreadable = context.config, 0
     tokens, labels = [], []
     for title, part in (("train", pair.train), ("test", pair.test)):
-        found = class_tokens(context, part, title)
-        tokens.append(found.values)
-        labels.append(part.labels[found.numbers])
-        unreadable += found.unreadable
+        table = class_tokens(context, part, title)
+        tokens.append(table.values)
+        labels.append(part.labels[table.numbers])
+        unreadable += table.unreadable
     wanted = [int(k) for k in config.knn.neighbours]
     predicted = knn.predictions(
         tokens[0],
@@ -91,7 +96,7 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
 
 
 def say_what_it_is_worth(
-    context: Context, pair: Pair, labels: np.ndarray, rows: dict[str, dict[str, Any]]
+    context: Context, pair: TrainTestSplit, labels: np.ndarray, rows: dict[str, dict[str, Any]]
 ) -> None:
     """Classes of which one has most of the images, and images on both sides, make numbers that look
     better than they are.
@@ -113,7 +118,7 @@ def seen_again(train: np.ndarray, test: np.ndarray) -> int:
     return sum(row.tobytes() in known for row in test)
 
 
-def class_tokens(context: Context, part: Labelled, title: str):
+def class_tokens(context: Context, part: LabeledDataset, title: str):
     """A pass over one part of the images."""
     return context.frozen.table(
         class_token,

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, Pair
+from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.data.loader import training_batches
-from proteus_jax.data.sampler import Order, chosen
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.sampler import Sampler, subset_indices
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a head sees."""
+    """The tokens that a head sees."""
 
     blocks: int
     pooled: bool
@@ -72,7 +72,7 @@ class Probe(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of all heads, in the order of `predictions`."""
+        """Names of all heads, in the order of `predictions`."""
         return [kind.name(rate) for kind in self.kinds for rate in self.rates]
 
     def init(self, width: int, seed: int) -> Params:
@@ -120,7 +120,7 @@ class Probe(NamedTuple):
 def last_tokens(
     backbone: BackboneFunction, params: Params, images: jax.Array, *, blocks: int
 ) -> Tokens:
-    """What the heads see of normalised images."""
+    """The tokens of normalised images that the heads see."""
     depth = backbone.spec.depth
     outputs = backbone.intermediates(params, images, range(depth - blocks, depth))
     cls = jnp.stack([features.cls for features in outputs], axis=1)
@@ -128,7 +128,7 @@ def last_tokens(
     return Tokens(cls.astype(jnp.float32), mean.astype(jnp.float32))
 
 
-def open_data(config: Any) -> Pair:
+def open_data(config: Any) -> TrainTestSplit:
     """See neighbours.open_data; also InputError where the batch does not divide."""
     pair = knn.open_data(config)
     if config.batch % jax.device_count():
@@ -150,7 +150,7 @@ def check(config: Any, model: Model) -> list[str]:
     return []
 
 
-def hold_out(whole: Labelled, share: float) -> tuple[Labelled, Labelled | None]:
+def hold_out(whole: LabeledDataset, share: float) -> tuple[LabeledDataset, LabeledDataset | None]:
     """A share of each class, at least one image and never all of them, is not learnt from."""
     if share == 0:
         return whole, None
@@ -158,24 +158,24 @@ def hold_out(whole: Labelled, share: float) -> tuple[Labelled, Labelled | None]:
     for label in range(len(whole.classes)):
         members = np.flatnonzero(whole.labels == label)
         wanted = min(max(round(len(members) * share), 1), len(members) - 1)
-        out[members[chosen(1, len(members), wanted, part=label)]] = True
+        out[members[subset_indices(1, len(members), wanted, part=label)]] = True
     if not out.any():
         return whole, None
     return whole.part(np.flatnonzero(~out)), whole.part(np.flatnonzero(out))
 
 
-def measure(context: Context, pair: Pair) -> dict[str, Any]:
+def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     """`top1` is {head: percent} on the test set; `best` names the head that is best on the held-out
     part of the training set, and the best on the test set, which is the paper's way.
     """
     config, settings = context.config, context.config.linear
-    learnt, held_out = hold_out(pair.train, settings.held_out)
+    train_set, held_out = hold_out(pair.train, settings.held_out)
     most = int(max(settings.blocks))
     probe = Probe(
         kinds=tuple(Kind(int(n), pooled) for n in settings.blocks for pooled in (False, True)),
         rates=tuple(settings.learning_rates),
         classes=len(pair.train.classes),
-        steps=max(1, round(settings.epochs * len(learnt.labels) / config.batch)),
+        steps=max(1, round(settings.epochs * len(train_set.labels) / config.batch)),
         batch=config.batch,
     )
     tokens = functools.partial(last_tokens, blocks=most)
@@ -185,18 +185,18 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
     )()
     protocol = "linear, frozen crops" if settings.cache else "linear"
     if settings.cache:
-        state = _train_on_kept_features(context, probe, tokens, learnt, state)
+        state = _train_on_kept_features(context, probe, tokens, train_set, state)
     else:
-        state = CropTrainer(context, probe, tokens)(learnt, state)
+        state = CropTrainer(context, probe, tokens)(train_set, state)
     scores, unreadable = {}, 0
-    answers = None
+    results = None
     for title, part in (("held_out", held_out), ("test", pair.test)):
         if part is not None:
-            answers = _answers(context, probe, tokens, part, state["heads"], title)
-            scores[title] = [100 * float(share) for share in answers.right.mean(axis=0)]
-            unreadable += answers.unreadable
-    assert answers is not None
-    even = [per_class.balanced(head, answers.labels) for head in answers.right.T]
+            results = _run_heads(context, probe, tokens, part, state["heads"], title)
+            scores[title] = [100 * float(share) for share in results.right.mean(axis=0)]
+            unreadable += results.unreadable
+    assert results is not None
+    even = [per_class.balanced(head, results.labels) for head in results.right.T]
     best = {"test": int(np.argmax(scores["test"]))}
     if held_out is not None:
         best["held_out"] = int(np.argmax(scores["held_out"]))
@@ -207,8 +207,8 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
             f"balanced {even[number]:6.2f} %  {probe.names[number]}"
         )
     chosen = best.get("held_out", best["test"])
-    rows = per_class.rows(answers.right[:, chosen], answers.labels, pair.train.classes)
-    knn.say_what_it_is_worth(context, pair, answers.labels, rows)
+    rows = per_class.rows(results.right[:, chosen], results.labels, pair.train.classes)
+    knn.say_what_it_is_worth(context, pair, results.labels, rows)
     if jax.process_index() == 0:
         _save_head(context, probe, state["heads"], best, pair.train.classes, protocol)
     return {
@@ -223,7 +223,7 @@ def measure(context: Context, pair: Pair) -> dict[str, Any]:
             }
             for title, number in best.items()
         },
-        "chance": per_class.chance(answers.labels),
+        "chance": per_class.chance(results.labels),
         "per_class": rows,
         "data": knn.described(config, pair, unreadable)
         | {"held_out_images": 0 if held_out is None else len(held_out.labels)},
@@ -248,13 +248,13 @@ class CropTrainer:
             out_shardings=sharding.replicated(context.mesh),
         )
 
-    def __call__(self, learnt: Labelled, state: Params) -> Params:
+    def __call__(self, train_set: LabeledDataset, state: Params) -> Params:
         """All steps of the probe; `state` is gone afterwards."""
         context, probe, mesh = self._context, self._probe, self._context.mesh
         batches = training_batches(
-            learnt.source,
-            order=Order(context.config.seed, (len(learnt.labels),)),
-            recipe=Recipe(context.config.data.crop),
+            train_set.source,
+            order=Sampler(context.config.seed, (len(train_set.labels),)),
+            recipe=TrainTransform(context.config.data.crop),
             batch=probe.batch,
             steps=range(probe.steps),
             host=jax.process_index(),
@@ -265,7 +265,7 @@ class CropTrainer:
         with contextlib.closing(batches):
             for step, made in enumerate(batches):
                 images = sharding.place_batch(made.images, mesh)
-                labels = sharding.place_batch(learnt.labels[made.numbers].astype(np.int32), mesh)
+                labels = sharding.place_batch(train_set.labels[made.numbers].astype(np.int32), mesh)
                 state, loss = self._train(
                     state, context.frozen.params, images, labels, np.float32(step)
                 )
@@ -274,13 +274,13 @@ class CropTrainer:
 
 
 def _train_on_kept_features(
-    context: Context, probe: Probe, tokens: Callable, learnt: Labelled, state: Params
+    context: Context, probe: Probe, tokens: Callable, train_set: LabeledDataset, state: Params
 ) -> Params:
-    """Features of centre crops, made once and kept on the disk."""
+    """Features of center crops, made once and kept on the disk."""
     config, mesh = context.config, context.mesh
-    kept, labels = _kept_features(context, tokens, learnt)
+    kept, labels = _kept_features(context, tokens, train_set)
     compiled = jax.jit(probe.update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-    order = Order(config.seed, (len(labels),))
+    order = Sampler(config.seed, (len(labels),))
     share = config.batch // jax.process_count()
     for step in range(probe.steps):
         first = step * config.batch + jax.process_index() * share
@@ -293,13 +293,13 @@ def _train_on_kept_features(
 
 
 def _kept_features(
-    context: Context, tokens: Callable, learnt: Labelled
+    context: Context, tokens: Callable, train_set: LabeledDataset
 ) -> tuple[Tokens, np.ndarray]:
     """From the workdir where they are of the same model and images; made, and kept, otherwise."""
     config = context.config
     made_of = {
         "model": describe(config.model, context.model)["weights_sha256"],
-        "images": learnt.source.fingerprint,
+        "images": train_set.source.fingerprint,
         "view": list(context.view),
         "blocks": int(max(config.linear.blocks)),
         "precision": str(context.frozen.backbone.dtype),
@@ -310,15 +310,15 @@ def _kept_features(
         if json.loads(card.read_text()) == made_of:
             cls, mean, numbers = (np.load(path, mmap_mode="r") for path in paths)
             if len(cls) == len(mean) == len(numbers):
-                return Tokens(cls, mean), learnt.labels[numbers]
+                return Tokens(cls, mean), train_set.labels[numbers]
     except (OSError, ValueError):
         pass  # made again
     alone = jax.process_count() == 1
     if alone:
-        _refuse_too_large(context, len(learnt.labels))
+        _refuse_too_large(context, len(train_set.labels))
     table = context.frozen.table(
         tokens,
-        learnt.source,
+        train_set.source,
         context.view,
         context.reading,
         progress=lambda text: context.progress(f"train: {text}"),
@@ -328,7 +328,7 @@ def _kept_features(
         for path, part in zip(paths, (*table.values, table.numbers), strict=True):
             np.save(path, part)
         write_atomically(card, json.dumps(made_of))
-    return table.values, learnt.labels[table.numbers]
+    return table.values, train_set.labels[table.numbers]
 
 
 def _refuse_too_large(context: Context, images: int) -> None:
@@ -351,9 +351,9 @@ def _show(context: Context, probe: Probe, step: int, loss: jax.Array) -> None:
         )
 
 
-class _Answers(NamedTuple):
-    """Of a pass over labelled images: which heads are right of each [M, heads], the classes [M],
-    and how many images could not be read.
+class _HeadAnswers(NamedTuple):
+    """The answers of all heads to labelled images: which heads are right of each [M, heads], the
+    classes [M], and how many images could not be read.
     """
 
     right: np.ndarray
@@ -361,14 +361,14 @@ class _Answers(NamedTuple):
     unreadable: int
 
 
-def _answers(
+def _run_heads(
     context: Context,
     probe: Probe,
     tokens: Callable,
-    part: Labelled,
+    part: LabeledDataset,
     heads: list[Params],
     title: str,
-) -> _Answers:
+) -> _HeadAnswers:
     frozen = context.frozen
 
     def predict(params: tuple[Params, list[Params]], images: jax.Array) -> jax.Array:
@@ -385,7 +385,7 @@ def _answers(
         progress=lambda text: context.progress(f"{title.replace('_', ' ')}: {text}"),
     )
     labels = part.labels[table.numbers]
-    return _Answers(table.values == labels[:, None], labels, table.unreadable)
+    return _HeadAnswers(table.values == labels[:, None], labels, table.unreadable)
 
 
 def _save_head(

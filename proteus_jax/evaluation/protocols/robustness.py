@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import Labelled, open_labelled
-from proteus_jax.data.transforms.center_crop import CentreCrop
+from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
 from proteus_jax.evaluation.protocol import Context
@@ -62,27 +62,27 @@ class Data(NamedTuple):
     """The head, the sets that are there (those of corruptions by severity), and what is absent."""
 
     head: Head
-    plain: dict[str, Labelled]
-    corrupted: dict[str, dict[int, Labelled]]
+    plain: dict[str, LabeledDataset]
+    corrupted: dict[str, dict[int, LabeledDataset]]
     absent: dict[str, str]
 
 
 def open_head(directory: str) -> Head:
-    """Of the workdir of a linear evaluation; InputError where there is none."""
+    """Opens the head in the workdir of a linear evaluation; InputError where there is none."""
     path = Path(directory).expanduser() / HEAD
     if not path.is_file():
         raise InputError(
             f"expected the workdir of a linear evaluation, which holds {HEAD}, found {directory!r}"
         )
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with np.load(path, allow_pickle=False) as arrays:
             head = Head(
-                Kind(int(found["blocks"]), bool(found["pooled"])),
-                found["weight"].astype(np.float32),
-                found["bias"].astype(np.float32),
-                tuple(str(name) for name in found["classes"]),
-                str(found["model"]),
-                str(found["protocol"]),
+                Kind(int(arrays["blocks"]), bool(arrays["pooled"])),
+                arrays["weight"].astype(np.float32),
+                arrays["bias"].astype(np.float32),
+                tuple(str(name) for name in arrays["classes"]),
+                str(arrays["model"]),
+                str(arrays["protocol"]),
             )
         classes = (len(head.classes),)
         if head.weight.ndim != 2 or not head.weight.shape[1:] == head.bias.shape == classes:
@@ -109,7 +109,7 @@ def open_data(config: Any) -> Data:
     with about("--config.data.root"):
         for name in PLAIN:
             if (root / name).is_dir():
-                plain[name] = _matched(open_labelled(str(root / name)), head, name)
+                plain[name] = _matched(open_labeled(str(root / name)), head, name)
             else:
                 absent[name] = f"no folder {name}"
         for name in ALEXNET:
@@ -119,7 +119,7 @@ def open_data(config: Any) -> Data:
                 absent[f"{CORRUPTED}/{name}"] = f"no folder of severity {missing[0]}"
                 continue
             corrupted[name] = {
-                level: _matched(open_labelled(str(place / str(level))), head, f"{name}/{level}")
+                level: _matched(open_labeled(str(place / str(level))), head, f"{name}/{level}")
                 for level in SEVERITIES
             }
     if not plain and not corrupted:
@@ -127,21 +127,23 @@ def open_data(config: Any) -> Data:
     return Data(head, plain, corrupted, absent)
 
 
-def _matched(found: Labelled, head: Head, name: str) -> Labelled:
+def _matched(labeled: LabeledDataset, head: Head, name: str) -> LabeledDataset:
     """Labels as numbers of the head's classes: by name, or where folders are numbers (-V2) by the
     place among the sorted names.
     """
     number = {kind: at for at, kind in enumerate(head.classes)}
-    if not number.keys() & set(found.classes) and all(kind.isdecimal() for kind in found.classes):
+    if not number.keys() & set(labeled.classes) and all(
+        kind.isdecimal() for kind in labeled.classes
+    ):
         number = {str(at): at for at in range(len(head.classes))}
-    strange = [kind for kind in found.classes if kind not in number]
+    strange = [kind for kind in labeled.classes if kind not in number]
     if strange:
         raise InputError(
             f"{name}: {len(strange)} of its classes are none of the head's, as {strange[0]}; the "
             f"head has {len(head.classes)}, as {head.classes[0]}"
         )
-    own = np.array([number[kind] for kind in found.classes])
-    return Labelled(found.source, own[found.labels], head.classes)
+    own = np.array([number[kind] for kind in labeled.classes])
+    return LabeledDataset(labeled.source, own[labeled.labels], head.classes)
 
 
 def check(config: Any, model: Model) -> list[str]:
@@ -174,7 +176,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
         for level, part in levels.items():
             title = f"{name}, severity {level}"
             # Its files are cut to 224 px already: to resize them again would soften the noise.
-            whole = CentreCrop(context.view.crop, context.view.crop)
+            whole = CenterCrop(context.view.crop, context.view.crop)
             share, lost = _accuracy(context, data.head, part, title, whole)
             errors[name][str(level)], unreadable = 1 - share, unreadable + lost
         context.say(f"  {name:18}{100 * np.mean([*errors[name].values()]):6.2f} % wrong")
@@ -203,13 +205,13 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
 
 
 def mean_corruption_error(errors: dict[str, dict[str, float]]) -> float:
-    """In percent, of errors from 0 to 1 by corruption and severity."""
+    """Mean corruption error in percent, from errors of 0 to 1 by corruption and severity."""
     relative = [np.mean([*levels.values()]) / ALEXNET[name] for name, levels in errors.items()]
     return 100 * float(np.mean(relative))
 
 
 def _accuracy(
-    context: Context, head: Head, part: Labelled, title: str, view: CentreCrop
+    context: Context, head: Head, part: LabeledDataset, title: str, view: CenterCrop
 ) -> tuple[float, int]:
     """Share right, among the classes that the set shows, and how many images could not be read."""
     frozen = context.frozen

@@ -46,7 +46,7 @@ PUBLISHED = {
 
 
 def cells(results: dict[str, Any]) -> dict[str, float]:
-    """What one evaluation has to say, by column."""
+    """The cells of one evaluation, by column."""
     protocol = results["protocol"]
     if protocol in ("linear", "linear, frozen crops"):
         return {protocol: results["best"]["test"]["top1"]}
@@ -58,12 +58,12 @@ def cells(results: dict[str, Any]) -> dict[str, float]:
     if protocol == "robustness":
         names = {"A": "imagenet-a", "R": "imagenet-r", "Sketch": "imagenet-sketch"}
         names |= {"V2": "imagenet-v2"}
-        found = {
+        values = {
             column: results["top1"][name]
             for column, name in names.items()
             if name in results["top1"]
         }
-        return found if results["mce"] is None else found | {"mCE": results["mce"]}
+        return values if results["mce"] is None else values | {"mCE": results["mce"]}
     return {}
 
 
@@ -86,7 +86,7 @@ def table(directories: Sequence[Path], *, published: bool = True) -> str:
                         "it: one table takes one of each"
                     )
                 row[column] = value
-            places.add(_told(results))
+            places.add(_source_of(results))
         except InputError as error:
             problems += error.problems
         except (KeyError, TypeError, AttributeError) as error:
@@ -112,11 +112,11 @@ def table(directories: Sequence[Path], *, published: bool = True) -> str:
     return "\n".join(lines)
 
 
-def _told(results: dict[str, Any]) -> str:
+def _source_of(results: dict[str, Any]) -> str:
     """How one evaluation was made, as far as numbers depend on it."""
-    told = f"{results['protocol']} on {results['data']['root']}"
+    source = f"{results['protocol']} on {results['data']['root']}"
     share = results.get("constants", {}).get("held_out", 0)
     if results["protocol"].startswith("linear"):
-        told += " (best head by the test set"
-        told += f", {share:.0%} of the training images left for another choice)" if share else ")"
-    return told + (" (best k)" if results["protocol"] == "knn" else "")
+        source += " (best head by the test set"
+        source += f", {share:.0%} of the training images left for another choice)" if share else ")"
+    return source + (" (best k)" if results["protocol"] == "knn" else "")

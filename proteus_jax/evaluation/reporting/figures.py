@@ -1,7 +1,7 @@
 """Pictures of what models see, as Pillow images.
 
-As in the DINOv2 papers a patch's colour is its token along the three largest principal components.
-They are the teacher's, and so is the scale: the same colour says the same thing in every column.
+As in the DINOv2 papers a patch's color is its token along the three largest principal components.
+They are the teacher's, and so is the scale: the same color says the same thing in every column.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ CELL, HEADING, GAP = 140, 24, 4
 PERCENTILES = (2, 98)
 # From 0 to 1: dark blue to yellow.
 _HEAT = np.array([[30, 50, 110], [60, 120, 170], [220, 200, 110], [250, 240, 120]], np.float64)
-Colours = Callable[[np.ndarray], np.ndarray]
+Colors = Callable[[np.ndarray], np.ndarray]
 
 
 def agreement_picture(
@@ -24,7 +24,7 @@ def agreement_picture(
     """One row a view uint8 [M, H, W, 3]; columns: itself, the teacher's and the others' patch
     tokens [M, N, D].
     """
-    project = principal_colours(teacher)
+    project = principal_colors(teacher)
     columns = [("held-out view", [Image.fromarray(view) for view in views])]
     for title, tokens in [("teacher", teacher), *others]:
         columns.append((title, [tile(project(each), views.shape[1:3]) for each in tokens]))
@@ -45,8 +45,8 @@ def view_strip(views: np.ndarray) -> Image.Image:
     return strip([Image.fromarray(view) for view in views])
 
 
-def token_strip(tokens: np.ndarray, project: Colours, sides: Sequence[int]) -> Image.Image:
-    """Patch tokens [M, N, D] of M views of these sides, as colours."""
+def token_strip(tokens: np.ndarray, project: Colors, sides: Sequence[int]) -> Image.Image:
+    """Patch tokens [M, N, D] of M views of these sides, as colors."""
     return strip([tile(project(each), sides) for each in tokens])
 
 
@@ -65,11 +65,11 @@ def error_strip(views: np.ndarray, errors: np.ndarray, mask: np.ndarray) -> Imag
     return strip(tiles)
 
 
-def neighbour_sheet(views: np.ndarray, queries: Sequence[int], found: np.ndarray) -> Image.Image:
+def neighbour_sheet(views: np.ndarray, queries: Sequence[int], nearest: np.ndarray) -> Image.Image:
     """One row a query: itself, and the views [M, H, W, 3] that are nearest [M, K] to it."""
     side = CELL // 2
     rows = [
-        strip([Image.fromarray(views[at]) for at in (query, *found[query])], side)
+        strip([Image.fromarray(views[at]) for at in (query, *nearest[query])], side)
         for query in queries
     ]
     sheet = Image.new("RGB", (rows[0].width, len(rows) * (side + GAP) - GAP), "white")
@@ -78,48 +78,48 @@ def neighbour_sheet(views: np.ndarray, queries: Sequence[int], found: np.ndarray
     return sheet
 
 
-def foreground_colours(
+def foreground_colors(
     tokens: Sequence[np.ndarray], borders: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Colours uint8 [N, 3] of the patch tokens [N, D] of several images, as the DINOv2 papers show
+    """Colors uint8 [N, 3] of the patch tokens [N, D] of several images, as the DINOv2 papers show
     them: the first principal component tells foreground from background, which is black; three
-    components of the foreground alone are its colours. `borders` bool [N] are the patches at the
+    components of the foreground alone are its colors. `borders` bool [N] are the patches at the
     images' edges: of the two sides the one with fewer of them is the foreground.
     """
     flat = np.concatenate(tokens).astype(np.float64)
     edge = np.concatenate(borders)
-    centred = flat - flat.mean(axis=0)
-    first = centred @ np.linalg.svd(centred, full_matrices=False)[2][0]
+    centered = flat - flat.mean(axis=0)
+    first = centered @ np.linalg.svd(centered, full_matrices=False)[2][0]
     front = first > 0
     if front[edge].mean() > (~front)[edge].mean():
         front = ~front
-    colours = np.zeros((len(flat), 3), np.uint8)
+    colors = np.zeros((len(flat), 3), np.uint8)
     if front.sum() > 3:
-        colours[front] = principal_colours(flat[front][None])(flat[front])
-    return np.split(colours, np.cumsum([len(each) for each in tokens])[:-1])
+        colors[front] = principal_colors(flat[front][None])(flat[front])
+    return np.split(colors, np.cumsum([len(each) for each in tokens])[:-1])
 
 
 def _heat(share: np.ndarray) -> np.ndarray:
-    """Colours uint8 [N, 3] of numbers [N] from 0 to 1."""
+    """Colors uint8 [N, 3] of numbers [N] from 0 to 1."""
     at = share.clip(0, 1) * (len(_HEAT) - 1)
     channels = [np.interp(at, np.arange(len(_HEAT)), each) for each in _HEAT.T]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
 def number_tile(values: np.ndarray) -> Image.Image:
-    """A grid of numbers [rows, columns] as colours, from the smallest to the largest."""
+    """A grid of numbers [rows, columns] as colors, from the smallest to the largest."""
     share = (values - values.min()) / max(np.ptp(values), 1e-12)
     small = grid_tile(_heat(share.ravel()), values.shape)
     return small.resize((2 * CELL, 2 * CELL), Image.Resampling.NEAREST)
 
 
 def heat_tile(view: np.ndarray, weights: np.ndarray, grid: Sequence[int]) -> Image.Image:
-    """A view uint8 [H, W, 3] in grey, and warmer where the weights [N] of a grid are large."""
+    """A view uint8 [H, W, 3] in gray, and warmer where the weights [N] of a grid are large."""
     share = (weights - weights.min()) / max(np.ptp(weights), 1e-12)
     size = (view.shape[1], view.shape[0])
     heat = grid_tile(_heat(share), grid).resize(size, Image.Resampling.BICUBIC)
-    grey = Image.fromarray(view).convert("L").convert("RGB")
-    return Image.blend(grey, heat, 0.6)
+    gray = Image.fromarray(view).convert("L").convert("RGB")
+    return Image.blend(gray, heat, 0.6)
 
 
 def fitted(pixels: np.ndarray, side: int, multiple: int) -> np.ndarray:
@@ -169,8 +169,8 @@ def save_picture(sheet: Image.Image, path: Path) -> None:
     partial.replace(path)
 
 
-def principal_colours(tokens: np.ndarray) -> Colours:
-    """A function from tokens [N, D] to colours uint8 [N, 3], fitted to all tokens [M, N, D]."""
+def principal_colors(tokens: np.ndarray) -> Colors:
+    """A function from tokens [N, D] to colors uint8 [N, 3], fitted to all tokens [M, N, D]."""
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
     mean = flat.mean(axis=0)
     _, _, directions = np.linalg.svd(flat - mean, full_matrices=False)
@@ -184,12 +184,12 @@ def principal_colours(tokens: np.ndarray) -> Colours:
     return project
 
 
-def tile(colours: np.ndarray, sides: Sequence[int]) -> Image.Image:
+def tile(colors: np.ndarray, sides: Sequence[int]) -> Image.Image:
     """The patches uint8 [N, 3] of one view in their places; the grid has the view's shape."""
-    rows = round((len(colours) * sides[0] / sides[1]) ** 0.5)
-    return grid_tile(colours, (rows, len(colours) // rows))
+    rows = round((len(colors) * sides[0] / sides[1]) ** 0.5)
+    return grid_tile(colors, (rows, len(colors) // rows))
 
 
-def grid_tile(colours: np.ndarray, grid: Sequence[int]) -> Image.Image:
+def grid_tile(colors: np.ndarray, grid: Sequence[int]) -> Image.Image:
     """The patches uint8 [N, 3] of a grid (rows, columns) in their places."""
-    return Image.fromarray(colours.reshape(*grid, colours.shape[-1]))
+    return Image.fromarray(colors.reshape(*grid, colors.shape[-1]))

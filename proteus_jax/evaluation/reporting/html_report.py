@@ -92,8 +92,8 @@ def _students(rows: list[dict[str, Any]], workdir: Path, students: Sequence[str]
         yield _figure(
             "agreement with the teacher on held-out views", _series(rows, prefix, AGREEMENT)
         )
-        found = [*_series(rows, prefix, SCORES), *_levels(rows)]
-        yield _figure("percent right on labelled images", found)
+        charts = [*_series(rows, prefix, SCORES), *_levels(rows)]
+        yield _figure("percent right on labelled images", charts)
         yield "</div>"
         yield from _pictures(workdir, name)
 
@@ -108,23 +108,23 @@ def _machine(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _series(rows: list[dict[str, Any]], prefix: str, keys: Sequence[str]) -> list[Series]:
-    found = []
+    series = []
     for key in keys:
         points = [(row["step"], row[prefix + key]) for row in rows if prefix + key in row]
         if points:
-            found.append(Series(key.replace("_", " "), points))
-    return found
+            series.append(Series(key.replace("_", " "), points))
+    return series
 
 
 def _levels(rows: list[dict[str, Any]]) -> list[Series]:
     """The teacher's scores, which stay, as lines over the whole run."""
-    found = []
+    levels = []
     for key in SCORES:
         values = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
         if values:
             points = [(rows[0]["step"], values[-1]), (rows[-1]["step"], values[-1])]
-            found.append(Series(f"teacher {key.replace('_', ' ')}", points, dashed=True))
-    return found
+            levels.append(Series(f"teacher {key.replace('_', ' ')}", points, dashed=True))
+    return levels
 
 
 def _figure(caption: str, series: list[Series]) -> str:
@@ -140,8 +140,10 @@ def _summary(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     for key in (*LOSSES, *AGREEMENT, *SCORES):
         values = [row[prefix + key] for row in rows if prefix + key in row]
         if values:
-            taught = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
-            beside = f"{taught[-1]:.1f}: {_share(values[-1], taught[-1])}" if taught else ""
+            of_teacher = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
+            beside = (
+                f"{of_teacher[-1]:.1f}: {_share(values[-1], of_teacher[-1])}" if of_teacher else ""
+            )
             digits = 1 if key in SCORES else 3
             lines.append(
                 f"<tr><td>{key.replace('_', ' ')}</td><td>{values[0]:.{digits}f}</td>"
@@ -162,7 +164,7 @@ def _pictures(workdir: Path, name: str) -> Iterator[str]:
     moments = _chosen(sorted((folder / name).glob("pca-*.png")))
     if not moments or not (folder / "views.png").is_file():
         return
-    yield "<h3>Patch tokens as colours</h3>"
+    yield "<h3>Patch tokens as colors</h3>"
     yield "<p>the teacher's three principal components; the student through its feature head</p>"
     yield _moment("views", folder / "views.png")
     yield _moment("teacher", folder / "teacher.png")

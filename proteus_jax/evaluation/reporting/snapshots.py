@@ -1,4 +1,4 @@
-"""What a report shows of one moment of a run: pictures in WORKDIR/report, by student and step.
+"""Snapshots of a run for its report: pictures in WORKDIR/report, by student and step.
 
 views.png, teacher.png                the same eight views, and the teacher's patch tokens of them
 neighbours-teacher.png                the nearest held-out views of a few, by the teacher
@@ -20,14 +20,14 @@ FOLDER, VIEWS, QUERIES, NEIGHBOURS = "report", 8, 5, 5
 
 
 class Scene(NamedTuple):
-    """What does not change during a run: views uint8 [M, H, W, 3], the teacher's tokens of them,
+    """The views that a report shows all along: uint8 [M, H, W, 3], the teacher's tokens of them,
     and which patches bool [VIEWS, N] are hidden.
     """
 
     views: np.ndarray
     target: TeacherTokens
     hidden: np.ndarray
-    colours: Callable[[np.ndarray], np.ndarray]
+    colors: Callable[[np.ndarray], np.ndarray]
 
 
 def scene(views: np.ndarray, target: TeacherTokens, ratio: float, most: int) -> Scene:
@@ -35,17 +35,17 @@ def scene(views: np.ndarray, target: TeacherTokens, ratio: float, most: int) -> 
     shown, patches = min(VIEWS, len(views), most), target.patches.shape[1]
     ranks = np.random.default_rng(0).random((shown, patches)).argsort(axis=1).argsort(axis=1)
     hidden = ranks < int(patches * ratio)
-    return Scene(views, target, hidden, figures.principal_colours(target.patches[:shown]))
+    return Scene(views, target, hidden, figures.principal_colors(target.patches[:shown]))
 
 
 def draw_teacher(scene: Scene, workdir: Path) -> None:
-    """What is drawn once."""
+    """Draws the pictures that do not change during a run."""
     folder, shown = workdir / FOLDER, len(scene.hidden)
     views = scene.views[:shown]
     sides = views.shape[1:3]
     figures.save_picture(figures.view_strip(views), folder / "views.png")
-    taught = figures.token_strip(scene.target.patches[:shown], scene.colours, sides)
-    figures.save_picture(taught, folder / "teacher.png")
+    target_tiles = figures.token_strip(scene.target.patches[:shown], scene.colors, sides)
+    figures.save_picture(target_tiles, folder / "teacher.png")
     _draw_neighbours(scene, scene.target.cls, folder / "neighbours-teacher.png")
 
 
@@ -54,20 +54,20 @@ def draw_student(
     name: str,
     step: int,
     student: StudentTokens,
-    guessed: np.ndarray | None,
+    predicted: np.ndarray | None,
     workdir: Path,
 ) -> None:
-    """What a student looks like at a step; `guessed` are the patch head's tokens [VIEWS, N, T]
+    """Draws a student's pictures at a step; `predicted` are the patch head's tokens [VIEWS, N, T]
     where patches are hidden.
     """
     folder, shown = workdir / FOLDER / name, len(scene.hidden)
     views = scene.views[:shown]
-    seen = figures.token_strip(student.feature[:shown], scene.colours, views.shape[1:3])
+    seen = figures.token_strip(student.feature[:shown], scene.colors, views.shape[1:3])
     figures.save_picture(seen, folder / f"pca-{step:08}.png")
-    if guessed is not None:
+    if predicted is not None:
         target = scene.target.patches[:shown]
         spread = np.mean((target - target.mean(axis=(0, 1))) ** 2)
-        errors = np.mean((guessed - target) ** 2, axis=-1) / spread
+        errors = np.mean((predicted - target) ** 2, axis=-1) / spread
         figures.save_picture(
             figures.error_strip(views, errors, scene.hidden), folder / f"errors-{step:08}.png"
         )
@@ -77,6 +77,6 @@ def draw_student(
 def _draw_neighbours(scene: Scene, tokens: np.ndarray, path: Path) -> None:
     count = len(scene.views)
     if count > 1:
-        found = nearest(tokens, min(NEIGHBOURS, count - 1))
+        neighbours = nearest(tokens, min(NEIGHBOURS, count - 1))
         queries = np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int).tolist()
-        figures.save_picture(figures.neighbour_sheet(scene.views, queries, found), path)
+        figures.save_picture(figures.neighbour_sheet(scene.views, queries, neighbours), path)

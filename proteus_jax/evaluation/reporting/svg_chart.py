@@ -1,4 +1,4 @@
-"""Line charts as SVG, in the page's own colours; no script, no library."""
+"""Line charts as SVG, in the page's own colors; no script, no library."""
 
 import html
 import itertools
@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 26
 # More points than this are means of neighbours.
 MOST = 300
-COLOURS = 6
+COLORS = 6
 
 
 class Series(NamedTuple):
@@ -22,7 +22,7 @@ class Series(NamedTuple):
 
 
 def chart(series: Sequence[Series]) -> str:
-    """An SVG of lines over steps, axes and legend; colours are the variables --c0 to --c5."""
+    """An SVG of lines over steps, axes and legend; colors are the variables --c0 to --c5."""
     thinned = [each._replace(points=_thinned(each.points)) for each in series]
     values = [value for each in thinned for _, value in each.points]
     steps = [step for each in thinned for step, _ in each.points]
@@ -47,23 +47,23 @@ def chart(series: Sequence[Series]) -> str:
             f'<text x="{x(step):.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step:g}</text>'
         )
     for number, each in enumerate(thinned):
-        parts.append(_line(each, f"var(--c{number % COLOURS})", x, y))
+        parts.append(_line(each, f"var(--c{number % COLORS})", x, y))
     legend = "".join(
-        f'<span style="color:var(--c{number % COLOURS})">{"- -" if each.dashed else "&#9632;"} '
+        f'<span style="color:var(--c{number % COLORS})">{"- -" if each.dashed else "&#9632;"} '
         f"{html.escape(each.name)}</span>"
         for number, each in enumerate(series)
     )
     return "".join(parts) + f'</svg><p class="legend">{legend}</p>'
 
 
-def _line(series: Series, colour: str, x, y) -> str:
+def _line(series: Series, color: str, x, y) -> str:
     """A line, or a dot where there is one point only."""
     if len(series.points) == 1:
         ((step, value),) = series.points
-        return f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>'
+        return f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{color}"/>'
     path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in series.points)
     dashes = ' stroke-dasharray="5 4"' if series.dashed else ""
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dashes}/>'
+    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dashes}/>'
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,5 +1,5 @@
-"""What models see in images, as one picture: patch tokens as colors, as in the DINOv2 papers, and
-what the class token attends to in the last block.
+"""Patch tokens as colors, as in the DINOv2 papers, and the attention of the class token in the last
+block.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ SIZE, HEIGHT, THIN = 448, 224, 20
 
 def read_images(paths: Sequence[str]) -> list[np.ndarray]:
     """Pixels uint8 [H, W, 3] of each; InputError lists those that cannot be read."""
-    found, problems = [], []
+    pictures, problems = [], []
     for path in paths:
         try:
             pixels = decode.decode(Path(path).expanduser().read_bytes())
             if max(pixels.shape[:2]) > THIN * min(pixels.shape[:2]):
                 raise Unreadable(f"one side is more than {THIN} times the other")
-            found.append(pixels)
+            pictures.append(pixels)
         except Unreadable as error:
             problems.append(f"{path}: {error}")
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
     if problems:
         raise InputError(problems)
-    return found
+    return pictures
 
 
 def columns(model: Model, title: str, pixels: Sequence[np.ndarray], size: int) -> list:
@@ -48,8 +48,8 @@ def columns(model: Model, title: str, pixels: Sequence[np.ndarray], size: int) -
         inside[1:-1, 1:-1] = False
         edges.append(inside.ravel())
         views.append(grid)
-    colours = figures.foreground_colours(tokens, edges)
-    tiles = [figures.grid_tile(each, grid) for each, grid in zip(colours, views, strict=True)]
+    colors = figures.foreground_colors(tokens, edges)
+    tiles = [figures.grid_tile(each, grid) for each, grid in zip(colors, views, strict=True)]
     return [(title, tiles), ("attention", heats)]
 
 

@@ -1,5 +1,5 @@
-"""What steps compiled for TPUs move: a table that benchmarks/topologies.py makes (floors.json), and
-the share of a chip's peak that it leaves.
+"""Floors of steps compiled for TPUs: a table of the bytes that they move, made by
+benchmarks/topologies.py (floors.json), and the share of a chip's peak that this leaves.
 """
 
 import functools
@@ -50,8 +50,8 @@ class Table(NamedTuple):
 @functools.cache
 def table() -> Table:
     """The table of this package."""
-    found = json.loads(FILE.read_text(encoding="utf-8"))
-    return Table(found["made"], [Floor(**row) for row in found["floors"]])
+    content = json.loads(FILE.read_text(encoding="utf-8"))
+    return Table(content["made"], [Floor(**row) for row in content["floors"]])
 
 
 def nearest(topology: str, work: float, images: float) -> Floor | None:

@@ -19,10 +19,10 @@ from proteus_jax.data.dataset import open_configured
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.throughput import views_per_second
 from proteus_jax.data.transforms.randaugment import RandAugment
-from proteus_jax.data.transforms.random_resized_crop import Recipe
+from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import lessons, masks, side_of_images
+from proteus_jax.methods.teacher_config import image_side, masks, teacher_configs
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction, stored_shapes
 from proteus_jax.models.normalization import IMAGENET
@@ -33,9 +33,9 @@ from proteus_jax.training.builder import (
     Assembly,
     Known,
     assemble,
-    length,
-    misfits,
-    unsuited,
+    check_compatibility,
+    check_platform,
+    schedule_of,
 )
 from proteus_jax.training.planning.floors import Floor, nearest
 from proteus_jax.training.planning.topology import Topology, local_topology, named_topology
@@ -52,9 +52,9 @@ GB = 1e9
 
 
 class Settings(NamedTuple):
-    """What the command line adds to a configuration: `mfu` is the share of the devices' peak that
-    is assumed, where it is not to come from what was compiled; `price` that of a device-hour; `hlo`
-    where the compiled program goes.
+    """Settings of the command line: `mfu` is the share of the devices' peak that is assumed, where
+    it is not to come from what was compiled; `price` that of a device-hour; `hlo` where the
+    compiled program goes.
     """
 
     topology: str = ""
@@ -88,15 +88,18 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     if settings.hlo is not None and not (settings.topology and topology.platform == "tpu"):
         raise InputError("--hlo: expected with --topology of TPUs, as v5e:4x4")
     teachers = {
-        name: Known(_spec(lesson.source), IMAGENET) for name, lesson in lessons(config).items()
+        name: Known(_spec(teacher_config.source), IMAGENET)
+        for name, teacher_config in teacher_configs(config).items()
     }
     start = _spec(config.start) if config.start else None
-    problems = unsuited(config, topology.platform)
-    problems += misfits(config, {name: known.spec for name, known in teachers.items()}, start)
+    problems = check_platform(config, topology.platform)
+    problems += check_compatibility(
+        config, {name: known.spec for name, known in teachers.items()}, start
+    )
     if problems:
         raise InputError(problems)
     images, counted = _images(config)
-    steps = length(config, images)
+    steps = schedule_of(config, images)
     assembly = assemble(config, teachers, steps, topology.platform, start)
     work = assembly.work(config)
     yield f"devices: {topology.description}"
@@ -121,8 +124,8 @@ def _images(config: Any) -> tuple[int, str]:
         return IMAGENET_IMAGES, "ImageNet-1K's, as no --config.data.root is given"
     if skimage.NAME in config.data.root and not skimage.are_here():
         return IMAGENET_IMAGES, f"ImageNet-1K's, as {skimage.NAME}'s are not fetched for a plan"
-    found = open_configured(config.data, config.seed).training
-    return len(found), "those of --config.data.root to train on"
+    training = open_configured(config.data, config.seed).training
+    return len(training), "those of --config.data.root to train on"
 
 
 def _spec(source: str) -> ViTSpec:
@@ -168,13 +171,13 @@ def _sizes(assembly: Assembly) -> Iterator[str]:
 
 
 def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
-    """What a device must hold while it trains with a global batch on so many devices."""
+    """The memory of a device that trains with a global batch on so many devices."""
     state, parts = assembly.state_shapes(), config.fsdp
     images = batch / devices / config.accumulate
     rows = images * (1.5 if masks(config) else 1.0)
     side = config.data.crop
     kept = [_kept(student, side, rows) for student in assembly.students.values()]
-    taught = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
+    teacher_memory = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
     largest = max([side, *(each.side or 0 for each in assembly.teachers.values())])
     params = _bytes(state.params, parts)
     return Memory(
@@ -182,10 +185,10 @@ def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
         gradients=params * (2 if config.accumulate > 1 else 1),
         optimizer=_bytes(state.optimizer, parts),
         average=_bytes(state.ema, parts),
-        teacher=sum(weights for weights, _ in taught),
+        teacher=sum(weights for weights, _ in teacher_memory),
         activations=max(kept),
         # They look one after the other.
-        teacher_activations=max(working for _, working in taught),
+        teacher_activations=max(working for _, working in teacher_memory),
         images=batch / devices * largest**2 * 3 * (1 + 4),
     )
 
@@ -244,7 +247,8 @@ def _time_lines(
     config: Any, work: float, steps: int, topology: Topology, settings: Settings
 ) -> Iterator[str]:
     rate = views_per_second(
-        Recipe(side_of_images(config), RandAugment(**config.data.randaugment)), config.data.repeats
+        TrainTransform(image_side(config), RandAugment(**config.data.randaugment)),
+        config.data.repeats,
     )
     bfloat16 = dtype_of(config.precision, topology.platform) == jnp.bfloat16
     if settings.topology and not bfloat16:
@@ -299,7 +303,7 @@ def _compiled_from(floor: Floor) -> str:
 def _compiler_lines(
     config: Any, assembly: Assembly, topology: Topology, hlo: Path | None
 ) -> Iterator[str]:
-    """What XLA's TPU compiler says of the real step, or why there is none."""
+    """The verdict of XLA's TPU compiler on the real step, or why there is none."""
     try:
         compiled = compiled_step(config, assembly, topology.name)
     except Exception as error:  # The compiler's own words are all there is.
@@ -311,11 +315,11 @@ def _compiler_lines(
             ) from None
         yield f"compiled for {topology.name}: not here ({reason}); pip install 'jax[tpu]'"
         return
-    found = compiled.memory_analysis()
-    assert found is not None
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
     assert topology.device is not None
     # The most that is there at one time; the sum of all temporaries is more.
-    peak, stored = found.peak_memory_in_bytes, found.argument_size_in_bytes
+    peak, stored = analysis.peak_memory_in_bytes, analysis.argument_size_in_bytes
     yield f"compiled, memory a device: {peak / GB:.2f} GB"
     yield f"compiled, memory a device, state, teacher and images: {stored / GB:.2f} GB"
     yield f"compiled, fits: {'yes' if peak <= topology.device.memory * USABLE else 'no'}"
@@ -342,7 +346,7 @@ def compiled_step(config: Any, assembly: Assembly, topology: str) -> jax.stages.
             sharding.shardings(tree, mesh),
         )
 
-    side = side_of_images(config)
+    side = image_side(config)
     images = jax.ShapeDtypeStruct(
         (config.batch, side, side, 3), jnp.uint8, sharding=sharding.over_batch(mesh)
     )

@@ -21,7 +21,7 @@ class Topology(NamedTuple):
 
     @property
     def description(self) -> str:
-        """As "16 x TPU v5e on 4 hosts"."""
+        """A description such as "16 x TPU v5e on 4 hosts"."""
         kind = self.device.name if self.device else self.platform
         return f"{self.devices} x {kind} on {self.hosts} host{'' if self.hosts == 1 else 's'}"
 
@@ -58,7 +58,7 @@ def named_topology(text: str) -> Topology:
 
 
 def local_topology() -> Topology:
-    """What JAX finds on this machine."""
+    """The devices that JAX finds on this machine."""
     kind = jax.devices()[0].device_kind
     return Topology(
         "", jax.default_backend(), known_device(kind), jax.device_count(), jax.process_count()

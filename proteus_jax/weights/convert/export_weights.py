@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 LARGEST_SIDE, LARGEST_BATCH = 4096, 1024
 
 
-class Subject(NamedTuple):
+class ExportSource(NamedTuple):
     """A model to export: canonical arrays, those that it has in truth, and what they are."""
 
     directory: Path
@@ -47,7 +47,7 @@ class Subject(NamedTuple):
 
     @property
     def spec(self) -> ViTSpec:
-        """Its sizes."""
+        """The sizes of the model."""
         return self.card.spec
 
 
@@ -72,8 +72,8 @@ class Settings:
 class Format(NamedTuple):
     """How a format is written to a path, and what its own library makes of it."""
 
-    write: Callable[[Subject, Path, Settings], None]
-    outputs: Callable[[Subject, Path, UInt8[np.ndarray, "b h w 3"]], Outputs]
+    write: Callable[[ExportSource, Path, Settings], None]
+    outputs: Callable[[ExportSource, Path, UInt8[np.ndarray, "b h w 3"]], Outputs]
     suffixes: tuple[str, ...]
 
 
@@ -106,21 +106,21 @@ def export(
         if settings.batch:
             images = np.resize(images, (settings.batch, *images.shape[1:]))
         ours = our_outputs(subject.params, subject.spec, _pixels(subject, images))
-        found = list(compare(ours, chosen.outputs(subject, temporary, images)))
-        far = [one for one in found if not one.largest <= TOLERANCE]
+        comparisons = list(compare(ours, chosen.outputs(subject, temporary, images)))
+        far = [one for one in comparisons if not one.largest <= TOLERANCE]
         if far:
             raise InputError(
                 f"{output}: not written: loaded back, its {far[0].name} is {far[0].largest:.1e} "
                 f"standard deviations off, more than {TOLERANCE:g}"
             )
-    return found
+    return comparisons
 
 
-def _subject(directory: Path) -> Subject:
+def _subject(directory: Path) -> ExportSource:
     params, card = load_model(directory)
     arrays = state_dict.from_params(params, card.spec)
     arrays = {name: np.asarray(a) for name, a in arrays.items() if name not in card.absent}
-    return Subject(directory, params, card, arrays)
+    return ExportSource(directory, params, card, arrays)
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def _unfinished(output: Path, *, is_directory: bool) -> Iterator[Path]:
         os.replace(temporary, output)
 
 
-def _pixels(subject: Subject, images: np.ndarray) -> np.ndarray:
+def _pixels(subject: ExportSource, images: np.ndarray) -> np.ndarray:
     return np.asarray(subject.card.normalisation(jnp.asarray(images)))
 
 
@@ -157,31 +157,31 @@ def _save(path: Path, arrays: Arrays, metadata: dict[str, str] | None = None) ->
     torch_file.save(path, arrays)
 
 
-def _read_back(subject: Subject, path: Path) -> Arrays:
+def _read_back(subject: ExportSource, path: Path) -> Arrays:
     """Canonical arrays of a file that was written, which PyTorch must read as this project does."""
     if path.suffix == ".pth":
         torch_reference.refuse_what_torch_reads_otherwise(path, read_weights(path).arrays)
-    found, _ = read_model(path, family=subject.card.family, heads=subject.spec.heads)
-    return found.arrays
+    model, _ = read_model(path, family=subject.card.family, heads=subject.spec.heads)
+    return model.arrays
 
 
-def _by_transformers(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
+def _by_transformers(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
     return torch_reference.transformers_outputs(
         subject.card.family, subject.spec, _read_back(subject, path), _pixels(subject, images)
     )
 
 
-def _write_own(subject: Subject, path: Path, _: Settings) -> None:
+def _write_own(subject: ExportSource, path: Path, _: Settings) -> None:
     _save(path, subject.arrays, {CARD_KEY: json.dumps(subject.card.to_json())})
 
 
-def _own_outputs(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
-    found, _ = read_model(path)
-    params = state_dict.to_params(found.arrays, found.spec, optional=subject.card.absent)
-    return our_outputs(params, found.spec, _pixels(subject, images))
+def _own_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
+    model, _ = read_model(path)
+    params = state_dict.to_params(model.arrays, model.spec, optional=subject.card.absent)
+    return our_outputs(params, model.spec, _pixels(subject, images))
 
 
-def _write_dinov2(subject: Subject, path: Path, _: Settings) -> None:
+def _write_dinov2(subject: ExportSource, path: Path, _: Settings) -> None:
     spec = subject.spec
     plain = dataclasses.replace(
         ViTSpec(width=spec.width, depth=spec.depth, heads=spec.heads),
@@ -203,7 +203,7 @@ _FREE = (
 )
 
 
-def _write_synclr(subject: Subject, path: Path, _: Settings) -> None:
+def _write_synclr(subject: ExportSource, path: Path, _: Settings) -> None:
     spec = subject.spec
     plain = ViTSpec(width=spec.width, depth=spec.depth, heads=spec.heads)
     alike = not spec.layer_scale and spec.pooling == "token" and spec.class_position
@@ -215,7 +215,7 @@ def _write_synclr(subject: Subject, path: Path, _: Settings) -> None:
     _save(path, name_maps.SYNCLR.from_canonical(subject.arrays))
 
 
-def _write_clip(subject: Subject, path: Path, _: Settings) -> None:
+def _write_clip(subject: ExportSource, path: Path, _: Settings) -> None:
     if subject.card.family not in ("clip", "openclip"):
         raise InputError(
             f"{subject.directory}: a model of the family {subject.card.family}, not CLIP's"
@@ -223,27 +223,27 @@ def _write_clip(subject: Subject, path: Path, _: Settings) -> None:
     _save(path, name_maps.CLIP.from_canonical(subject.arrays))
 
 
-def _write_timm(subject: Subject, path: Path, _: Settings) -> None:
+def _write_timm(subject: ExportSource, path: Path, _: Settings) -> None:
     _save(path, torch_reference.timm_arrays(subject.spec, subject.arrays))
 
 
-def _timm_outputs(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
-    """What the file holds, by our own reading in any case, by timm where it can be imported."""
+def _timm_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
+    """Outputs of the file: by our own reading in any case, by timm where it can be imported."""
     spec, pixels = subject.spec, _pixels(subject, images)
-    found, _ = read_model(path, family=subject.card.family, heads=spec.heads)
+    model, _ = read_model(path, family=subject.card.family, heads=spec.heads)
     choices = {"interpolate_offset": spec.interpolate_offset, "grid": spec.grid}
     choices["interpolate_antialias"] = spec.interpolate_antialias
-    read = dataclasses.replace(found.spec, **choices)
-    params = state_dict.to_params(found.arrays, read, optional=OPTIONAL)
+    read = dataclasses.replace(model.spec, **choices)
+    params = state_dict.to_params(model.arrays, read, optional=OPTIONAL)
     return our_outputs(params, read, pixels) | (
-        torch_reference.timm_outputs(read, found.arrays, pixels) or {}
+        torch_reference.timm_outputs(read, model.arrays, pixels) or {}
     )
 
 
 # transformers' directory.
 
 
-def _write_huggingface(subject: Subject, folder: Path, _: Settings) -> None:
+def _write_huggingface(subject: ExportSource, folder: Path, _: Settings) -> None:
     card, spec = subject.card, subject.spec
     arrays = subject.arrays
     if spec.pooling == "mean":
@@ -275,14 +275,14 @@ def _write_huggingface(subject: Subject, folder: Path, _: Settings) -> None:
         (folder / README).write_text((subject.directory / README).read_text())
 
 
-def _huggingface_outputs(subject: Subject, folder: Path, images: np.ndarray) -> Outputs:
+def _huggingface_outputs(subject: ExportSource, folder: Path, images: np.ndarray) -> Outputs:
     return torch_reference.directory_outputs(folder, subject.spec, _pixels(subject, images))
 
 
 # Programs.
 
 
-def _table(subject: Subject, side: int) -> np.ndarray | None:
+def _table(subject: ExportSource, side: int) -> np.ndarray | None:
     spec = subject.spec
     if spec.positions != "table":
         return None
@@ -292,7 +292,7 @@ def _table(subject: Subject, side: int) -> np.ndarray | None:
     )
 
 
-def _write_onnx(subject: Subject, path: Path, settings: Settings) -> None:
+def _write_onnx(subject: ExportSource, path: Path, settings: Settings) -> None:
     import onnx
 
     side = settings.side_of(subject.spec)
@@ -309,7 +309,7 @@ def _write_onnx(subject: Subject, path: Path, settings: Settings) -> None:
     onnx.save(model, path)
 
 
-def _onnx_outputs(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
+def _onnx_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outputs:
     try:
         import onnxruntime
     except ImportError:
@@ -318,11 +318,11 @@ def _onnx_outputs(subject: Subject, path: Path, images: np.ndarray) -> Outputs:
         ) from None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     pixels = np.ascontiguousarray(_pixels(subject, images).transpose(0, 3, 1, 2))
-    found = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels})
-    return dict(zip(("class token", "patches"), map(np.asarray, found), strict=True))
+    outputs = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels})
+    return dict(zip(("class token", "patches"), map(np.asarray, outputs), strict=True))
 
 
-def _write_stablehlo(subject: Subject, path: Path, settings: Settings) -> None:
+def _write_stablehlo(subject: ExportSource, path: Path, settings: Settings) -> None:
     """Images uint8 [batch, side, side, 3] -> Features' class token, patches and registers; runs on
     CPUs, GPUs and TPUs.
     """
@@ -342,7 +342,7 @@ def _write_stablehlo(subject: Subject, path: Path, settings: Settings) -> None:
         path.write_bytes(program(shape).serialize())
 
 
-def _stablehlo_outputs(_: Subject, path: Path, images: np.ndarray) -> Outputs:
+def _stablehlo_outputs(_: ExportSource, path: Path, images: np.ndarray) -> Outputs:
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     cls, patches, _registers = program.call(jnp.asarray(images))
     return {"class token": np.asarray(cls), "patches": np.asarray(patches)}

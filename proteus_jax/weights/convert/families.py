@@ -14,21 +14,21 @@ import numpy as np
 from proteus_jax.errors import InputError
 from proteus_jax.models import config
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalisation
+from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.name_maps import Layout
+from proteus_jax.weights.convert.name_maps import NameMap
 
 Arrays = dict[str, np.ndarray]
 _WITHOUT_OFFSET: dict[str, Any] = {"interpolate_offset": 0.0, "interpolate_antialias": False}
 
 
 class Family(NamedTuple):
-    """What a family's members have in common and no array says."""
+    """Facts that a family's members have in common and no array says."""
 
     choices: Mapping[str, Any]
-    normalisation: Normalisation
-    told: str
+    normalisation: Normalization
+    title: str
 
 
 _CLIP = {name: config.CLIP[name] for name in ("norm_epsilon", "activation", "xavier_qkv")}
@@ -61,45 +61,45 @@ _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh":
 _DINOV3_SIDE = 224
 
 
-class Recognised(NamedTuple):
+class Detected(NamedTuple):
     """A model under canonical names, and what it is."""
 
     family: str
     arrays: Arrays
     spec: ViTSpec
-    normalisation: Normalisation
+    normalisation: Normalization
     # Names that carry nothing a backbone needs.
-    left_out: tuple[str, ...]
-    layout: Layout
+    ignored_keys: tuple[str, ...]
+    layout: NameMap
 
 
 def find_prefix(names: list[str]) -> str:
-    """What stands before every name of the one ViT among them; InputError where there is none, or
-    several.
+    """Finds the prefix of all names of the one ViT among the arrays; InputError where there is
+    none, or several.
     """
-    found = set()
+    prefixes = set()
     for name in names:
         for patches in _PATCHES:
             before = name.removesuffix(patches)
             if before != name and (not before or before.endswith(".")):
-                found.add(before)
-    if not found:
+                prefixes.add(before)
+    if not prefixes:
         raise InputError(f"not a ViT: none of its {len(names)} names ends in {', '.join(_PATCHES)}")
-    if len(found) > 1:
+    if len(prefixes) > 1:
         raise InputError(
-            f"several models in it: choose one by --prefix: {', '.join(sorted(found))}"
+            f"several models in it: choose one by --prefix: {', '.join(sorted(prefixes))}"
         )
-    return found.pop()
+    return prefixes.pop()
 
 
-def recognise(
+def detect_architecture(
     arrays: Arrays,
     settings: Mapping[str, Any] | None = None,
     *,
     family: str | None = None,
     heads: int | None = None,
     prefix: str = "",
-) -> Recognised:
+) -> Detected:
     """Canonical arrays and their spec, from names and shapes, and from the `settings` of a
     Hugging Face or timm directory where there are any.
 
@@ -113,26 +113,30 @@ def recognise(
         if array.size or not name.endswith("register_tokens")
     }
     layout, fitting = _layout(arrays)
-    name = _chosen(fitting, family, _told_family(settings, prefix))
-    found = layout.to_canonical(arrays)
-    left_out = tuple(n for n in arrays if layout.left_out and re.fullmatch(layout.left_out, n))
+    name = _chosen(fitting, family, _configured_family(settings, prefix))
+    canonical = layout.to_canonical(arrays)
+    ignored_keys = tuple(
+        n for n in arrays if layout.ignored_keys and re.fullmatch(layout.ignored_keys, n)
+    )
     choices = dict(FAMILIES[name].choices)
     if layout is name_maps.TIMM_MEAN or settings.get("global_pool") == "avg":
         choices |= {"pooling": "mean"}
         if layout is name_maps.TIMM_MEAN:
             choices |= {"final_norm": "class"}
-    choices |= _told_choices(settings)
+    choices |= _configured_choices(settings)
     if name == "dinov3" and "grid" not in choices:
-        choices["grid"] = max(1, _DINOV3_SIDE // found["patch_embed.proj.weight"].shape[-1])
-    _refuse_without(name, found)
+        choices["grid"] = max(1, _DINOV3_SIDE // canonical["patch_embed.proj.weight"].shape[-1])
+    _refuse_without(name, canonical)
     heads = settings.get("num_attention_heads") if heads is None else heads
-    spec = state_dict.infer_spec(found, heads, **choices)
-    normalisation = _told_normalisation(settings) or FAMILIES[name].normalisation
-    return Recognised(name, found, spec, normalisation, left_out, layout)
+    spec = state_dict.infer_spec(canonical, heads, **choices)
+    normalisation = _configured_normalization(settings) or FAMILIES[name].normalisation
+    return Detected(name, canonical, spec, normalisation, ignored_keys, layout)
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:
-    """What every member of a family has: that it is absent must not pass for another choice."""
+    """Refuses arrays without what every member of a family has: its absence must not pass for
+    another choice.
+    """
     needed = {"class token": "cls_token", "position table": "pos_embed"}
     needed["patch bias"] = "patch_embed.proj.bias"
     spared = {
@@ -143,10 +147,10 @@ def _refuse_without(family: str, arrays: Arrays) -> None:
     }.get(family, set())
     for what, array in needed.items():
         if what not in spared and array not in arrays:
-            raise InputError(f"not a ViT of {FAMILIES[family].told}: it has no {what}")
+            raise InputError(f"not a ViT of {FAMILIES[family].title}: it has no {what}")
 
 
-def _layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
+def _layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
     """The layout whose names these are, and the families that use it."""
     if "class_embedding" in arrays:
         return name_maps.CLIP, ("clip", "openclip")
@@ -169,8 +173,8 @@ def _layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
     return _plain_layout(arrays)
 
 
-def _plain_layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
-    """Of what has the names that DINOv2, SynCLR and timm share."""
+def _plain_layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
+    """The layout of arrays with the names that DINOv2, SynCLR and timm share."""
     if "norm_pre.weight" in arrays:
         return name_maps.TIMM, ("clip", "openclip")
     if "fc_norm.weight" in arrays:
@@ -195,8 +199,8 @@ def _plain_layout(arrays: Arrays) -> tuple[Layout, tuple[str, ...]]:
     return name_maps.DINOV2, ("dinov2",)
 
 
-def _chosen(fitting: Sequence[str], asked: str | None, told: str | None) -> str:
-    name = asked or told
+def _chosen(fitting: Sequence[str], given: str | None, configured: str | None) -> str:
+    name = given or configured
     if name is not None:
         if name not in fitting:
             raise InputError(
@@ -204,13 +208,13 @@ def _chosen(fitting: Sequence[str], asked: str | None, told: str | None) -> str:
             )
         return name
     if len(fitting) > 1:
-        kinds = "; ".join(f"--family {name} ({FAMILIES[name].told})" for name in fitting)
+        kinds = "; ".join(f"--family {name} ({FAMILIES[name].title})" for name in fitting)
         raise InputError(f"the names do not tell the family: give {kinds}")
     return fitting[0]
 
 
-def _told_family(settings: Mapping[str, Any], prefix: str) -> str | None:
-    """By a directory's config.json, or by the prefix that SynCLR's files have."""
+def _configured_family(settings: Mapping[str, Any], prefix: str) -> str | None:
+    """The family by a directory's config.json, or by the prefix that SynCLR's files have."""
     kind, architecture = str(settings.get("model_type", "")), str(settings.get("architecture", ""))
     if "clip" in kind:
         # transformers leaves out of a file what is its default, and QuickGELU is.
@@ -224,7 +228,7 @@ def _told_family(settings: Mapping[str, Any], prefix: str) -> str | None:
     return "synclr" if prefix.endswith("module.visual.") else None
 
 
-def _told_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _configured_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
     choices: dict[str, Any] = {}
     if "layer_norm_eps" in settings:
         choices["norm_epsilon"] = float(_number(settings, "layer_norm_eps", 1e-15, 1.0))
@@ -263,18 +267,18 @@ def _number(
     return value
 
 
-def _told_normalisation(settings: Mapping[str, Any]) -> Normalisation | None:
+def _configured_normalization(settings: Mapping[str, Any]) -> Normalization | None:
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if mean is None and std is None:
         return None
     try:
-        return Normalisation.checked(mean, std)
+        return Normalization.checked(mean, std)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def transformers_layout(family: str, spec: ViTSpec) -> Layout:
-    """What transformers names the parameters of such a model."""
+def transformers_layout(family: str, spec: ViTSpec) -> NameMap:
+    """The names that transformers has for the parameters of such a model."""
     if family in ("clip", "openclip"):
         return name_maps.HF_CLIP
     if family == "siglip":

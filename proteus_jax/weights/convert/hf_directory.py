@@ -33,7 +33,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 
 
 class Directory(NamedTuple):
-    """What a directory says of its model, and its arrays."""
+    """A directory's description of its model, and its arrays."""
 
     settings: dict[str, Any]
     weights: Weights
@@ -41,7 +41,7 @@ class Directory(NamedTuple):
 
 
 def is_described(folder: Path) -> bool:
-    """Whether a folder has a description of its model, readable or not."""
+    """Returns True for a folder with a description of its model, readable or not."""
     return any((folder / name).is_file() for name in DESCRIPTIONS)
 
 
@@ -131,7 +131,7 @@ def _image_statistics(settings: Any, mean: str, std: str) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     with refusing(f"{path}: not readable as JSON"):
-        found = json.loads(path.read_text())
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+        content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected an object, found {type(content).__name__}")
+    return content

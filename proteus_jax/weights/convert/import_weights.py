@@ -6,10 +6,10 @@ from typing import Any
 
 from proteus_jax.errors import InputError, refusing
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.normalization import Normalisation
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.convert.families import Recognised, find_prefix, recognise
+from proteus_jax.weights.convert.families import Detected, detect_architecture, find_prefix
 from proteus_jax.weights.convert.hf_directory import read_directory
 from proteus_jax.weights.convert.name_maps import DINOV2
 from proteus_jax.weights.convert.readers import Arrays, read_weights
@@ -22,7 +22,7 @@ def read_model(
     prefix: str | None = None,
     family: str | None = None,
     heads: int | None = None,
-) -> tuple[Recognised, dict[str, Any]]:
+) -> tuple[Detected, dict[str, Any]]:
     """The ViT of a weight file or directory under canonical names, and where it is from.
 
     With a `prefix` only the names below it belong to the ViT; without one it is found, where there
@@ -49,25 +49,27 @@ def read_model(
         if not arrays:
             raise InputError(f"no name begins with {before!r}")
         if weights.card:
-            found, facts["licence"] = _of_card(weights.card, arrays)
+            detected, facts["licence"] = _of_card(weights.card, arrays)
         else:
             with refusing("its arrays are those of no ViT"):
-                found = recognise(arrays, settings, family=family, heads=heads, prefix=before)
+                detected = detect_architecture(
+                    arrays, settings, family=family, heads=heads, prefix=before
+                )
     except InputError as error:
         raise InputError([f"{source}: {problem}" for problem in error.problems]) from None
     if before:
         facts["prefix"] = before
-    if found.left_out:
-        facts["left_out"] = list(found.left_out)
-    return found, facts
+    if detected.ignored_keys:
+        facts["left_out"] = list(detected.ignored_keys)
+    return detected, facts
 
 
-def _of_card(text: str, arrays: Arrays) -> tuple[Recognised, str]:
-    """What a file of this project says of itself, and its licence."""
+def _of_card(text: str, arrays: Arrays) -> tuple[Detected, str]:
+    """The description in a file of this project, and its licence."""
     with refusing("its card makes no sense"):
         card = ModelCard.from_json(json.loads(text))
-    found = Recognised(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
-    return found, card.licence
+    detected = Detected(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
+    return detected, card.licence
 
 
 def import_weights(
@@ -77,7 +79,7 @@ def import_weights(
     heads: int | None = None,
     prefix: str | None = None,
     family: str | None = None,
-    normalisation: Normalisation | None = None,
+    normalisation: Normalization | None = None,
     licence: str = NO_LICENCE,
     source: dict[str, Any] | None = None,
     expected: ViTSpec | None = None,
@@ -88,23 +90,23 @@ def import_weights(
     A mask token alone may be absent: a teacher does not need it. It becomes zeros, and the card
     says so. What is `expected` must be what is found.
     """
-    found, facts = read_model(file, prefix=prefix, family=family, heads=heads)
+    detected, facts = read_model(file, prefix=prefix, family=family, heads=heads)
     try:
-        params = state_dict.to_params(found.arrays, found.spec, optional=OPTIONAL)
+        params = state_dict.to_params(detected.arrays, detected.spec, optional=OPTIONAL)
     except InputError as error:
         raise InputError([f"{file}: {problem}" for problem in error.problems]) from None
-    if expected is not None and found.spec != expected:
-        raise InputError(f"{file}: expected {expected}, found {found.spec}")
+    if expected is not None and detected.spec != expected:
+        raise InputError(f"{file}: expected {expected}, found {detected.spec}")
     own_licence = facts.pop("licence", NO_LICENCE)
     card = ModelCard(
-        spec=found.spec,
-        family=found.family,
-        normalisation=normalisation or found.normalisation,
+        spec=detected.spec,
+        family=detected.family,
+        normalisation=normalisation or detected.normalisation,
         licence=own_licence if licence == NO_LICENCE else licence,
         source=facts
-        | ({"left_out": list(found.left_out)} if found.left_out else {})
+        | ({"left_out": list(detected.ignored_keys)} if detected.ignored_keys else {})
         | (source or {}),
-        absent=tuple(name for name in OPTIONAL if name not in found.arrays),
+        absent=tuple(name for name in OPTIONAL if name not in detected.arrays),
     )
     save_model(target, params, card, replace=replace)
     return card

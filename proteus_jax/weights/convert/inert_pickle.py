@@ -117,7 +117,7 @@ class _Machine:
         return values
 
     def _marked(self) -> list[Any]:
-        """What stands above the last mark."""
+        """Pops the values above the last mark."""
         return self._take(len(self.stack) - self._marks.pop())
 
     # One method for each opcode that has no argument, by its name.

@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class NameMap:
     """One set of names. Tables go from canonical names to the others'; modules stand for their
     weight and bias.
 
@@ -32,7 +32,7 @@ class Layout:
     block_arrays: dict[str, str] = dataclasses.field(default_factory=dict)
     axes: dict[str, int] = dataclasses.field(default_factory=dict)
     # Names without a counterpart, which carry nothing that a backbone needs.
-    left_out: str = ""
+    ignored_keys: str = ""
 
     def to_canonical(self, arrays: Arrays) -> Arrays:
         """Canonical names; query, key and value become one. What is not known keeps its name, so
@@ -43,7 +43,7 @@ class Layout:
         result: Arrays = {}
         parts: dict[str, dict[int, np.ndarray]] = {}
         for name, array in arrays.items():
-            if self.left_out and re.fullmatch(self.left_out, name):
+            if self.ignored_keys and re.fullmatch(self.ignored_keys, name):
                 continue
             whole, _, part = ours.get(name, name).partition("#")
             if part:
@@ -65,7 +65,7 @@ class Layout:
 
     def from_canonical(self, arrays: Arrays, *, key_bias: bool = True) -> Arrays:
         """The inverse: their names and shapes. InputError for what they have no name for."""
-        layers = {int(found[1]) for name in arrays if (found := _BLOCK.match(name))}
+        layers = {int(match[1]) for name in arrays if (match := _BLOCK.match(name))}
         theirs = dict(self._pairs(sorted(layers)))
         result: Arrays = {}
         for name, array in arrays.items():
@@ -118,7 +118,7 @@ def _parameters(modules: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _with_axes(array: np.ndarray, count: int) -> np.ndarray:
-    """With so many axes, by axes of length one in front."""
+    """Adds axes of length one in front, up to so many."""
     if array.ndim == count:
         return array
     while array.ndim > count and array.shape[0] == 1:
@@ -152,7 +152,7 @@ _HF_TOKENS = {
     "pos_embed": "embeddings.position_embeddings",
 }
 
-DINOV2 = Layout(
+DINOV2 = NameMap(
     block="blocks.{}.",
     modules={"patch_embed.proj": "patch_embed.proj", "norm": "norm"},
     block_modules=_PLAIN_BLOCK | {"mlp.w12": "mlp.w12", "mlp.w3": "mlp.w3"},
@@ -161,7 +161,7 @@ DINOV2 = Layout(
     block_arrays=_SCALES,
 )
 # The authors' SynCLR; its mask token has three axes.
-SYNCLR = dataclasses.replace(DINOV2, axes={"mask_token": 3}, left_out=_CLASSIFIER)
+SYNCLR = dataclasses.replace(DINOV2, axes={"mask_token": 3}, ignored_keys=_CLASSIFIER)
 # Packed: gate and value are one fc1.
 TIMM_SWIGLU = dataclasses.replace(
     DINOV2,
@@ -173,16 +173,16 @@ TIMM = dataclasses.replace(
     modules=DINOV2.modules | {"norm_pre": "norm_pre"},
     block_modules=_PLAIN_BLOCK,
     arrays=_TOKENS | {"register_tokens": "reg_token"},
-    left_out=_CLASSIFIER,
+    ignored_keys=_CLASSIFIER,
 )
 # Average pooling: its one norm comes after the mean.
 TIMM_MEAN = dataclasses.replace(TIMM, modules=TIMM.modules | {"norm": "fc_norm"})
 DINOV3 = dataclasses.replace(
     DINOV2,
     arrays=_TOKENS | {"register_tokens": "storage_tokens"},
-    left_out=r"rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask",
+    ignored_keys=r"rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask",
 )
-CLIP = Layout(
+CLIP = NameMap(
     block="transformer.resblocks.{}.",
     modules={"patch_embed.proj": "conv1", "norm_pre": "ln_pre", "norm": "ln_post"},
     block_modules={
@@ -199,9 +199,9 @@ CLIP = Layout(
         "mask_token": "mask_token",
     },
     axes={"cls_token": 1, "pos_embed": 2},
-    left_out="proj",
+    ignored_keys="proj",
 )
-HF_DINOV2 = Layout(
+HF_DINOV2 = NameMap(
     block="encoder.layer.{}.",
     modules={"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"},
     block_modules={
@@ -216,7 +216,7 @@ HF_DINOV2 = Layout(
     qkv=_HF_QKV,
     arrays=_HF_TOKENS,
     block_arrays=_HF_SCALES,
-    left_out=r"classifier\.(weight|bias)",
+    ignored_keys=r"classifier\.(weight|bias)",
 )
 HF_VIT = dataclasses.replace(
     HF_DINOV2,
@@ -229,7 +229,7 @@ HF_VIT = dataclasses.replace(
     },
     block_arrays={},
     axes={"mask_token": 3},
-    left_out=r"classifier\.(weight|bias)|pooler\.dense\.(weight|bias)",
+    ignored_keys=r"classifier\.(weight|bias)|pooler\.dense\.(weight|bias)",
 )
 _HF_CLIP_BLOCK = {
     "norm1": "layer_norm1",
@@ -238,7 +238,7 @@ _HF_CLIP_BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-HF_CLIP = Layout(
+HF_CLIP = NameMap(
     block="encoder.layers.{}.",
     modules={
         "patch_embed.proj": "embeddings.patch_embedding",
@@ -252,7 +252,7 @@ HF_CLIP = Layout(
         "pos_embed": "embeddings.position_embedding.weight",
     },
     axes={"cls_token": 1, "pos_embed": 2},
-    left_out=r"embeddings\.position_ids",
+    ignored_keys=r"embeddings\.position_ids",
 )
 HF_SIGLIP = dataclasses.replace(
     HF_CLIP,
@@ -264,7 +264,7 @@ HF_SIGLIP = dataclasses.replace(
     arrays={"pos_embed": "embeddings.position_embedding.weight", "pool.probe": "head.probe"},
     axes={"pos_embed": 2},
 )
-HF_DINOV3 = Layout(
+HF_DINOV3 = NameMap(
     block="layer.{}.",
     modules={"patch_embed.proj": "embeddings.patch_embeddings", "norm": "norm"},
     block_modules={

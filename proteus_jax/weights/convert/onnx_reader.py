@@ -1,4 +1,4 @@
-"""The initialisers of an ONNX file, under the names that the exported modules had.
+"""The initializers of an ONNX file, under the names that the exported modules had.
 
 An exporter keeps the names of biases and norms, but transposes linear weights and numbers them;
 such a weight is known only by the node that uses it, whose name is the module's path.
@@ -15,7 +15,7 @@ ANONYMOUS = "onnx::"
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Every initialiser by module name; nothing of the graph is run and no second file is opened.
+    """Every initializer by module name; nothing of the graph is run and no second file is opened.
 
     A weight of the MatMul `/a/b/MatMul` becomes `a.b.weight`, transposed back to [outputs, inputs];
     an anonymous array of another node keeps the node's path. InputError where the file is no ONNX

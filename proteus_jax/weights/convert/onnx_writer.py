@@ -80,7 +80,7 @@ class _Graph:
         return list(outputs)
 
     def outputs(self, tokens: str) -> dict[str, str]:
-        """As VisionTransformer makes its Features."""
+        """Writes the outputs as VisionTransformer makes its Features."""
         spec = self.spec
         if spec.final_norm == "tokens":
             tokens = self.norm(tokens, "norm")
@@ -93,10 +93,10 @@ class _Graph:
             cls = self.pooled(patches)
         if spec.final_norm == "class":
             cls = self.norm(cls, "norm")
-        found = {"class_token": cls, "patch_tokens": patches}
+        outputs = {"class_token": cls, "patch_tokens": patches}
         if spec.registers:
-            found["registers"] = self.cut(tokens, int(spec.class_token), spec.prefix, axis=1)
-        return found
+            outputs["registers"] = self.cut(tokens, int(spec.class_token), spec.prefix, axis=1)
+        return outputs
 
     def embedded(self, table: np.ndarray | None) -> str:
         spec, arrays = self.spec, self.arrays
@@ -226,7 +226,7 @@ class _Graph:
         return self.node("LayerNormalization", tokens, scale, bias, axis=-1, epsilon=epsilon)
 
     def linear(self, tokens: str, name: str, scale: str = "") -> str:
-        """With a LayerScale's factors in its weights."""
+        """Writes a Linear with a LayerScale's factors in its weights."""
         weight, bias = self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"]
         gamma = self.arrays.get(f"{scale}.gamma")
         if gamma is not None:

@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the largest error is within tolerance; not a number is not."""
+        """True where the largest error is within tolerance; not a number is not."""
         return self.largest <= TOLERANCE
 
 
@@ -62,18 +62,22 @@ def verify_golden(directory: Path, file: Path) -> Iterator[Comparison]:
         )
     pixels = np.asarray(card.normalisation(jnp.asarray(images))) if floats is None else floats
     ours = _golden_outputs(params, card.spec, pixels)
-    found = {name: value for name, value in arrays.items() if name.startswith("out/")}
-    found = {name: value for name, value in found.items() if value.size and name not in _ELSEWHERE}
+    expected_arrays = {name: value for name, value in arrays.items() if name.startswith("out/")}
+    expected_arrays = {
+        name: value
+        for name, value in expected_arrays.items()
+        if value.size and name not in _ELSEWHERE
+    }
     wrong = [
         name
-        for name, value in found.items()
+        for name, value in expected_arrays.items()
         if name not in ours or value.shape != ours[name].shape or value.dtype.kind != "f"
     ]
-    if not found or wrong:
+    if not expected_arrays or wrong:
         raise InputError(
             f"{file}: {wrong[0]} is that of another model" if wrong else f"{file}: no out/cls in it"
         )
-    yield from compare(ours, found)
+    yield from compare(ours, expected_arrays)
 
 
 # What golden.py of the tests compares and this does not.
@@ -83,8 +87,8 @@ _ELSEWHERE = ("out/all", "out/prenorm")
 def _golden_arrays(file: Path) -> dict[str, np.ndarray]:
     with (
         refusing(f"{file}: not a readable .npz of plain arrays"),
-        open(file, "rb") as opened,
-        np.load(opened, allow_pickle=False) as stored,
+        open(file, "rb") as file_of_numbers,
+        np.load(file_of_numbers, allow_pickle=False) as stored,
     ):
         arrays = {name: stored[name] for name in stored.files}
     if not {"image", "image_uint8"} & arrays.keys():
@@ -125,8 +129,8 @@ def verify(
             f"{images.shape[1:3]}"
         )
     pixels = np.asarray(card.normalisation(jnp.asarray(images)))
-    found, _ = read_model(source, prefix=prefix, family=card.family, heads=spec.heads)
-    arrays: Arrays = found.arrays
+    model, _ = read_model(source, prefix=prefix, family=card.family, heads=spec.heads)
+    arrays: Arrays = model.arrays
     try:
         state_dict.to_params(arrays, spec, optional=OPTIONAL)
     except InputError as error:
@@ -147,13 +151,13 @@ def verify(
 def compare(ours: Outputs, theirs: Outputs) -> Iterator[Comparison]:
     """Every output of the reference with ours of that name."""
     for name, expected in theirs.items():
-        found = ours[name].astype(np.float64)
+        value = ours[name].astype(np.float64)
         expected = expected.astype(np.float64)
-        difference = np.abs(found - expected)
+        difference = np.abs(value - expected)
         # A constant output has none: then errors are as they are.
         deviation = float(expected.std()) or 1.0
-        lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
-        cosine = np.sum(found * expected, axis=-1) / np.maximum(lengths, np.finfo(float).tiny)
+        lengths = np.linalg.norm(value, axis=-1) * np.linalg.norm(expected, axis=-1)
+        cosine = np.sum(value * expected, axis=-1) / np.maximum(lengths, np.finfo(float).tiny)
         yield Comparison(
             name,
             float(difference.max()) / deviation,

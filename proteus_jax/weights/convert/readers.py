@@ -44,17 +44,17 @@ def read_weights(path: Path) -> Weights:
         raise InputError(f"{path}: expected a file ending in {', '.join(_READERS)}")
     with refusing(f"{path}: not a readable weight file"):
         _refuse_members_outside(path)
-        found = {name: array for name, array in reader(path).items() if not _COUNTED.search(name)}
+        kept = {name: array for name, array in reader(path).items() if not _COUNTED.search(name)}
     wrong = [
         f"{path}: {name} should hold floats, found {getattr(array, 'dtype', type(array).__name__)}"
-        for name, array in found.items()
+        for name, array in kept.items()
         if not isinstance(array, np.ndarray) or not jnp.issubdtype(array.dtype, np.floating)
     ]
     if wrong:
         raise InputError(wrong)
-    narrowest = min((array.dtype for array in found.values()), key=_bits, default=np.float32)
+    narrowest = min((array.dtype for array in kept.values()), key=_bits, default=np.float32)
     # ascontiguousarray would give a number without axes one.
-    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in found.items()}
+    arrays = {name: np.asarray(array, np.float32, order="C") for name, array in kept.items()}
     spoilt = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if spoilt:
         raise InputError(f"{path}: not finite: {', '.join(spoilt)}")
@@ -80,8 +80,8 @@ def _bits(dtype: np.dtype) -> int:
 
 
 def _refuse_members_outside(path: Path) -> None:
-    """Nothing is ever unpacked to a disk, but who writes such a name means harm. Nor is a
-    TorchScript archive a file of weights.
+    """Refuses members outside of the archive: nothing is ever unpacked to a disk, but who writes
+    such a name means harm. Nor is a TorchScript archive a file of weights.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -98,26 +98,26 @@ def _refuse_members_outside(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> Arrays:
-    opened = torch_file.TorchFile(path)
-    found = _items(opened.value)
+    torch_weights = torch_file.TorchFile(path)
+    items = _items(torch_weights.value)
     for wrapper in _WRAPPERS:
         # Training code saves the model beside the optimizer and the epoch.
-        if found is not None and _items(found.get(wrapper)) is not None:
-            found = _items(found[wrapper])
-    if found is None:
-        raise InputError(f"{path}: expected a state dict, found {_kind(opened.value)}")
+        if items is not None and _items(items.get(wrapper)) is not None:
+            items = _items(items[wrapper])
+    if items is None:
+        raise InputError(f"{path}: expected a state dict, found {_kind(torch_weights.value)}")
     others = [
         f"{name} ({_kind(value)})"
-        for name, value in found.items()
+        for name, value in items.items()
         if not isinstance(value, torch_file.Tensor)
     ]
     if others:
         raise InputError(f"{path}: expected tensors only, found others: {', '.join(others[:20])}")
-    return {str(name): opened.array(value) for name, value in found.items()}
+    return {str(name): torch_weights.array(value) for name, value in items.items()}
 
 
 def _items(value: Any) -> dict[Any, Any] | None:
-    """Of a dictionary, or of an object that is filled like one."""
+    """Items of a dictionary, or of an object that is filled like one."""
     if isinstance(value, Opaque):
         return value.items or None
     return value if isinstance(value, dict) else None

@@ -149,26 +149,26 @@ class TorchFile:
         strides = [stride * width for stride in tensor.strides]
         view = np.ndarray(tensor.shape, tensor.dtype, data, start, strides)
         # A copy: nothing of the file stays open.
-        found = view.copy(order="C")
+        array = view.copy(order="C")
         if self._big_endian:
-            found = _swapped(found)
-        found = np.conj(found) if tensor.conjugate else found
-        return -found if tensor.negative else found
+            array = _swapped(array)
+        array = np.conj(array) if tensor.conjugate else array
+        return -array if tensor.negative else array
 
     # The newer form.
 
     def _open_archive(self) -> Any:
         with zipfile.ZipFile(self.path) as archive:
             members = self._members(archive)
-            found = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
-            if len(found) != 1:
-                raise ValueError(f"expected one data.pkl in it, found {len(found)}")
-            root = found[0].removesuffix("data.pkl")
+            pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
+            if len(pickles) != 1:
+                raise ValueError(f"expected one data.pkl in it, found {len(pickles)}")
+            root = pickles[0].removesuffix("data.pkl")
             if f"{root}byteorder" in members:
                 self._big_endian = archive.read(f"{root}byteorder").strip() == b"big"
-            if members[found[0]].file_size > LONGEST_PICKLE:
+            if members[pickles[0]].file_size > LONGEST_PICKLE:
                 raise ValueError(f"its description is longer than {LONGEST_PICKLE} bytes")
-            text = self._member(archive, members[found[0]])
+            text = self._member(archive, members[pickles[0]])
             value = inert_pickle.load(io.BytesIO(text), self._calls(), self._storage)
             for key in self._dtypes:
                 member = members.get(f"{root}data/{key}")

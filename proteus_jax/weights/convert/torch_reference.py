@@ -111,7 +111,7 @@ def transformers_outputs(
 
 
 def directory_outputs(folder: Path, spec: ViTSpec, pixels: Float[np.ndarray, "b h w 3"]) -> Outputs:
-    """As `transformers_outputs`, of a directory that it can open by itself."""
+    """Outputs as of `transformers_outputs`, of a directory that it can open by itself."""
     _, transformers = _libraries()
     transformers.utils.logging.disable_progress_bar()
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
@@ -140,11 +140,11 @@ def run_transformers(model: Any, spec: ViTSpec, pixels: Float[np.ndarray, "b h w
     torch, _ = _libraries()
     with torch.no_grad():
         inputs = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-        found = model.eval()(inputs, output_hidden_states=True)
-    blocks = found.hidden_states[1 : spec.depth + 1]
+        result = model.eval()(inputs, output_hidden_states=True)
+    blocks = result.hidden_states[1 : spec.depth + 1]
     outputs = {f"block {number}": tokens for number, tokens in enumerate(blocks)}
-    final = found.last_hidden_state
-    pooled = getattr(found, "pooler_output", None)
+    final = result.last_hidden_state
+    pooled = getattr(result, "pooler_output", None)
     if spec.pooling == "mean":
         raw = blocks[-1][:, spec.prefix :]
         mean = (final if spec.final_norm == "tokens" else raw)[:, -raw.shape[1] :].mean(dim=1)
@@ -223,7 +223,7 @@ def timm_arrays(spec: ViTSpec, arrays: Arrays) -> Arrays:
     return layout.from_canonical(arrays)
 
 
-def timm_layout(spec: ViTSpec) -> name_maps.Layout:
+def timm_layout(spec: ViTSpec) -> name_maps.NameMap:
     """InputError where timm's ViT has no such model."""
     fits = (
         spec.positions == "table"
