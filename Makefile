@@ -29,7 +29,7 @@ faults: .venv/dev.stamp
 coverage: .venv/dev.stamp
 	mkdir -p .coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 -m "not slow"
+	$(BIN)/coverage run --data-file=$(CURDIR)/.coverage/data -m pytest -n 2 -m "not slow"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --show-missing --skip-covered
 

@@ -1,7 +1,7 @@
 """How XLA compiles where tests run: most of their time would be its own otherwise.
 
 Without optimizations, and with the emitters of loops that XLA had before its present ones, a
-training step is compiled in a fifth of the time. Rounding differs a little.
+training step is compiled in a third of the time or less. Rounding differs a little.
 """
 
 from importlib.metadata import version

@@ -327,7 +327,7 @@ MUTANTS = [
     Mutant(
         "proteus_jax/weights/convert/readers.py",
         "spoilt = [name for name, array in arrays.items() if",
-        "spoilt = [name for name, array in found.items() if",
+        "spoilt = [name for name, array in kept.items() if",
         "a float64 beyond float32's range becomes infinite after the check",
         ("test_convert.py::test_values_that_are_no_numbers_are_refused",),
     ),
@@ -1180,7 +1180,7 @@ MUTANTS = [
     Mutant(
         "proteus_jax/evaluation/protocols/robustness.py",
         "number = {str(at): at for at in range(len(head.classes))}",
-        "number = {kind: at for at, kind in enumerate(found.classes)}",
+        "number = {kind: at for at, kind in enumerate(labeled.classes)}",
         "ImageNet-V2's folders 0, 1, 10, 100 are numbered in the order of text",
         ("test_robustness.py::test_numbered_folders_are_places_among_sorted_names",),
     ),

@@ -423,7 +423,7 @@ def test_what_a_command_line_cannot_do_is_one_line(
     absent = ["import", str(tmp_path / "absent"), "--output", str(tmp_path / "out")]
     export = ["export", str(tiny_teacher), "--format=dinov2", "--no-check"]
     blocked = [*export, "--output", str(tmp_path / "file" / "x.pth")]
-    for arguments, words in ((absent, "absent"), (blocked, "file")):
+    for arguments, words in ((absent, str(tmp_path / "absent")), (blocked, str(tmp_path / "file"))):
         assert convert_weights.main(arguments) == 2
         said = capsys.readouterr()
         assert said.out == ""

@@ -461,6 +461,8 @@ def test_what_a_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert line.startswith("compiled for v5e:4x4: not here (no chip); pip install")
 
 
-def test_a_peak_is_measured_by_a_product() -> None:
-    """Of a size that takes no time: some billions a second on any machine, not none."""
-    assert 1e7 < plan._measured_peak(128, 2) < 1e14
+def test_a_peak_is_measured_by_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two operations for each of the products of the median round, here one of half a second."""
+    clock = iter([0.0, 0.5, 1.0, 1.5, 2.0, 9.0])
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: next(clock))
+    assert plan._measured_peak(16, 3) == 2 * 16**3 / 0.5

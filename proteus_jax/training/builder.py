@@ -111,7 +111,7 @@ def assemble(
     start: ViTSpec | None = None,
 ) -> Assembly:
     """The models and the step that a configuration describes, for "cpu", "gpu" or "tpu"; teachers
-    by the names of `lessons`, `start` is what the students start from.
+    by the names of `teacher_configs`, `start` is what the students start from.
     """
     precision = dtype_of(config.teacher_precision, platform)
     remarks = []
