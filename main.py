@@ -44,6 +44,7 @@ Exit codes: 0 done; 2 the input was wrong, and nothing was written, or memory do
 3 training diverged; 75 interrupted: the same command goes on.
 """
 
+import json
 import math
 import os
 import signal
@@ -78,8 +79,8 @@ UNREAD = 2.0
 FLAGS = ("--doctor", "--profile", "--plan", "--prepare", "--devices", "--offline")
 PLAN = ("--topology", "--mfu", "--price", "--hlo")
 LESS_IN_TRAINING = (
-    "--plan says what a device needs; less takes --config.accumulate=2 or more (the same batch "
-    "in parts), --config.remat=blocks, --config.fsdp over several devices, or a smaller "
+    "--plan says what a device needs; less takes --config.grad_accum_steps=2 or more (the same "
+    "batch in parts), --config.remat=blocks, --config.fsdp over several devices, or a smaller "
     "--config.batch"
 )
 LESS_IN_REPLAY = "a step made again takes what it took in the run, over as many devices"
@@ -166,6 +167,7 @@ def distil(arguments: list[str], console: Console) -> int:
     from proteus_jax import config
     from proteus_jax.cli import doctor
     from proteus_jax.evaluation import runner as evaluation
+    from proteus_jax.evaluation.config import EvalConfig
     from proteus_jax.runtime import distributed
     from proteus_jax.runtime.workdir import is_remote, opened_workdir
     from proteus_jax.training import trainer
@@ -175,7 +177,8 @@ def distil(arguments: list[str], console: Console) -> int:
     overrides = [config.Override(*override) for override in read.overrides]
     configuration, problems = config.load(read.paths["--config"], overrides, schema_of)
     workdir = read.paths.get("--workdir") or "."
-    if "--doctor" in read.flags and "protocol" not in configuration:
+    evaluates = isinstance(configuration, EvalConfig)
+    if "--doctor" in read.flags and not evaluates:
         output = read.paths.get("--output") or f"{workdir}/{doctor.MANIFEST}"
         if is_remote(output):
             problems.append(f"--doctor writes to this machine: expected a path, found {output}")
@@ -183,7 +186,6 @@ def distil(arguments: list[str], console: Console) -> int:
         doctor.run_doctor(configuration, output, [*read.problems, *problems], console)
         return 0
     known = [*read.problems, *problems]
-    evaluates = "protocol" in configuration
     wrong = sorted(read.flags - {"--offline", "--prepare"})
     if evaluates and wrong:
         raise InputError([*known, f"{wrong[0]}: only for a run that trains"])
@@ -198,11 +200,11 @@ def distil(arguments: list[str], console: Console) -> int:
         console.line("ready: images and models are here")
         return 0
     place, seconds = _process_info(read.place, known)
-    about = _versions() | {"configuration": configuration.to_json()}
+    about = _versions() | {"configuration": json.dumps(configuration.as_json)}
     with distributed.initialize_distributed(
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ) as group:
-        if evaluates:
+        if isinstance(configuration, EvalConfig):
             evaluation_inputs = evaluation.open_inputs(configuration, workdir, known)
             with opened_workdir(workdir) as folder, fitting(LESS_IN_EVALUATION):
                 return evaluation.run(configuration, evaluation_inputs, folder, console)

@@ -83,7 +83,7 @@ class Bench:
             self.student_spec, widths, self.dtype, remat=remat, attention=self.attention
         )
         sizes = [(self.teacher_spec, job["image"])], [self.student_spec], job["image"]
-        self.work = flops.training(*sizes, masked=True)
+        self.work = flops.training(*sizes, masked_share=0.5)
         self.device = flops.known_device(jax.devices()[0].device_kind)
 
     def teacher_params(self) -> Any:
@@ -284,7 +284,7 @@ def pytorch(job: Job) -> Iterator[Result]:
         known = flops.known_device(torch.cuda.get_device_name())
         if known is not None:
             sizes = [(teacher, job["image"])], [student], job["image"]
-            work = flops.training(*sizes, masked=True).total
+            work = flops.training(*sizes, masked_share=0.5).total
             result["mfu"] = result["images_per_second"] * work / known.peak
     yield result
 

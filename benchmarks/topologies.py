@@ -63,7 +63,7 @@ def compiled(name: str, topology_name: str) -> Floor | None:
             str(ROOT / "configs" / f"{name}.py"), overrides, schema_of
         )
         assert not problems, problems
-        known = Known(TEACHERS[configuration.teacher].spec, IMAGENET)
+        known = Known(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
         steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
         assembly = assemble(configuration, {"teacher": known}, steps, topology.platform)
         estimate = plan.memory(configuration, assembly, topology.devices, configuration.batch)
@@ -86,7 +86,7 @@ def compiled(name: str, topology_name: str) -> Floor | None:
             fsdp=int(settings["fsdp"]),
             remat=str(settings["remat"]),
             images=configuration.batch // topology.devices,
-            work=assembly.work(configuration).total,
+            work=assembly.work(configuration.data.crop).total,
             bytes=moved.bytes,
             floor=moved.floor,
             estimate=moved.estimate,

@@ -17,9 +17,10 @@ def get_config() -> ml_collections.ConfigDict:
     config: Any = base.get_config()
     config.teacher = "dinov2_vitb14"
     config.student = ("vit_small",)
-    config.start = "dinov2_vits14"
+    config.init.method = "copy"
+    config.init.source = "dinov2_vits14"
     config.batch = 256
     config.epochs = 30.0
     config.learning_rate = 5e-5
-    config.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 1.0
     return config

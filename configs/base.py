@@ -16,24 +16,20 @@ def get_config() -> ml_collections.ConfigDict:
     """
     config: Any = ml_collections.ConfigDict()
 
-    # Who teaches: a known name (proteus_jax/weights/fetch.py) or a directory that
-    # convert_weights.py made.
-    config.teacher = "dinov2_vitb14"
-    # Channel statistics of the images that it is given: own (those it was trained with), imagenet,
-    # clip or half. The student sees the same images.
-    config.teacher_normalisation = "own"
-    # Side of the images that it is given, where not data.crop: a multiple of its patch size.
-    config.teacher_crop = config_dict.placeholder(int)
-    # Whether its tokens are brought to mean 0 and deviation 1 in every channel first.
-    config.standardise = False
-    # Others who teach at the same time, under names: base.add_teacher(config, "clip",
-    # "clip_vitb16"), below.
-    config.more_teachers = ml_collections.ConfigDict()
-    # Who learns: names of proteus_jax/models/config.py; several learn from one pass of the teacher.
+    # The teachers by name; the primary one is called teacher, and
+    # base.add_teacher(config, "clip", "clip_vitb16") adds another.
+    config.teachers = ml_collections.ConfigDict({"teacher": _teacher("dinov2_vitb14")})
+    # The primary teacher's source, in short.
+    teachers: Any = config.teachers
+    config.teacher = teachers.teacher.get_ref("source")
+    # Students: names of proteus_jax/models/config.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
-    # What the students start from: a model as wide, with as many blocks or a multiple, of which
-    # every second, third ... is taken; its other choices are theirs too. Nothing: random weights.
-    config.start = ""
+    config.init = ml_collections.ConfigDict()
+    # What students start from: random weights, or a copy of a model.
+    config.init.method = "random"
+    # The model that is copied. It is as wide as the student and has as many blocks or a multiple,
+    # of which every second, third ... is taken; its other choices are the student's too.
+    config.init.source = ""
     # The start of every random number of the run.
     config.seed = 0
 
@@ -46,36 +42,45 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Peak learning rate; where none is given, 5e-4 for each 512 images of the batch.
     config.learning_rate = config_dict.placeholder(float)
-    # Linear warm-up in epochs or, where given, in steps.
-    config.warmup_epochs = 5.0
-    config.warmup_steps = config_dict.placeholder(int)
-    # AdamW's, on matrices and tables; never on vectors and biases.
-    config.weight_decay = 0.05
+    config.optimizer = ml_collections.ConfigDict()
+    # The optimizer: adamw.
+    config.optimizer.name = "adamw"
+    # Linear warm-up in epochs.
+    config.optimizer.warmup_epochs = 5.0
+    # Linear warm-up in steps, in place of epochs where it is given.
+    config.optimizer.warmup_steps = config_dict.placeholder(int)
+    # Weight decay on matrices and tables; vectors and biases have none.
+    config.optimizer.weight_decay = 0.05
+    # Dtype of the mean of the gradients: float32 or bfloat16, which is half the memory.
+    config.optimizer.mu_dtype = "float32"
     # Rate of an average of the backbone's weights, saved and exported beside them; 0 keeps none.
     # The paper: 0.99996.
     config.ema_decay = 0.0
     # Stochastic depth of the last block, growing from 0; the paper's runs have none.
     config.drop_path = 0.0
 
-    # Factors of the three losses. A patch factor of 0 leaves the masked pass out.
-    config.loss = ml_collections.ConfigDict()
-    config.loss.token = 1.0
-    config.loss.feature = 1.0
-    config.loss.patch = 1.0
+    config.method = ml_collections.ConfigDict()
+    # What students learn of their teachers: proteus, the paper's three losses.
+    config.method.name = "proteus"
+    config.method.loss_weights = ml_collections.ConfigDict()
+    # Factor of the loss of class tokens, for every teacher without one of its own.
+    config.method.loss_weights.token = 1.0
+    # Factor of the loss of all tokens.
+    config.method.loss_weights.feature = 1.0
+    # Factor of the loss of masked patches; 0 for all teachers leaves the masked pass out.
+    config.method.loss_weights.patch = 1.0
     # Share of the patches that is masked, on half of the images.
-    config.mask_ratio = 0.5
+    config.method.mask_ratio = 0.5
 
     # Precision of matmuls: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on a CPU).
     config.precision = "auto"
     # The teacher's matmuls, by the same words, or float16 as the authors' code has them (GPUs); its
     # residual stream is float32 in any case.
     config.teacher_precision = "auto"
-    # Where AdamW keeps its mean of the gradients: float32 or bfloat16, which is half the memory.
-    config.first_moment = "float32"
     # Devices that share one copy of parameters and optimizer; 1 keeps a whole copy on each.
     config.fsdp = 1
     # Parts that a batch goes through in, one after the other: less memory for the same update.
-    config.accumulate = 1
+    config.grad_accum_steps = 1
     # What the student's backward pass makes again: off keeps what matmuls made; blocks keeps only
     # what enters a block, a fraction of the memory for a third more of the student's arithmetic.
     config.remat = "off"
@@ -103,7 +108,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Images of an epoch; where none is given, as many as there are.
     config.data.epoch = config_dict.placeholder(int)
     # Views of an image in a row, each augmented on its own; an epoch is as long as without.
-    config.data.repeats = 3
+    config.data.repeated_aug = 3
     # Side of the training crops in pixels, a multiple of the patch size (14).
     config.data.crop = 224
     # RandAugment: operations an image (0 does without), their magnitude from 0 to 10 and its
@@ -121,7 +126,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Threads that do it where there are no such processes.
     config.data.threads = 4
     # A run stops when a larger share of the images than this cannot be read.
-    config.data.unreadable = 0.1
+    config.data.max_corrupt_fraction = 0.1
     # Whole images of a folder that are never trained on: a share of it, at least and at most so
     # many; 0 holds none.
     config.data.held_out = ml_collections.ConfigDict()
@@ -150,25 +155,39 @@ def get_config() -> ml_collections.ConfigDict:
     # first.
     config.max_failed_saves = 3
     # Seconds from a request to stop (SIGTERM, Ctrl-C) after which a run ends, saved or not.
-    config.stop_within = 300.0
+    config.preemption_timeout_s = 300.0
     # A misspelt field in a file that starts from this one is an error from here on.
     return config.lock()
 
 
 def add_teacher(config: Any, name: str, source: str) -> Any:
-    """A further teacher for a configuration, with the first one's fields; returned, to be changed.
+    """Adds a teacher to a configuration, and returns its fields to be changed.
 
-    Standardised, as teachers differ in scale.
+    Its tokens are standardized, as teachers differ in scale.
     """
+    if name in config.teachers:
+        raise ValueError(f"there is a teacher {name!r} already")
+    teacher = _teacher(source)
+    teacher.standardize = True
+    with config.teachers.unlocked():
+        config.teachers[name] = teacher.lock()
+    return config.teachers[name]
+
+
+def _teacher(source: str) -> Any:
     teacher: Any = ml_collections.ConfigDict()
-    teacher.teacher = source
-    teacher.normalisation = "own"
-    teacher.crop = config_dict.placeholder(int)
-    teacher.standardise = True
-    teacher.loss = ml_collections.ConfigDict()
-    teacher.loss.token = 1.0
-    teacher.loss.feature = 1.0
-    teacher.loss.patch = 1.0
-    with config.more_teachers.unlocked():
-        config.more_teachers[name] = teacher.lock()
-    return config.more_teachers[name]
+    # The model: a known name (python convert_weights.py list), a directory or an address.
+    teacher.source = source
+    # Channel statistics of its images: native (those it was trained with), imagenet, clip or half.
+    # The students see the primary teacher's.
+    teacher.normalization = "native"
+    # Side of its images in pixels, where not data.crop: a multiple of its patch size.
+    teacher.image_size = config_dict.placeholder(int)
+    # Whether its tokens are brought to mean 0 and deviation 1 in every channel first.
+    teacher.standardize = False
+    teacher.loss_weights = ml_collections.ConfigDict()
+    # Factors of its losses, where not method.loss_weights'.
+    teacher.loss_weights.token = config_dict.placeholder(float)
+    teacher.loss_weights.feature = config_dict.placeholder(float)
+    teacher.loss_weights.patch = config_dict.placeholder(float)
+    return teacher

@@ -19,11 +19,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch = 16
     config.steps = 260
     config.learning_rate = 1e-3
-    config.warmup_steps = 10
+    config.optimizer.warmup_steps = 10
     config.data.root = ("scikit-image",)
     config.data.crop = 98
     # So few steps gain nothing from the rest of the recipe.
-    config.data.repeats = 1
+    config.data.repeated_aug = 1
     config.data.randaugment.operations = 0
     config.data.erasing = 0.0
     config.data.workers = 0

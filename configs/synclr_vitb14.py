@@ -3,7 +3,7 @@ images are, and where the teacher is, whose file is fetched by hand: --config.da
 --config.teacher=DIR
 
 As the authors' code does, both models are given ImageNet's channel statistics, though SynCLR was
-trained with CLIP's (--config.teacher_normalisation=own has those).
+trained with CLIP's (--config.teachers.teacher.normalization=native has those).
 """
 
 from typing import Any
@@ -17,6 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     """The paper's recipe for this pair."""
     config: Any = base.get_config()
     config.teacher = "synclr_vitl14"
-    config.teacher_normalisation = "imagenet"
+    config.teachers.teacher.normalization = "imagenet"
     config.student = ("vit_base_synclr",)
     return config

@@ -16,9 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     """The paper's recipe, with a second teacher of the class token and the patches."""
     config: Any = base.get_config()
     config.teacher = "dinov2_vitl14"
-    config.standardise = True
+    config.teachers.teacher.standardize = True
     config.student = ("vit_base_patch16",)
     clip = base.add_teacher(config, "clip", "clip_vitl14")
     # CLIP's patches have no norm of their own, and it was never trained to say anything by them.
-    clip.loss.patch = 0.0
+    clip.loss_weights.patch = 0.0
     return config

@@ -45,7 +45,7 @@ run() {
   if [ "${CHECK:-1}" != 0 ] && [ "${SLURM_NNODES:-1}" -gt 1 ]; then
     on_all_nodes --devices || return
   fi
-  on_all_nodes "--config.hosts=${SLURM_NNODES}" --config.stop_within=50 "$@"
+  on_all_nodes "--config.hosts=${SLURM_NNODES}" --config.preemption_timeout_s=50 "$@"
 }
 
 code=0

@@ -199,7 +199,7 @@ begin() {
     everywhere "cd proteus_jax && $cache .venv/bin/python main.py --prepare $words" || return
   fi
   everywhere "cd proteus_jax && $cache $detached start .venv/bin/python main.py \
---config.stop_within=$STOP_WITHIN $words" || return 1
+--config.preemption_timeout_s=$STOP_WITHIN $words" || return 1
 }
 
 # Until the run is at its end: with its exit code, or 255 where the slice is gone.

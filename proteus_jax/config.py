@@ -3,10 +3,13 @@ wrong.
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
+import json
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +36,13 @@ class Override(NamedTuple):
 
 def load(
     path: str, overrides: Sequence[Override], schema_of: Callable[[Any], Schema]
-) -> tuple[ml_collections.FrozenConfigDict, list[str]]:
-    """The configuration of a file with overrides, and everything that is wrong with them.
+) -> tuple[Any, list[str]]:
+    """Reads the configuration of a file with overrides, and lists everything that is wrong with
+    them.
 
-    `schema_of` says which rules a configuration keeps. A wrong override changes nothing, so that
-    the rest can still be looked at. InputError where the file itself gives no configuration with
-    sensible values.
+    `schema_of` chooses the rules that a configuration keeps, and with them the record that is made
+    of it. A wrong override changes nothing, so that the rest can still be looked at. InputError
+    where the file itself gives no configuration with sensible values.
     """
     config = _run_file(path)
     schema, problems = schema_of(config), []
@@ -47,14 +51,13 @@ def load(
             _assign(config, field, text, schema)
         except InputError as error:
             problems += error.problems
+    # An override may have chosen other rules.
+    schema = schema_of(config)
     faults = _check_fields(config, schema)
     if faults:
         raise InputError(problems + faults)
-    try:
-        problems += schema.together(config)
-    except InputError as error:
-        raise InputError(problems + error.problems) from None
-    return ml_collections.FrozenConfigDict(config), problems
+    record = schema.make(_json_values(config))
+    return record, problems + schema.together(record)
 
 
 def fields_of(path: str) -> list[str]:
@@ -62,13 +65,40 @@ def fields_of(path: str) -> list[str]:
     return _fields(_run_file(path))
 
 
-def complete(values: dict[str, Any], schema: Schema) -> ml_collections.FrozenConfigDict:
-    """A configuration that was written as JSON; InputError where a field is missing or wrong."""
+def complete(values: dict[str, Any], schema_of: Callable[[Any], Schema]) -> Any:
+    """Makes the record of a configuration that was written as JSON; InputError where a field is
+    missing or wrong.
+    """
     config = ml_collections.ConfigDict(values)
-    faults = _check_fields(config, schema) or schema.together(config)
+    schema = schema_of(config)
+    faults = _check_fields(config, schema)
+    record = None if faults else schema.make(_json_values(config))
+    faults = faults or schema.together(record)
     if faults:
         raise InputError(faults)
-    return ml_collections.FrozenConfigDict(config)
+    return record
+
+
+def _json_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json())
+
+
+def to_record(kind: type, values: Mapping[str, Any]) -> Any:
+    """Makes a NamedTuple or a dataclass, and those inside it, of values by name; lists become
+    tuples. Values that it has no field for are left out.
+    """
+    hints = typing.get_type_hints(kind)
+
+    def converted(hint: Any, value: Any) -> Any:
+        if _is_record(hint) and isinstance(value, Mapping):
+            return to_record(hint, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: converted(hints[name], values[name]) for name in hints if name in values})
+
+
+def _is_record(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or hasattr(hint, "_fields")
 
 
 def _run_file(path: str) -> ml_collections.ConfigDict:

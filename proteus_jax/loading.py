@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.checkpoint.checkpointer import Checkpoints
-from proteus_jax.checkpoint.items import PARAMS, STATISTICS
+from proteus_jax.checkpoint.items import FORMAT, PARAMS, STATISTICS, VERSION
 from proteus_jax.checkpoint.store import CheckpointStore
 from proteus_jax.errors import InputError
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.feature_standardization import RunningMoments, init_moments, unstandardize
-from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params, StudentFunction, in_precision
 from proteus_jax.models.normalization import Normalization
@@ -74,7 +74,7 @@ def _run_config(workdir: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         if not all(isinstance(name, str) for name in config["student"]):
             raise ValueError("student")
-        config["teacher"]
+        config["teachers"][PRIMARY]["source"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the configuration of a run: {error!r}") from None
     return config
@@ -95,7 +95,7 @@ class Heads(NamedTuple):
 
     @property
     def teacher(self) -> dict[str, Any]:
-        """Facts of the first teacher: `spec`, `side`, `normalisation` and more."""
+        """Facts of the first teacher: `spec`, `side`, `normalization` and more."""
         return self.facts["teachers"][PRIMARY] | {"width": self.facts["teacher_widths"][PRIMARY]}
 
     @property
@@ -132,17 +132,22 @@ def load_heads(source: str | Path) -> Heads | None:
         if step is None:
             return None
         facts = checkpoints.facts(step)
+        if facts.get(FORMAT) != VERSION:
+            raise InputError(
+                f"{workdir}: its checkpoint is of another version of proteus_jax (format "
+                f"{facts.get(FORMAT, 1)}, expected {VERSION}); load its student/ instead"
+            )
         if len(facts["student_specs"]) != 1:
             return None
         (name,) = facts["student_specs"]
         spec = ViTSpec.from_json(facts["student_specs"][name])
         student = StudentFunction(spec, facts["teacher_widths"])
-        mean, deviation = (tuple(part) for part in facts["normalisation"])
+        mean, deviation = (tuple(part) for part in facts["normalization"])
         wanted: dict[str, Any] = {PARAMS: {name: student.shapes}}
-        if facts["standardised"]:
+        if facts["standardized"]:
             wanted[STATISTICS] = {
                 key: init_moments(facts["teacher_widths"][key])._asdict()
-                for key in facts["standardised"]
+                for key in facts["standardized"]
             }
         items = checkpoints.restore(step, wanted)
         return Heads(
@@ -168,6 +173,10 @@ def _from_checkpoint(workdir: Path) -> Model:
         family=next(iter(heads.facts["card"]["families"].values())),
         normalisation=heads.normalisation,
         licence=heads.facts["card"]["licence"],
-        source={"run": str(workdir), "step": heads.step, "teacher": config["teacher"]},
+        source={
+            "run": str(workdir),
+            "step": heads.step,
+            "teacher": config["teachers"][PRIMARY]["source"],
+        },
     )
     return Model(jax.device_get(heads.params["backbone"]), card)

@@ -1,7 +1,7 @@
 """Rules for the fields of a configuration, and the faults that they find."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # Processes or threads that decode, more than any machine has a use for: a digit too many would
@@ -62,11 +62,14 @@ def one_of(*choices: str) -> Rule:
 class Schema(NamedTuple):
     """The rules of a kind of configuration, and what only fields together make wrong.
 
-    `optional` are fields that may be left without a value: another one decides then. `numbers` are
-    lists of numbers; every other list is one of texts.
+    `make` makes the record that the program reads of JSON values that keep the rules, and
+    `together` lists what is wrong with that. `optional` are fields that may be left without a
+    value: another one decides then. `numbers` are lists of numbers; every other list is one of
+    texts.
     """
 
-    rules: dict[str, Rule]
+    rules: Mapping[str, Rule]
+    make: Callable[[Any], Any]
     together: Callable[[Any], list[str]]
     optional: Callable[[str], bool] = lambda _: False
     numbers: tuple[str, ...] = ()
@@ -81,4 +84,6 @@ def fault(field: str, value: Any, rule: Rule) -> str | None:
     """Returns how a value breaks a rule, in words; None where it keeps it. No value keeps none."""
     if value is not None and rule.holds(value):
         return None
-    return f"--config.{field}: expected {rule.expected}, found {value!r}"
+    # Of a group of fields their names say enough.
+    shown = repr(value) if not hasattr(value, "items") else ", ".join(sorted(value or ()))
+    return f"--config.{field}: expected {rule.expected}, found {shown}"

@@ -37,9 +37,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from proteus_jax.config import Override, load
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.runtime.console import Console
+from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.model_dir import ModelCard, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +67,15 @@ def shuffled(params: Any, seed: int = 0) -> Any:
         ),
         params,
     )
+
+
+def evaluation_config(protocol: str, fields: dict[str, Any]) -> EvalConfig:
+    """A protocol's configuration with some fields, by their dotted names."""
+    overrides = [Override(name, str(value)) for name, value in fields.items()]
+    file = str(ROOT / "configs" / "eval" / f"{protocol}.py")
+    configuration, problems = load(file, overrides, schema_of)
+    assert not problems
+    return configuration
 
 
 class Heard(Console):

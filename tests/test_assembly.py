@@ -12,7 +12,6 @@ from test_step import STUDENTS, TEACHER, make
 
 from proteus_jax import config
 from proteus_jax.methods.losses import LossWeights
-from proteus_jax.methods.teacher_config import image_side, masks, teacher_configs
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET
@@ -33,14 +32,15 @@ def configuration(tmp_path: Path) -> Any:
         "def get_config():\n"
         "    config = base.get_config()\n"
         "    config.student = ('vit_tiny_2blocks', 'vit_small_1blocks')\n"
-        "    config.teacher, config.batch, config.accumulate = 'dinov2_vits14', 128, 2\n"
-        "    config.loss.token, config.loss.feature, config.loss.patch = 0.5, 2.0, 0.0\n"
-        "    config.drop_path, config.ema_decay, config.mask_ratio = 0.3, 0.75, 0.25\n"
+        "    config.teacher, config.batch, config.grad_accum_steps = 'dinov2_vits14', 128, 2\n"
+        "    weights = config.method.loss_weights\n"
+        "    weights.token, weights.feature, weights.patch = 0.5, 2.0, 0.0\n"
+        "    config.drop_path, config.ema_decay, config.method.mask_ratio = 0.3, 0.75, 0.25\n"
         "    config.seed, config.data.crop, config.data.erasing = 5, 56, 0.4\n"
-        "    config.steps, config.warmup_steps = 100, 10\n"
+        "    config.steps, config.optimizer.warmup_steps = 100, 10\n"
         "    second = base.add_teacher(config, 'another', 'clip_vitb16')\n"
-        "    second.crop, second.standardise, second.normalisation = 84, True, 'half'\n"
-        "    second.loss.token, second.loss.patch = 3.0, 0.25\n"
+        "    second.image_size, second.normalization = 84, 'half'\n"
+        "    second.loss_weights.token, second.loss_weights.patch = 3.0, 0.25\n"
         "    return config\n"
     )
     found, problems = config.load(str(file), [], schema_of)
@@ -53,20 +53,24 @@ KNOWN = {"teacher": Known(TINY, CLIP), "another": Known(SECOND, IMAGENET)}
 
 
 def test_a_further_teachers_crop_may_be_unset(tmp_path: Path, configuration: Any) -> None:
-    overrides = [config.Override("more_teachers.another.crop", "None")]
+    overrides = [config.Override("teachers.another.image_size", "None")]
     found, problems = config.load(str(tmp_path / "two.py"), overrides, schema_of)
     assert not problems
-    assert image_side(found) == 56
+    assert found.image_size == 56
 
 
 def test_each_teacher_has_its_own(configuration: Any) -> None:
-    first, second = teacher_configs(configuration).values()
-    assert first.weights == LossWeights(0.5, 2.0, 0.0)
-    assert (first.standardise, second.standardise) == (False, True)
-    assert second.weights == LossWeights(3.0, 1.0, 0.25)
+    first, second = configuration.teachers.values()
+    assert (first.standardize, second.standardize) == (False, True)
+    # What the second does not say is the method's.
+    method = configuration.make_method()
+    assert method.loss_weights == {
+        "teacher": LossWeights(0.5, 2.0, 0.0),
+        "another": LossWeights(3.0, 2.0, 0.25),
+    }
     # The second alone has a patch loss and wants larger images.
-    assert masks(configuration)
-    assert image_side(configuration) == 84
+    assert (method.masks, method.group, method.heads) == (True, 2, {"token", "feature"})
+    assert configuration.image_size == 84
     made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
     one, other = made.teachers["teacher"], made.teachers["another"]
     assert (one.backbone.spec.grid, one.side, one.normalisation) == (4, None, CLIP)
@@ -89,7 +93,7 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(builder, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
     assert asked["method"].mask_ratio == 0.25
-    assert asked["method"].loss_weights["another"] == LossWeights(3.0, 1.0, 0.25)
+    assert asked["method"].loss_weights["another"] == LossWeights(3.0, 2.0, 0.25)
     names = ("ema_decay", "seed", "erasing", "accumulate", "normalisation")
     assert tuple(asked[name] for name in names) == (0.75, 5, 0.4, 2, CLIP)
     assert list(asked["teachers"]) == ["teacher", "another"]
@@ -118,7 +122,7 @@ def test_a_kernel_that_a_precision_does_not_have_is_refused(field: str) -> None:
 
 
 def test_a_warm_up_as_long_as_its_run_is_shortened() -> None:
-    overrides = [config.Override("steps", "100"), config.Override("warmup_steps", "100")]
+    overrides = [config.Override("steps", "100"), config.Override("optimizer.warmup_steps", "100")]
     found, _ = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
     assert schedule_of(found, 1000).warmup == 10
 

@@ -9,7 +9,6 @@ from proteus_jax import config
 from proteus_jax.config import Override
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.errors import InputError
-from proteus_jax.methods.teacher_config import teacher_configs
 from proteus_jax.models.config import SPECS
 from proteus_jax.training.builder import Known, Schedule, assemble
 from proteus_jax.training.schema import schema_of
@@ -34,12 +33,11 @@ def test_every_config_builds(name: str) -> None:
     loaded, faults = config.load(str(ROOT / "configs" / f"{name}.py"), [], schema_of)
     settings: Any = loaded
     assert faults == []
-    assert settings.teacher in TEACHERS
     known = {
-        name: Known(TEACHERS[lesson.source].spec, TEACHERS[lesson.source].normalisation)
-        for name, lesson in teacher_configs(settings).items()
+        name: Known(TEACHERS[each.source].spec, TEACHERS[each.source].normalisation)
+        for name, each in settings.teachers.items()
     }
-    start = TEACHERS[settings.start].spec if settings.start else None
+    start = TEACHERS[settings.init.source].spec if settings.init.source else None
     assembly = assemble(settings, known, Schedule(10, 1), "tpu", start)
     crop = settings.data.crop
     images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)
@@ -54,13 +52,13 @@ def test_every_config_builds(name: str) -> None:
 
 def test_the_papers_constants() -> None:
     settings: Any = config.load(str(ROOT / "configs" / "vits14.py"), [], schema_of)[0]
-    assert (settings.batch, settings.epochs, settings.warmup_epochs) == (1024, 300, 5)
-    assert (settings.weight_decay, settings.mask_ratio, settings.drop_path) == (0.05, 0.5, 0)
-    assert (settings.loss.token, settings.loss.feature, settings.loss.patch) == (1, 1, 1)
-    assert settings.learning_rate is settings.steps is settings.warmup_steps is None
-    assert settings.data.repeats == 3
-    assert dict(settings.data.randaugment) == RandAugment()._asdict()
-    assert RandAugment() == (2, 9.0, 0.5, 0.5)
+    optimizer, method = settings.optimizer, settings.make_method()
+    assert (settings.batch, settings.epochs, optimizer.warmup_epochs) == (1024, 300, 5)
+    assert (optimizer.name, optimizer.weight_decay, settings.drop_path) == ("adamw", 0.05, 0)
+    assert (method.mask_ratio, method.loss_weights) == (0.5, {"teacher": (1, 1, 1)})
+    assert settings.learning_rate is settings.steps is optimizer.warmup_steps is None
+    assert settings.data.repeated_aug == 3
+    assert settings.data.randaugment == RandAugment() == (2, 9.0, 0.5, 0.5)
     assert settings.data.erasing == 0.25
 
 
@@ -95,7 +93,7 @@ def test_all_problems_come_in_one_list() -> None:
         ("learning_rate", "fast"),
         ("seed", None),
         ("student", "vit_tiny,vit_mini"),
-        ("loss", "3"),
+        ("method.loss_weights", "3"),
         ("epochs", "nan"),
         ("precision", "float16"),
         ("data.held_out.minimum", "2000"),
@@ -107,7 +105,8 @@ def test_all_problems_come_in_one_list() -> None:
         "--config.seed: expected a whole number after it, found nothing",
         f"--config.student: expected one or more different names out of {', '.join(SPECS)}, "
         "each perhaps with _<n>blocks, found ('vit_tiny', 'vit_mini')",
-        "--config.loss: expected one of its fields: loss.feature, loss.patch, loss.token",
+        "--config.method.loss_weights: expected one of its fields: "
+        "method.loss_weights.feature, method.loss_weights.patch, method.loss_weights.token",
         "--config.epochs: expected above 0, found nan",
         "--config.precision: expected one of auto, float32, bfloat16, found 'float16'",
         "--config.data.held_out: expected minimum to be at most maximum",
@@ -118,14 +117,24 @@ def test_all_problems_come_in_one_list() -> None:
     ("overrides", "expected"),
     [
         ({"data.crop": "100"}, "a multiple of the patch size 14, found 100"),
-        ({"batch": "15"}, "an even number, as half of the images are masked, found 15"),
-        ({"batch": "15", "loss.patch": "0"}, None),
-        ({"mask_ratio": "0.01"}, "0.01 masks no patch of a 98 px crop"),
-        ({"loss.token": "0", "loss.feature": "0", "loss.patch": "0"}, "a factor above 0"),
+        ({"batch": "15"}, "a multiple of 2, as the method takes so many images together, found 15"),
+        ({"batch": "15", "method.loss_weights.patch": "0"}, None),
+        ({"batch": "15", "teachers.teacher.loss_weights.patch": "0"}, None),
+        ({"method.mask_ratio": "0.01"}, "0.01 masks none of the 49 patches of a crop"),
+        (
+            {f"method.loss_weights.{name}": "0" for name in ("token", "feature", "patch")},
+            "a factor above 0 for one of token, feature and patch of the teacher 'teacher'",
+        ),
+        ({"init.source": "a"}, "a counts for nothing with random weights"),
+        ({"init.method": "copy"}, "init.source: expected a model to copy, found nothing"),
+        ({"optimizer.name": "sgd"}, "one of adamw, found 'sgd'"),
         ({"student": "(1, 2)"}, "one or more different names"),
         ({"student": "vit_tiny_0blocks"}, "one or more different names"),
         ({"student": "vit_tiny,vit_small_patch16"}, "one patch size of all"),
-        ({"teacher_normalisation": "mine"}, "one of own, imagenet, clip, half, found 'mine'"),
+        (
+            {"teachers.teacher.normalization": "mine"},
+            "one of native, imagenet, clip, half, found 'mine'",
+        ),
         ({"student": "("}, "a list, found '('"),
         ({"data.weights": "1,a"}, "a list, found '1,a'"),
         ({"data.weights": "1,0", "data.root": "a,b"}, "numbers above 0, found (1.0, 0.0)"),
@@ -178,13 +187,16 @@ def test_files_that_give_no_configuration(tmp_path: Path, text: str, complaint: 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("base.add_teacher(config, 'items', 'clip_vitb16')", "that is not taken, found 'items'"),
-        ("base.add_teacher(config, '_x', 'clip_vitb16')", "found '_x'"),
-        ("base.add_teacher(config, 'teacher', 'clip_vitb16')", "found 'teacher'"),
-        ("base.add_teacher(config, 'a', 'clip_vitb16').crop = -1", "a.crop: expected at least 1"),
-        ("base.add_teacher(config, 'a', '')", "a.teacher: expected a model, found ''"),
-        ("config.unlock(); del config.more_teachers", "more_teachers: missing or of another type"),
-        ("config.more_teachers = None", "more_teachers: expected teachers by name, found None"),
+        (
+            "base.add_teacher(config, 'items', 'clip_vitb16')",
+            "not taken, found ['items', 'teacher']",
+        ),
+        ("base.add_teacher(config, '_x', 'clip_vitb16')", "found _x, teacher"),
+        ("base.add_teacher(config, 'teacher', 'clip_vitb16')", "a teacher 'teacher' already"),
+        ("base.add_teacher(config, 'a', 'clip_vitb16').image_size = -1", "a.image_size: expected"),
+        ("base.add_teacher(config, 'a', '')", "a.source: expected a model, found ''"),
+        ("config.unlock(); del config.teachers", "teachers: missing or of another type"),
+        ("config.teachers = None", "teachers: expected teachers by name, one of them 'teacher'"),
     ],
 )
 def test_more_teachers_that_are_none(line: str, complaint: str, tmp_path: Path) -> None:

@@ -175,7 +175,8 @@ def test_all_that_is_wrong_is_said_and_nothing_is_written(hospital: Path, tmp_pa
     assert "exact copies, as healthy 03.png" in result.stdout
     assert result.stderr.splitlines() == [
         "2 problems with the input:",
-        "  --config.batch: expected an even number, as half of the images are masked, found 15",
+        "  --config.batch: expected a multiple of 2, as the method takes so many images "
+        "together, found 15",
         f"  --config.data.root: {tmp_path / 'absent'}: no such folder",
     ]
     assert list(tmp_path.iterdir()) == []

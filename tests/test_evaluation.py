@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, evaluation_config
 from PIL import Image
 from test_linear import context_for
 from test_main import command, finish
@@ -86,7 +85,8 @@ def test_results_are_json_and_their_place_is_known(tmp_path: Path) -> None:
         write_results(tmp_path, {"protocol": "linear", "top1": float("nan")})
     assert (tmp_path / "results.json").read_text() == kept
     for protocol, fits in (("linear", True), ("knn", False)):
-        assert _check_place(SimpleNamespace(protocol=protocol), str(tmp_path)) == (
+        config = evaluation_config(protocol, {"model": "m"})
+        assert _check_place(config, str(tmp_path)) == (
             []
             if fits
             else [
@@ -115,7 +115,8 @@ def test_classes_are_shown_of_the_best_number_of_neighbors(
 ) -> None:
     """Whichever of them comes first."""
     context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
-    context.config.knn = SimpleNamespace(neighbours=(1, 2, 3), temperature=0.07)
+    config = evaluation_config("knn", {"model": "m", "knn.neighbours": (1, 2, 3)})
+    context = context._replace(config=config)
     labels = np.array([0, 0, 1, 1])
     part = LabeledDataset(MemorySource([], []), labels, ("a", "b"))
     tokens = FeatureTable(np.arange(8.0).reshape(4, 2), np.arange(4), 0)

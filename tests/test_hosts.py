@@ -582,8 +582,8 @@ def test_a_dump_of_hosts_whose_devices_take_turns_is_that_of_one(
     tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:
     """Training diverges at the same step, and each image of the batch has its own name."""
-    more = (*UNMEASURED, "--config.learning_rate=1e25", "--config.warmup_steps=4")
-    more += ("--config.max_skipped=1", "--config.first_moment=float32")
+    more = (*UNMEASURED, "--config.learning_rate=1e25", "--config.optimizer.warmup_steps=4")
+    more += ("--config.max_skipped=1", "--config.optimizer.mu_dtype=float32")
     one, many = tmp_path / "one", tmp_path / "many"
     (alone,) = ended(processes(1, 4, one, photographs, tiny_teacher, *more))
     together = ended(processes(2, 2, many, photographs, tiny_teacher, *more, change=interleaved))

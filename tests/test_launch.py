@@ -64,7 +64,10 @@ def test_a_pod_is_made_trained_on_and_removed() -> None:
     assert all("--worker=all" in line for line in [*setup, prepared, trained])
     words = "--config=c.py --workdir=/mnt/shared/my\\ run"
     assert f"main.py --prepare {words}" in prepared
-    assert "launch/detached.sh start .venv/bin/python main.py --config.stop_within=25 " in trained
+    assert (
+        "launch/detached.sh start .venv/bin/python main.py --config.preemption_timeout_s=25 "
+        in trained
+    )
     assert words in trained
     assert removed == "+ gcloud compute tpus tpu-vm delete p --zone=z --quiet"
 
@@ -154,7 +157,7 @@ def test_a_pod_goes_on_as_long_as_that_makes_sense(
     found, calls, said = watched_pod(tmp_path, answers)
     assert found == code, said
     assert sum(call.startswith("tpu-vm create") for call in calls) == created
-    start = "sh start .venv/bin/python main.py --config.stop_within=25 --config=c.py"
+    start = "sh start .venv/bin/python main.py --config.preemption_timeout_s=25 --config=c.py"
     assert said.count(start) == trained
     # Where there was none to be had nothing is left to remove.
     assert calls[-1].startswith("tpu-vm delete") or code == 1
@@ -665,4 +668,4 @@ def test_each_type_of_slice_has_its_image(kind: str, image: str) -> None:
     assert f"--version={image} " in made
     assert "launch/setup.sh tpu" in setup
     # A spot slice leaves half a minute.
-    assert "--config.stop_within=25" in trained
+    assert "--config.preemption_timeout_s=25" in trained

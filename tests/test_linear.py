@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import evaluation_config
 
 from proteus_jax.data.datasets.labeled import LabeledDataset, open_pair
 from proteus_jax.data.sources.base import MemorySource
@@ -99,13 +100,9 @@ def context_for(
         "held_out": 0.2,
         "cache": False,
     }
-    config = SimpleNamespace(
-        batch=16,
-        seed=0,
-        model="m",
-        data=SimpleNamespace(root=str(folder), crop=28, resize=32),
-        linear=SimpleNamespace(**(settings | changes)),
-    )
+    fields = {"batch": 16, "model": "m", "data.root": folder, "data.crop": 28, "data.resize": 32}
+    own = {f"linear.{name}": value for name, value in (settings | changes).items()}
+    config = evaluation_config("linear", fields | own)
     mesh, said = sharding.make_mesh(), []
     context = Context(
         config=config,

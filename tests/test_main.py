@@ -52,7 +52,7 @@ def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list
         # What a run is does not depend on its depth, what it takes does.
         f"--config.student={STUDENT}",
         f"--config.steps={STEPS}",
-        "--config.warmup_steps=2",
+        "--config.optimizer.warmup_steps=2",
         "--config.batch=4",
         "--config.data.crop=28",
         "--config.checkpoint_every=2",
@@ -460,11 +460,11 @@ def test_unreadable_images_are_named_once_and_cost_nothing(
     stopped = finish(arguments, tmp_path)
     assert stopped.returncode == 2
     assert re.search(
-        r"--config.data.unreadable: \d+ of \d+ images could not be read, the last one \d+\.jpg; "
-        r"expected at most 10.00%\. --doctor lists them all",
+        r"--config.data.max_corrupt_fraction: \d+ of \d+ images could not be read, "
+        r"the last one \d+\.jpg; expected at most 10.00%\. --doctor lists them all",
         stopped.stderr,
     )
-    result = finish([*arguments, "--config.data.unreadable=1"], tmp_path)
+    result = finish([*arguments, "--config.data.max_corrupt_fraction=1"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 files are no images and are skipped, as empty.jpg" in result.stdout
     named = re.findall(r"^(\d+\.jpg) cannot be read; another", result.stdout, re.MULTILINE)
@@ -500,7 +500,11 @@ def test_a_workdir_is_one_runs_at_a_time(
 
 def test_a_diverging_run_stops(photographs: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     arguments = command(tmp_path / "run", photographs, tiny_teacher, "--config.learning_rate=1e30")
-    few = ["--config.warmup_steps=0", "--config.max_skipped=3", "--config.data.epoch=4000"]
+    few = [
+        "--config.optimizer.warmup_steps=0",
+        "--config.max_skipped=3",
+        "--config.data.epoch=4000",
+    ]
     result = finish([*arguments, *few], tmp_path)
     assert result.returncode == 3
     assert "a loss or gradient is not finite; its update is skipped (1 in a row)" in result.stdout

@@ -49,15 +49,15 @@ def test_forward_work(name: str, giga_multiplications: float) -> None:
 
 def test_training_work_is_the_teachers_once_and_the_students_by_half_more() -> None:
     teacher, student = SPECS["vit_base"], SPECS["vit_small"]
-    work = flops.training([(teacher, 224)], [student], 224, masked=True)
+    work = flops.training([(teacher, 224)], [student], 224, masked_share=0.5)
     assert work.teacher == flops.forward(teacher, 224)
     assert work.student == 3 * flops.forward(student, 224)
     assert work.masked_half == work.student / 2
     assert work.heads < 0.01 * work.total
-    unmasked = flops.training([(teacher, 224)], [student], 224, masked=False)
+    unmasked = flops.training([(teacher, 224)], [student], 224, masked_share=0.0)
     assert unmasked.masked_half == 0
     assert unmasked.heads < work.heads
-    both = flops.training([(teacher, 224)], [student, student], 224, masked=True)
+    both = flops.training([(teacher, 224)], [student, student], 224, masked_share=0.5)
     assert both.student == 2 * work.student
     assert both.teacher == work.teacher
 
@@ -138,7 +138,7 @@ def test_work_of_a_tiny_model_by_hand() -> None:
     teachers = [
         (dataclasses.replace(spec, width=width, heads=2), side) for width, side in ((6, 4), (10, 8))
     ]
-    work = flops.training(teachers, [spec, gated], 4, masked=True)
+    work = flops.training(teachers, [spec, gated], 4, masked_share=0.5)
     assert work.heads == 2 * 3 * 2 * (1 + 4 + 2) * 8 * (6 + 10)
     assert work.student == 3 * (flops.forward(spec, 4) + flops.forward(gated, 4))
     assert work.masked_half == work.student / 2
@@ -149,10 +149,10 @@ def test_work_of_a_tiny_model_by_hand() -> None:
 @pytest.mark.parametrize(
     ("overrides", "unit"),
     [
-        (("accumulate=2",), 64),
+        (("grad_accum_steps=2",), 64),
         ((), 32),
-        (("loss.patch=0", "accumulate=4"), 64),
-        (("loss.patch=0",), 16),
+        (("method.loss_weights.patch=0", "grad_accum_steps=4"), 64),
+        (("method.loss_weights.patch=0",), 16),
     ],
 )
 def test_a_batch_divides_by_devices_parts_and_pairs(overrides: tuple[str, ...], unit: int) -> None:
@@ -195,7 +195,7 @@ def assembled_as(name: str, *overrides: str) -> tuple:
     configuration: Any
     configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes, schema_of)
     assert not problems
-    known = Known(TEACHERS[configuration.teacher].spec, IMAGENET)
+    known = Known(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
     steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
     return configuration, assemble(configuration, {"teacher": known}, steps, "tpu")
 
@@ -207,9 +207,9 @@ def test_memory_follows_what_a_configuration_asks_for() -> None:
         assert getattr(split, name) == pytest.approx(getattr(plain, name) / 4, rel=0.02)
     again = plan.memory(*assembled("remat=blocks"), devices=16, batch=1024)
     assert again.activations < 0.4 * plain.activations
-    halves = plan.memory(*assembled("accumulate=2"), devices=16, batch=1024)
+    halves = plan.memory(*assembled("grad_accum_steps=2"), devices=16, batch=1024)
     assert halves.activations == pytest.approx(plain.activations / 2)
-    moments = plan.memory(*assembled("first_moment=bfloat16"), devices=16, batch=1024)
+    moments = plan.memory(*assembled("optimizer.mu_dtype=bfloat16"), devices=16, batch=1024)
     assert moments.optimizer == pytest.approx(plain.optimizer * 3 / 4, rel=0.01)
     average = plan.memory(*assembled("ema_decay=0.99"), devices=16, batch=1024)
     assert average.average == pytest.approx(plain.student, rel=0.03)
@@ -421,9 +421,13 @@ def test_plan_refuses_in_words(tmp_path: Path) -> None:
     [
         # Four epochs of 1251.17 steps, with the configuration's warm-up of five.
         (("epochs=4.0",), 500, "warm-up of 500 steps in place of 6256, as the run has 5005"),
-        (("steps=3", "warmup_steps=10"), 0, "warm-up of 0 steps in place of 10, as the run has 3"),
-        (("steps=100", "warmup_steps=99"), 99, ""),
-        (("steps=3", "warmup_steps=0"), 0, ""),
+        (
+            ("steps=3", "optimizer.warmup_steps=10"),
+            0,
+            "warm-up of 0 steps in place of 10, as the run has 3",
+        ),
+        (("steps=100", "optimizer.warmup_steps=99"), 99, ""),
+        (("steps=3", "optimizer.warmup_steps=0"), 0, ""),
     ],
 )
 def test_a_warm_up_is_shorter_than_its_run(
@@ -442,8 +446,9 @@ def test_what_a_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     compiled = SimpleNamespace(memory_analysis=lambda: found, as_text=lambda: "HloModule a")
     monkeypatch.setattr(plan, "compiled_step", lambda *_: compiled)
     topology = named_topology("v5e:4x4")
-    asked: Any = Assembly(*6 * [None])  # pyright: ignore
-    lines = list(plan._compiler_lines(asked, asked, topology, tmp_path / "a" / "step.hlo"))
+    asked, _ = assembled()
+    assembly = Assembly(*6 * [None])  # pyright: ignore
+    lines = list(plan._compiler_lines(asked, assembly, topology, tmp_path / "a" / "step.hlo"))
     assert lines[:3] == [
         "compiled, memory a device: 15.00 GB",
         "compiled, memory a device, state, teacher and images: 3.00 GB",
@@ -451,13 +456,13 @@ def test_what_a_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     assert (tmp_path / "a" / "step.hlo").read_text() == "HloModule a"
     found.peak_memory_in_bytes = 17e9
-    assert "compiled, fits: no" in list(plan._compiler_lines(asked, asked, topology, None))
+    assert "compiled, fits: no" in list(plan._compiler_lines(asked, assembly, topology, None))
 
     def cannot(*_: object) -> None:
         raise RuntimeError("no chip\nand more")
 
     monkeypatch.setattr(plan, "compiled_step", cannot)
-    (line,) = plan._compiler_lines(asked, asked, topology, None)
+    (line,) = plan._compiler_lines(asked, assembly, topology, None)
     assert line.startswith("compiled for v5e:4x4: not here (no chip); pip install")
 
 

@@ -25,7 +25,7 @@ from proteus_jax.data.splits import HeldOut, split
 from proteus_jax.data.transforms.random_resized_crop import crop_box
 from proteus_jax.data.transforms.resize import resized
 from proteus_jax.errors import InputError
-from proteus_jax.training.schema import TRAINING, schema_of
+from proteus_jax.training.schema import schema_of, training_schema
 from proteus_jax.weights.convert import torch_file
 from proteus_jax.weights.convert.readers import read_weights
 
@@ -180,10 +180,10 @@ def test_a_configuration_is_whole_or_says_what_is_wrong(fields: list[tuple[str, 
         assert problem.startswith("--config")
         assert "\n" not in problem
     if not problems:
-        content: dict[str, Any] = json.loads(found.to_json())
-        again = config.complete(content, TRAINING)
-        assert json.loads(again.to_json()) == content
-        assert not TRAINING.together(again)
+        content = json.loads(json.dumps(found.as_json))
+        again = config.complete(content, training_schema)
+        assert again == found
+        assert not training_schema(content).together(again)
 
 
 DTYPES = ["float32", "float16", "int64", "uint8", "bool", "float64", ml_dtypes.bfloat16]

@@ -28,7 +28,7 @@ from test_plain import training
 
 from proteus_jax.checkpoint import checksums
 from proteus_jax.checkpoint.checkpointer import Checkpoints
-from proteus_jax.checkpoint.items import PARAMS
+from proteus_jax.checkpoint.items import FORMAT, PARAMS, VERSION
 from proteus_jax.checkpoint.store import CheckpointStore, RetentionPolicy
 from proteus_jax.data.loader import Batch
 from proteus_jax.engine.checkpointing import CheckpointManager
@@ -152,10 +152,10 @@ def test_a_save_that_fails_in_the_background_is_no_save(
 def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
     """More in a row than are allowed; none may be. What stays is as configured."""
     for limit, failed, stops in ((0, 0, False), (0, 1, True), (2, 2, False), (2, 3, True)):
-        settings = SimpleNamespace(max_failed_saves=limit, keep_checkpoints=2, keep_every=30)
-        saving = CheckpointManager(settings, Workdir(tmp_path), console=Heard())
+        keep = RetentionPolicy(2, every=30)
+        saving = CheckpointManager(Workdir(tmp_path), Heard(), keep, max_failed_saves=limit)
         with contextlib.closing(saving.checkpoints):
-            assert saving.checkpoints._keep == RetentionPolicy(2, every=30)
+            assert saving.checkpoints._keep == keep
             saving.checkpoints.failed_in_a_row = failed
             reason = saving.reason_to_stop()
             assert (reason is not None) == stops
@@ -163,8 +163,9 @@ def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
 
 def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) -> None:
     """Nor where a host that is not this one cannot: all of them leave it."""
-    settings = SimpleNamespace(max_failed_saves=2, keep_checkpoints=2, keep_every=None)
-    saving = CheckpointManager(settings, Workdir(tmp_path), console=Heard())
+    saving = CheckpointManager(
+        Workdir(tmp_path), Heard(), RetentionPolicy(2, None), max_failed_saves=2
+    )
     with contextlib.closing(saving.checkpoints):
         full = OSError(errno.ENOSPC, "full")
         saving.save(1, to_items(state(1)), {}, lambda: full)
@@ -446,6 +447,7 @@ def facts(**more: Any) -> dict[str, Any]:
     own = {"seed": 0, "log_every": 1, "steps": 4, "learning_rate": None, "data": {"root": ["a"]}}
     own |= more
     return {
+        FORMAT: VERSION,
         "seed": own["seed"],
         "teachers": {"teacher": {"weights": "abc"}},
         "card": {"licence": more.get("seed")},
@@ -481,6 +483,8 @@ def test_what_differs_is_said_and_only_some_is_refused() -> None:
     found = compare_facts(facts(), facts(seed=1, log_every=2))
     assert found.refused == ["seed: the checkpoint has 0, this run has 1"]
     assert found.allowed == [f"--config.log_every: 1 until now, 2 {without}"]
+    (refusal,) = compare_facts({"seed": 0}, facts()).refused
+    assert refusal.startswith("format: the checkpoint has 1, this version of proteus_jax reads 2;")
     found = compare_facts(facts() | {"data": "0" * 64}, facts() | {"data": "f" * 64})
     assert found.refused[0].startswith("data: other images (added, ")
     assert found.refused[0].endswith("sha256 000000000000... there, ffffffffffff... here")

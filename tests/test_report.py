@@ -61,7 +61,7 @@ def workdir(tmp_path: Path, rng: np.random.Generator) -> Path:
         rows.append(row | {"patch_loss": 1.0, "learning_rate": 1e-3, "images_per_second": 9.0})
     rows[-1] |= {"agreement_class": 0.5, "knn_top1": 61.2, "teacher_knn_top1": 66.0, "mfu": 0.4}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = {"teacher": STRANGE, "data": {"root": [STRANGE]}}
+    facts = {"teachers": {"teacher": {"source": STRANGE}}, "data": {"root": [STRANGE]}}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     for step in range(9):
         tokens = StudentTokens(target.cls, target.patches, rng.normal(size=(9, 6)))
@@ -95,7 +95,9 @@ def test_moments_stand_in_the_order_of_steps(tmp_path: Path, rng: np.random.Gene
     """Also where one number has more digits than another; and of two students each has curves."""
     scene = small_scene(rng)
     snapshots.draw_teacher(scene, tmp_path)
-    (tmp_path / "config.json").write_text('{"teacher": "t", "data": {"root": []}}')
+    (tmp_path / "config.json").write_text(
+        '{"teachers": {"teacher": {"source": "t"}}, "data": {"root": []}}'
+    )
     rows = [{"step": step, "a/loss": 1.0, "b/loss": 2.0} for step in (0, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokens = StudentTokens(scene.target.cls, scene.target.patches, rng.normal(size=(4, 6)))
@@ -177,7 +179,9 @@ def test_a_chart_of_many_lines_has_a_color_for_each() -> None:
 
 
 def test_a_run_that_measures_nothing_has_one_too(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"teacher": "t", "data": {"root": []}}')
+    (tmp_path / "config.json").write_text(
+        '{"teachers": {"teacher": {"source": "t"}}, "data": {"root": []}}'
+    )
     write_report(tmp_path, ["a", "b"], 7)
     assert "step 0 of 7" in (tmp_path / "report.html").read_text()
     Page((tmp_path / "report.html").read_text())

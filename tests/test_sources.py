@@ -19,7 +19,8 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from conftest import ROOT, photograph
 from PIL import Image
 
-from proteus_jax.data.dataset import open_configured, open_images, open_source
+from proteus_jax.config import Override, load
+from proteus_jax.data.dataset import open_images, open_source
 from proteus_jax.data.datasets import labeled
 from proteus_jax.data.mmap_table import read_table, write_table
 from proteus_jax.data.sources import image_folder as folders
@@ -27,6 +28,8 @@ from proteus_jax.data.sources import skimage
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.splits import HeldOut, Split, Subset
 from proteus_jax.errors import InputError, Unreadable
+from proteus_jax.training.inputs import open_split
+from proteus_jax.training.schema import schema_of
 
 NONE = HeldOut(0.0, 1, 1)
 
@@ -219,19 +222,24 @@ def test_nothing_is_left_where_as_many_are_held_out(tmp_path: Path) -> None:
     assert len(split.training) == 1
 
 
+HELD_OUT = (("share", "0.5"), ("minimum", "2"), ("maximum", "30"))
+
+
 def test_a_configurations_shares_are_taken_in_their_order(tmp_path: Path) -> None:
     for number in range(80):
         save(
             tmp_path / f"class {number // 20}" / f"{number:02}.png",
             np.full((4, 4, 3), number, np.uint8),
         )
-    data = SimpleNamespace(
-        root=(str(tmp_path),),
-        weights=(),
-        held_out=SimpleNamespace(share=0.5, minimum=2, maximum=30),
-        subset=SimpleNamespace(classes=0.5, images=0.25),
-    )
-    split = open_configured(data, 3)
+    overrides = [
+        Override("data.root", str(tmp_path)),
+        *(Override(f"data.held_out.{name}", value) for name, value in HELD_OUT),
+        *(Override("data.subset.classes", "0.5"), Override("data.subset.images", "0.25")),
+        Override("seed", "3"),
+    ]
+    configuration, problems = load(str(ROOT / "configs" / "vits14.py"), overrides, schema_of)
+    assert not problems
+    split = open_split(configuration)
     assert split.held_out is not None
     assert len(split.held_out) == 30
     kept = [Path(name).parent.name for name in names_of(split.training)]

@@ -280,7 +280,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
         "from configs import base, quickstart\n"
         "def get_config():\n"
         "    config = quickstart.get_config()\n"
-        "    config.standardise = True\n"
+        "    config.teachers.teacher.standardize = True\n"
         f"    base.add_teacher(config, 'other', {str(tmp_path / 'other')!r})\n"
         "    return config\n"
     )
@@ -291,15 +291,16 @@ def test_two_teachers_and_a_start_from_the_command_line(
             photographs,
             tiny_teacher,
             "--config.student=vit_tiny_2blocks",
-            f"--config.start={tmp_path / 'start'}",
-            "--config.teacher_crop=42",
+            "--config.init.method=copy",
+            f"--config.init.source={tmp_path / 'start'}",
+            "--config.teachers.teacher.image_size=42",
             "--config.ema_decay=0.9",
         )
     ]
     first = finish([*arguments, "--config.steps=4"], tmp_path)
     assert first.returncode == 0, first.stderr
     assert f"{tmp_path / 'other'}: 1 blocks, 40 wide" in first.stdout
-    assert "(images of 42 px, standardised)" in first.stdout
+    assert "(images of 42 px, standardized)" in first.stdout
     rows = list(read_metrics(tmp_path / "run"))
     assert {"token_loss", "other_token_loss", "agreement_class"} <= set().union(*rows)
     assert "other_token_loss" in rows[-1]
@@ -353,9 +354,9 @@ def test_two_teachers_and_a_start_from_the_command_line(
     unfinished = proteus_jax.load(tmp_path / "run")
     assert (unfinished.card.family, unfinished.card.licence) == (card.family, card.licence)
     # Another factor, another teacher or another start is another run.
-    other = finish([*arguments, "--config.more_teachers.other.loss.token=2"], tmp_path)
+    other = finish([*arguments, "--config.teachers.other.loss_weights.token=2"], tmp_path)
     assert other.returncode == 2
-    assert "teachers.other.loss_weights" in other.stderr
+    assert "method.other.token: the checkpoint has 1.0" in other.stderr
 
 
 def test_a_start_is_where_training_begins(
@@ -370,12 +371,13 @@ def test_a_start_is_where_training_begins(
         photographs,
         tiny_teacher,
         "--config.student=vit_tiny_2blocks",
-        f"--config.start={tmp_path / 'start'}",
+        "--config.init.method=copy",
+        f"--config.init.source={tmp_path / 'start'}",
         "--config.learning_rate=1e-12",
-        "--config.weight_decay=0",
+        "--config.optimizer.weight_decay=0",
         "--config.ema_decay=0.9",
         "--config.steps=1",
-        "--config.warmup_steps=0",
+        "--config.optimizer.warmup_steps=0",
     )
     result = finish(arguments, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -385,7 +387,7 @@ def test_a_start_is_where_training_begins(
     average, _ = load_model(tmp_path / "run" / "student_ema")
     for each in (found, average):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), each, expected)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["start"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["init"]["source"]
 
 
 def test_a_clip_student_answers_with_its_class_token_alone(
@@ -397,9 +399,9 @@ def test_a_clip_student_answers_with_its_class_token_alone(
         photographs,
         tiny_teacher,
         "--config.student=vit_small_clip_1blocks",
-        "--config.teacher_normalisation=imagenet",
-        "--config.loss.feature=0",
-        "--config.loss.patch=0",
+        "--config.teachers.teacher.normalization=imagenet",
+        "--config.method.loss_weights.feature=0",
+        "--config.method.loss_weights.patch=0",
         "--config.steps=2",
     )
     result = finish(arguments, tmp_path)
@@ -417,23 +419,25 @@ def test_what_does_not_fit_together(tmp_path: Path, photographs: Path, tiny_teac
             tmp_path / "run",
             photographs,
             tiny_teacher,
-            f"--config.start={tiny_teacher}",
-            "--config.teacher_crop=30",
-            "--config.teacher_normalisation=mine",
+            "--config.init.method=copy",
+            f"--config.init.source={tiny_teacher}",
+            "--config.teachers.teacher.image_size=30",
+            "--config.teachers.teacher.normalization=mine",
             "--config.student=vit_tiny,vit_small_patch16",
         ),
         tmp_path,
     )
     assert result.returncode == 2
-    assert "expected one of own, imagenet, clip, half, found 'mine'" in result.stderr
+    assert "expected one of native, imagenet, clip, half, found 'mine'" in result.stderr
     assert not (tmp_path / "run").exists()
     result = finish(
         command(
             tmp_path / "run",
             photographs,
             tiny_teacher,
-            f"--config.start={tiny_teacher}",
-            "--config.teacher_crop=30",
+            "--config.init.method=copy",
+            f"--config.init.source={tiny_teacher}",
+            "--config.teachers.teacher.image_size=30",
         ),
         tmp_path,
     )

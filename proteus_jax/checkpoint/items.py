@@ -4,3 +4,5 @@ Parameters are apart: who only wants the model need not know the optimizer.
 """
 
 PARAMS, PROGRESS, STATISTICS, FACTS = "params", "progress", "statistics", "facts"
+# Which facts a checkpoint has, and by which names.
+FORMAT, VERSION = "format", 2

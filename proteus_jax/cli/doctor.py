@@ -17,13 +17,16 @@ from proteus_jax.data.workers import cores, in_parallel, makers
 from proteus_jax.errors import InputError
 from proteus_jax.runtime.console import Console, duration
 from proteus_jax.runtime.filesystem import why_unwritable, write_atomically
+from proteus_jax.training.config import TrainConfig
 
 MANIFEST = "doctor.json"
 # So many names of a kind are shown.
 _SHOWN = 5
 
 
-def run_doctor(config: Any, output: Path, problems: Sequence[str], console: Console) -> None:
+def run_doctor(
+    config: TrainConfig, output: Path, problems: Sequence[str], console: Console
+) -> None:
     """Looks at the images of every root, says what it finds, and writes one manifest for each.
 
     InputError, with nothing written, where a root has no images or `problems`, which are those of
@@ -64,7 +67,9 @@ def _check_output(output: Path) -> list[str]:
     return [f"--output: {reason}"] if reason else []
 
 
-def _examined(config: Any, root: str, source: Source, console: Console) -> tuple[Findings, float]:
+def _examined(
+    config: TrainConfig, root: str, source: Source, console: Console
+) -> tuple[Findings, float]:
     console.line(f"{root}: {len(source)} images")
     start, wrong = time.monotonic(), 0
 
@@ -120,11 +125,11 @@ def _report(
     )
 
 
-def _what_the_run_needs(config: Any, images: int, seconds: float) -> str:
+def _what_the_run_needs(config: TrainConfig, images: int, seconds: float) -> str:
     draws = config.epochs * (config.data.epoch or images)
     if config.steps:
         draws = config.steps * config.batch
-    decoded = draws / config.data.repeats
+    decoded = draws / config.data.repeated_aug
     return (
         f"the run draws {draws:.0f} views of {decoded:.0f} images: this host takes "
         f"{duration(decoded * seconds / images)} to read and decode so many; what augments them "

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 
@@ -54,16 +53,6 @@ def open_images(
     if not splits:
         raise InputError(f'name a folder of images, or "{skimage.NAME}"')
     return mixed(splits)
-
-
-def open_configured(data: Any, seed: int) -> Split:
-    """The images of a configuration's `data`; see open_images."""
-    return open_images(
-        data.root,
-        held_out=HeldOut(data.held_out.share, data.held_out.minimum, data.held_out.maximum),
-        subset=Subset(data.subset.classes, data.subset.images),
-        seed=seed,
-    )
 
 
 def _open_split(root: str, held_out: HeldOut) -> Split:

@@ -28,12 +28,13 @@ class Split(NamedTuple):
 
 class HeldOut(NamedTuple):
     """How many whole images a source holds out: a share, within bounds; a share of 0 holds out
-    none.
+    none. `views` is the least number of fixed views of them to measure on.
     """
 
     share: float
     minimum: int
     maximum: int
+    views: int = 128
 
     def count(self, total: int) -> int:
         """The number for a source of `total` images."""

@@ -19,13 +19,15 @@ class CheckpointManager:
 
     heartbeat: Heartbeat
 
-    def __init__(self, config: Any, place: Workdir, console: Console):
-        self._limit, self._console = config.max_failed_saves, console
+    def __init__(
+        self, place: Workdir, console: Console, keep: RetentionPolicy, max_failed_saves: int
+    ):
+        self._limit, self._console = max_failed_saves, console
         # The newest checkpoint that is complete on the disk.
         self.newest: int | None = None
         self.checkpoints = Checkpoints(
             place.checkpoints,
-            keep=RetentionPolicy(config.keep_checkpoints, config.keep_every),
+            keep=keep,
             saved=self._note_saved,
             failed=self._note_failed,
         )

@@ -170,7 +170,7 @@ class CorruptImageMonitor:
         chance = CERTAIN * (self._replaced * self._repeats) ** 0.5
         if lost and self._replaced - chance > self._limit * self._drawn:
             raise InputError(
-                f"--config.data.unreadable: {self._replaced} of {self._drawn} images could not be "
-                f"read, the last one {self._name(lost[-1])}; expected at most {self._limit:.2%}. "
-                "--doctor lists them all"
+                f"--config.data.max_corrupt_fraction: {self._replaced} of {self._drawn} images "
+                f"could not be read, the last one {self._name(lost[-1])}; expected at most "
+                f"{self._limit:.2%}. --doctor lists them all"
             )

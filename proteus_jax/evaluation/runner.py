@@ -11,6 +11,7 @@ import proteus_jax
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.errors import InputError, about, collecting
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import analysis, fine_grained, knn, linear, robustness
@@ -36,8 +37,8 @@ class Protocol(NamedTuple):
     model does not fit; `measure` gives what results.json holds beside the model, and prints it.
     """
 
-    open: Callable[[Any], Any]
-    check: Callable[[Any, Model], list[str]]
+    open: Callable[[EvalConfig], Any]
+    check: Callable[[EvalConfig, Model], list[str]]
     measure: Callable[[Context, Any], dict[str, Any]]
 
 
@@ -57,7 +58,7 @@ class Inputs(NamedTuple):
     data: Any
 
 
-def open_inputs(config: Any, workdir: str, known: Sequence[str] = ()) -> Inputs:
+def open_inputs(config: EvalConfig, workdir: str, known: Sequence[str] = ()) -> Inputs:
     """InputError lists all that is wrong, with the problems that are known already first."""
     problems = list(known)
     reason = why_no_workdir(workdir)
@@ -68,12 +69,12 @@ def open_inputs(config: Any, workdir: str, known: Sequence[str] = ()) -> Inputs:
     return _found(config, problems)
 
 
-def prepare(config: Any, known: Sequence[str] = ()) -> None:
+def prepare(config: EvalConfig, known: Sequence[str] = ()) -> None:
     """Finds model and images before there is a workdir; what has to be fetched is."""
     _found(config, list(known))
 
 
-def _found(config: Any, problems: list[str]) -> Inputs:
+def _found(config: EvalConfig, problems: list[str]) -> Inputs:
     protocol = PROTOCOLS[config.protocol]
     data = model = None
     try:
@@ -89,7 +90,7 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     return Inputs(model, data)
 
 
-def _check_place(config: Any, workdir: str) -> list[str]:
+def _check_place(config: EvalConfig, workdir: str) -> list[str]:
     """A model's or a run's folder would lose its config.json, another evaluation its results."""
     there = first_of(workdir, HOLDS_A_MODEL_OR_RUN)
     if there:
@@ -105,7 +106,7 @@ def _check_place(config: Any, workdir: str) -> list[str]:
     return []
 
 
-def _check_model(config: Any, model: Model) -> list[str]:
+def _check_model(config: EvalConfig, model: Model) -> list[str]:
     patch = model.spec.patch_size
     if config.data.crop % patch:
         return [
@@ -115,7 +116,7 @@ def _check_model(config: Any, model: Model) -> list[str]:
     return []
 
 
-def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
+def run(config: EvalConfig, inputs: Inputs, place: Workdir, console: Console) -> int:
     """Measures, and writes results.json; returns the exit code."""
     place.compare(jax.process_index(), collectives.gather_from_all_hosts)
     keep_compiled_programs(place.address_of(place.local / COMPILED))
@@ -144,19 +145,19 @@ def run(config: Any, inputs: Inputs, place: Workdir, console: Console) -> int:
     for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
         console.line(remark)
     measured = PROTOCOLS[config.protocol].measure(context, inputs.data)
-    results = {"protocol": config.protocol} | measured
+    results: dict[str, Any] = {"protocol": config.protocol} | measured
     results["constants"] = _constants(config) | results.get("constants", {})
     results["model"] = describe(config.model, inputs.model)
     if is_primary:
-        text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+        text = json.dumps(config.as_json, indent=2) + "\n"
         write_atomically(workdir / "config.json", text)
         write_results(workdir, results)
     console.line(f"written to {place.named(Path(workdir / FILE))}")
     return 0
 
 
-def _constants(config: Any) -> dict[str, Any]:
+def _constants(config: EvalConfig) -> dict[str, Any]:
     """All that shapes the numbers, beside the model and the images."""
-    own = config.get(config.protocol, {})
-    shared = {name: config.data[name] for name in ("resize", "crop")}
-    return json.loads(json.dumps(shared | {"precision": config.precision} | dict(own)))
+    shared: dict[str, Any] = {"resize": config.data.resize, "crop": config.data.crop}
+    shared["precision"] = config.precision
+    return shared | config.as_json.get(config.protocol, {})

@@ -1,7 +1,6 @@
 """Rules for the fields of a configuration that evaluates."""
 
-from typing import Any
-
+from proteus_jax.evaluation.config import EvalConfig, resolve
 from proteus_jax.models.precision import PRECISIONS
 from proteus_jax.schema import (
     ABOVE_ZERO,
@@ -50,7 +49,7 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def _check(config: Any) -> list[str]:
+def _check(config: EvalConfig) -> list[str]:
     problems = []
     if config.data.crop > config.data.resize:
         problems.append(
@@ -62,6 +61,7 @@ def _check(config: Any) -> list[str]:
 
 EVALUATION = Schema(
     _RULES,
+    resolve,
     _check,
     lambda field: field == "data.workers",
     numbers=("knn.neighbours", "linear.learning_rates", "linear.blocks"),

@@ -45,6 +45,28 @@ class Method(Protocol):
         """The names of the losses, in the order in which they are logged."""
         ...
 
+    @property
+    def heads(self) -> frozenset[str]:
+        """Which of the primary teacher's heads learn: any of "token", "feature" and "patch".
+        Evaluation uses no others.
+        """
+        ...
+
+    @property
+    def masked_share(self) -> float:
+        """The share of the images that goes through the student a second time, under a mask."""
+        ...
+
+    def problems(self, patches: int) -> list[str]:
+        """Lists what is wrong with the fields for images of so many patches, in words that begin
+        with the field's name below `config.method`.
+        """
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns, as JSON values, what must not change when a run is resumed."""
+        ...
+
     def draw(self, key: PRNGKeyArray, images: int, patches: int) -> Any:
         """Draws what is random of a batch of so many images of so many patches each.
 

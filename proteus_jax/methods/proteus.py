@@ -6,16 +6,25 @@ Source: arXiv 2407.10366, section 3, and the authors' pretrain/models_proteus_di
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from proteus_jax.methods.base import Batch, NamedLosses
+from proteus_jax.methods.config import TeacherConfig
 from proteus_jax.methods.losses import Losses, LossWeights, distillation_losses
 from proteus_jax.methods.masking import random_masks
 from proteus_jax.models.functional import Params, StudentFunction
 from proteus_jax.models.vit import Features
+from proteus_jax.schema import Rule, at_least, share
+
+# The fields of `config.method`, beside its name.
+RULES: dict[str, Rule] = {
+    **{f"loss_weights.{name}": at_least(0) for name in LossWeights._fields},
+    "mask_ratio": share(),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,10 @@ class Proteus:
         return any(weights.patch > 0 for weights in self.loss_weights.values())
 
     @property
+    def _primary(self) -> str:
+        return next(iter(self.loss_weights))
+
+    @property
     def group(self) -> int:
         """An image that is masked, and one that is not."""
         return 2 if self.masks else 1
@@ -47,8 +60,37 @@ class Proteus:
             self._prefix(teacher) + name for teacher in self.loss_weights for name in names
         )
 
+    @property
+    def heads(self) -> frozenset[str]:
+        """The heads whose losses count."""
+        weights = self.loss_weights[self._primary]._asdict()
+        return frozenset(name for name, weight in weights.items() if weight > 0)
+
+    @property
+    def masked_share(self) -> float:
+        """Half of the images, where any patch is masked."""
+        return 0.5 if self.masks else 0.0
+
+    def problems(self, patches: int) -> list[str]:
+        """A teacher whose losses all have the factor 0, and a mask that hides nothing."""
+        problems = [
+            "loss_weights: expected a factor above 0 for one of token, feature and patch of the "
+            f"teacher {teacher!r}"
+            for teacher, weights in self.loss_weights.items()
+            if not any(weights)
+        ]
+        if self.masks and int(patches * self.mask_ratio) < 1:
+            problems.append(
+                f"mask_ratio: {self.mask_ratio} masks none of the {patches} patches of a crop"
+            )
+        return problems
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The factors of the losses, by teacher and by name."""
+        return {teacher: weights._asdict() for teacher, weights in self.loss_weights.items()}
+
     def _prefix(self, teacher: str) -> str:
-        return "" if teacher == next(iter(self.loss_weights)) else f"{teacher}_"
+        return "" if teacher == self._primary else f"{teacher}_"
 
     def draw(self, key: PRNGKeyArray, images: int, patches: int) -> Bool[Array, "m n"] | None:
         """Masks for every second image; None where nothing is masked."""
@@ -75,6 +117,21 @@ class Proteus:
             if name != "loss"
         }
         return sum((each.loss for each in losses.values()), jnp.zeros(())), named
+
+
+def from_config(fields: Mapping[str, Any], teachers: Mapping[str, TeacherConfig]) -> Proteus:
+    """Makes the method from `config.method` and the teachers, whose own factors come first."""
+    shared = fields["loss_weights"]
+
+    def weights_of(teacher: TeacherConfig) -> LossWeights:
+        own = teacher.loss_weights
+        factors = ((shared[name], own.get(name)) for name in LossWeights._fields)
+        return LossWeights(*(one if other is None else other for one, other in factors))
+
+    return Proteus(
+        loss_weights={name: weights_of(teacher) for name, teacher in teachers.items()},
+        mask_ratio=fields["mask_ratio"],
+    )
 
 
 def student_losses(

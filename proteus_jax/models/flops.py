@@ -42,21 +42,21 @@ def training(
     students: Sequence[ViTSpec],
     crop: int,
     *,
-    masked: bool,
+    masked_share: float,
 ) -> Work:
     """A step's work for each image: each teacher looks once, at crops of its own side; every
-    student learns from all of it and, masked, from half.
+    student learns from all of it and, masked, from a share of the images once more.
     """
     student = heads = 0.0
     for spec in students:
         student += TRAINING_PASSES * forward(spec, crop)
         patches = (crop // spec.patch_size) ** 2
-        # The patch head sees the patches of every second image.
-        tokens = 1 + patches + (patches / 2 if masked else 0)
+        # The patch head sees the patches of the masked images alone.
+        tokens = 1 + patches + patches * masked_share
         width = sum(teacher.width for teacher, _ in teachers)
         heads += TRAINING_PASSES * 2.0 * tokens * spec.width * width
     teacher_flops = sum(forward(teacher, side) for teacher, side in teachers)
-    return Work(teacher_flops, student, student / 2 if masked else 0.0, heads)
+    return Work(teacher_flops, student, student * masked_share, heads)
 
 
 class Device(NamedTuple):

@@ -76,7 +76,7 @@ class PreemptionHandler:
                 if not again:
                     reason = (
                         f"not saved within {self._deadline:g} s of the request to stop "
-                        "(--config.stop_within)"
+                        "(--config.preemption_timeout_s)"
                     )
                 self._end(f"{reason}; the same command goes on from the last checkpoint")
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from proteus_jax.errors import InputError
-from proteus_jax.methods.proteus import Proteus
+from proteus_jax.methods.base import Method
+from proteus_jax.methods.config import PRIMARY, TeacherConfig
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import PRIMARY, TeacherConfig, masks, teacher_configs
 from proteus_jax.models import flops
 from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec, student_spec
@@ -19,6 +19,7 @@ from proteus_jax.models.functional import BackboneFunction, Params, StudentFunct
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
 from proteus_jax.training.train_step import Metrics, make_train_step
@@ -42,7 +43,7 @@ class Schedule(NamedTuple):
 class Assembly(NamedTuple):
     """The models, and the two functions that a run compiles."""
 
-    method: Proteus
+    method: Method
     teachers: dict[str, Teacher]
     students: dict[str, StudentFunction]
     # Of the images that students see.
@@ -52,13 +53,11 @@ class Assembly(NamedTuple):
     # What there is to say of how it came out.
     remarks: tuple[str, ...] = ()
 
-    def work(self, config: Any) -> flops.Work:
-        """FLOPs for an image of the batch."""
+    def work(self, crop: int) -> flops.Work:
+        """FLOPs for an image of the batch, with crops of so many pixels."""
         specs = [student.spec for student in self.students.values()]
-        teachers = [
-            (each.backbone.spec, each.side or config.data.crop) for each in self.teachers.values()
-        ]
-        return flops.training(teachers, specs, config.data.crop, masked=masks(config))
+        teachers = [(each.backbone.spec, each.side or crop) for each in self.teachers.values()]
+        return flops.training(teachers, specs, crop, masked_share=self.method.masked_share)
 
     def state_shapes(self) -> TrainState:
         """The train state without its numbers."""
@@ -78,12 +77,12 @@ class Assembly(NamedTuple):
         )
 
 
-def schedule_of(config: Any, images: int) -> Schedule:
+def schedule_of(config: TrainConfig, images: int) -> Schedule:
     """Steps of a run over so many images an epoch."""
     total = config.steps or max(1, round(config.epochs * images / config.batch))
-    warmup = config.warmup_steps
+    warmup = config.optimizer.warmup_steps
     if warmup is None:
-        warmup = round(config.warmup_epochs * images / config.batch)
+        warmup = round(config.optimizer.warmup_epochs * images / config.batch)
     if not warmup or warmup < total:
         return Schedule(total, warmup)
     # The learning rate would never be reached.
@@ -92,7 +91,7 @@ def schedule_of(config: Any, images: int) -> Schedule:
         total,
         shorter,
         f"warm-up of {shorter} steps in place of {warmup}, as the run has {total} in all "
-        "(--config.warmup_steps, --config.warmup_epochs)",
+        "(--config.optimizer.warmup_steps, --config.optimizer.warmup_epochs)",
     )
 
 
@@ -104,14 +103,14 @@ class Known(NamedTuple):
 
 
 def assemble(
-    config: Any,
+    config: TrainConfig,
     teachers: Mapping[str, Known],
     steps: Schedule,
     platform: str,
     start: ViTSpec | None = None,
 ) -> Assembly:
     """The models and the step that a configuration describes, for "cpu", "gpu" or "tpu"; teachers
-    by the names of `teacher_configs`, `start` is what the students start from.
+    by the names in `config.teachers`, `start` is what the students start from.
     """
     precision = dtype_of(config.teacher_precision, platform)
     remarks = []
@@ -132,7 +131,7 @@ def assemble(
             precision,
             attention(teachers[name].spec, precision),
         )
-        for name, given in teacher_configs(config).items()
+        for name, given in config.teachers.items()
     }
     widths = {name: teacher.backbone.spec.width for name, teacher in teachers_built.items()}
     dtype = dtype_of(config.precision, platform)
@@ -150,13 +149,10 @@ def assemble(
     }
     peak = config.learning_rate or scaled_learning_rate(config.batch)
     schedule = warmup_cosine(peak, steps.warmup, steps.total)
-    optimizer = adamw(schedule, config.weight_decay, jnp.dtype(config.first_moment))
+    optimizer = adamw(schedule, config.optimizer.weight_decay, jnp.dtype(config.optimizer.mu_dtype))
     # Students see images as the first teacher does.
     normalisation = teachers_built[PRIMARY].normalisation
-    method = Proteus(
-        loss_weights={name: given.weights for name, given in teacher_configs(config).items()},
-        mask_ratio=config.mask_ratio,
-    )
+    method = config.make_method()
     step = make_train_step(
         method=method,
         teachers=teachers_built,
@@ -167,7 +163,7 @@ def assemble(
         ema_decay=config.ema_decay,
         seed=config.seed,
         erasing=config.data.erasing,
-        accumulate=config.accumulate,
+        accumulate=config.grad_accum_steps,
     )
     standardise = {name: widths[name] for name, each in teachers_built.items() if each.standardise}
 
@@ -184,7 +180,7 @@ def assemble(
     return Assembly(method, teachers_built, students, normalisation, init, step, all_remarks)
 
 
-def check_platform(config: Any, platform: str) -> list[str]:
+def check_platform(config: TrainConfig, platform: str) -> list[str]:
     """Lists what is asked for and a platform does not have, in words."""
     problems = []
     if config.teacher_precision == "float16" and platform == "tpu":
@@ -201,19 +197,19 @@ def check_platform(config: Any, platform: str) -> list[str]:
 
 
 def check_compatibility(
-    config: Any, teachers: Mapping[str, ViTSpec], start: ViTSpec | None
+    config: TrainConfig, teachers: Mapping[str, ViTSpec], start: ViTSpec | None
 ) -> list[str]:
     """Lists what the sizes of the models make wrong, in words. Students without a model to start
     from have been checked with the configuration.
     """
     problems = []
-    for name, given in teacher_configs(config).items():
-        side = given.crop or config.data.crop
+    for name, given in config.teachers.items():
+        side = given.image_size or config.data.crop
         if name in teachers and side % teachers[name].patch_size:
-            own = "teacher_crop" if name == PRIMARY else f"more_teachers.{name}.crop"
+            field = f"teachers.{name}.image_size" if given.image_size else "data.crop"
             problems.append(
-                f"--config.{own if given.crop else 'data.crop'}: {given.source} has patches of "
-                f"{teachers[name].patch_size} px, which do not divide images of {side} px"
+                f"--config.{field}: {given.source} has patches of {teachers[name].patch_size} px, "
+                f"which do not divide images of {side} px"
             )
     for name in config.student if start is not None else ():
         try:
@@ -221,23 +217,20 @@ def check_compatibility(
         except ValueError as error:
             problems.append(f"--config.student: {error}")
             continue
-        if masks(config) and int(spec.grid**2 * config.mask_ratio) < 1:
-            problems.append(
-                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
-                f"{config.data.crop} px crop"
-            )
-    return problems
+        reasons = config.make_method().problems(spec.grid**2)
+        problems += [f"--config.method.{reason}" for reason in reasons]
+    return list(dict.fromkeys(problems))
 
 
 def _teacher(given: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
     """Builds a teacher, with its position table made for the size of images that it sees, and its
     LayerScale in its weights.
     """
-    grid = (given.crop or crop) // known.spec.patch_size
+    grid = (given.image_size or crop) // known.spec.patch_size
     spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)
     return Teacher(
         BackboneFunction(spec, dtype, attention),
         given.statistics(known.normalisation),
-        given.crop,
-        given.standardise,
+        given.image_size,
+        given.standardize,
     )

@@ -25,7 +25,7 @@ from proteus_jax.evaluation.feature_extraction import (
 from proteus_jax.evaluation.online_probes import Scores, scores
 from proteus_jax.evaluation.reporting import figures, snapshots
 from proteus_jax.evaluation.reporting.html_report import write_report
-from proteus_jax.methods.teacher_config import PRIMARY
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.models.functional import Params
 from proteus_jax.runtime.console import Console
 from proteus_jax.training.setup import Experiment
@@ -50,6 +50,7 @@ class Evaluator:
         self._scene: snapshots.Scene | None = None
         self._taught: Scores | None = None
         self._passes: dict[str, Compiled] = {}
+        self._heads = experiment.config.make_method().heads
         if experiment.split.held_out is not None:
             self.views = self._held_out_views(experiment.split.held_out)
 
@@ -81,7 +82,8 @@ class Evaluator:
             self._target = teacher_agreement.teacher_tokens(
                 self.experiment.teacher_features, views, batch
             )
-            self._scene = snapshots.scene(views, self._target, self.config.mask_ratio, batch)
+            ratio = self.config.method.fields.get("mask_ratio", 0.0)
+            self._scene = snapshots.scene(views, self._target, ratio, batch)
             if self.leads:
                 with self._writing("a picture"):
                     snapshots.draw_teacher(self._scene, self.workdir)
@@ -129,13 +131,13 @@ class Evaluator:
     @property
     def _says_patches(self) -> bool:
         """True where the feature head is trained: CLIP's student has its class token only."""
-        return self.config.loss.feature > 0
+        return "feature" in self._heads
 
     def _masked_predictions(
         self, name: str, state: TrainState, scene: snapshots.Scene
     ) -> np.ndarray | None:
         """The patch head's predictions of hidden patches; None where it is not trained."""
-        if not self.config.loss.patch or not scene.hidden.any():
+        if "patch" not in self._heads or not scene.hidden.any():
             return None
         shown = len(scene.hidden)
         # As many as in a step, so that any number of devices has its share.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 import proteus_jax
-from proteus_jax.methods.teacher_config import PRIMARY, teacher_configs
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.setup import Experiment
@@ -42,7 +42,7 @@ def export_students(experiment: Experiment, state: TrainState, workdir: Path) ->
 def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
     """A student's config.json."""
     config = experiment.config
-    sources = {key: each.source for key, each in teacher_configs(config).items()}
+    sources = {key: each.source for key, each in config.teachers.items()}
     digests = {key: facts["weights"] for key, facts in experiment.facts["teachers"].items()}
     several = {"teachers": sources, "teachers_sha256": digests} if len(sources) > 1 else {}
     return ModelCard(
@@ -69,8 +69,8 @@ def _recipe(experiment: Experiment, step: int) -> dict[str, Any]:
         "images": ", ".join(config.data.root),
         "proteus_jax": proteus_jax.__version__,
     }
-    if config.start:
-        recipe |= {"start": config.start, "start_sha256": experiment.facts["start"]}
+    if config.init.source:
+        recipe |= {"start": config.init.source, "start_sha256": experiment.facts["start"]}
     return recipe
 
 
@@ -93,6 +93,6 @@ def _readme(
 ) -> str:
     teachers = {
         key: (each.source, experiment.cards[key])
-        for key, each in teacher_configs(experiment.config).items()
+        for key, each in experiment.config.teachers.items()
     }
     return text_of(card, name, teachers, _recipe(experiment, step), results)

@@ -1,15 +1,16 @@
 """The facts that must be the same for a run to go on."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from proteus_jax.checkpoint.items import FORMAT, VERSION
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.training.builder import (
     Assembly,
 )
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.resume import CARD, CONFIGURATION
 from proteus_jax.weights.model_card import licence_of
@@ -23,8 +24,7 @@ def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[s
             "weights": sha256(directories[name] / WEIGHTS),
             # Its grid follows the crop, which is a fact of its own.
             "spec": {**each.backbone.spec.to_json(), "grid": None},
-            "loss_weights": assembly.method.loss_weights[name]._asdict(),
-            "normalisation": _listed(each.normalisation),
+            "normalization": _listed(each.normalisation),
             "side": each.side,
         }
         for name, each in assembly.teachers.items()
@@ -32,7 +32,7 @@ def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[s
 
 
 def fingerprint(
-    config: Any,
+    config: TrainConfig,
     inputs: Inputs,
     assembly: Assembly,
     cards: Mapping[str, ModelCard],
@@ -42,30 +42,32 @@ def fingerprint(
     on.
     """
     return {
+        FORMAT: VERSION,
         "data": inputs.split.training.fingerprint,
         "seed": config.seed,
         "batch": config.batch,
         "crop": config.data.crop,
         "weights": list(config.data.weights),
-        "repeats": config.data.repeats,
-        "randaugment": dict(config.data.randaugment),
+        "repeated_aug": config.data.repeated_aug,
+        "randaugment": config.data.randaugment._asdict(),
         "erasing": config.data.erasing,
         "student": list(config.student),
         "student_specs": {name: each.spec.to_json() for name, each in assembly.students.items()},
         "start": None if inputs.start is None else sha256(inputs.start / WEIGHTS),
-        "normalisation": _listed(assembly.normalisation),
+        "normalization": _listed(assembly.normalisation),
+        "method": {"name": config.method.name, **assembly.method.fingerprint()},
         "teachers": teacher_facts(assembly, inputs.teachers),
         "teacher_widths": {
             name: each.backbone.spec.width for name, each in assembly.teachers.items()
         },
-        "first_moment": config.first_moment,
+        "mu_dtype": config.optimizer.mu_dtype,
         "averaged": config.ema_decay > 0,
-        CONFIGURATION: json.loads(config.to_json()),
+        CONFIGURATION: config.as_json,
         CARD: {
             "licence": licence_of(cards, start),
             "families": {name: _family(name, start) for name in config.student},
         },
-        "standardised": [name for name, each in assembly.teachers.items() if each.standardise],
+        "standardized": [name for name, each in assembly.teachers.items() if each.standardise],
     }
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proteus_jax.evaluation.teacher_agreement import StudentOutputs
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.feature_standardization import RunningMoments, unstandardize
 from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import common_grid_size, teacher_features
-from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import (
     Params,
     StudentFunction,
@@ -23,11 +23,12 @@ from proteus_jax.runtime import sharding
 from proteus_jax.training.builder import (
     Assembly,
 )
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.train_state import TrainState
 
 
 def class_token_functions(
-    config: Any, assembly: Assembly
+    config: TrainConfig, assembly: Assembly
 ) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
     """Functions from uint8 images to class tokens: the first teacher's, and each student's."""
     crop, teacher = config.data.crop, assembly.teachers[PRIMARY]
@@ -54,7 +55,7 @@ def class_token_functions(
 
 
 def evaluation_functions(
-    config: Any, assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
+    config: TrainConfig, assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
 ) -> tuple[Callable, Callable, Callable]:
     """First teacher and students as functions from a host batch to host arrays."""
     crop, grid = config.data.crop, common_grid_size(assembly.students)

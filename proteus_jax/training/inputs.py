@@ -5,23 +5,23 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from proteus_jax.data.dataset import open_configured
+from proteus_jax.data.dataset import open_images
 from proteus_jax.data.datasets.labeled import TrainTestSplit, open_pair
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.splits import Split
 from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.results import FILE as RESULTS
-from proteus_jax.methods.teacher_config import PRIMARY, masks, teacher_configs
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, first_of, is_remote, why_no_workdir
 from proteus_jax.training.builder import (
     check_compatibility,
     check_platform,
 )
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.weights.model_dir import WEIGHTS, load_card
 
@@ -41,7 +41,7 @@ class Inputs:
     start: Path | None = None
 
 
-def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> Inputs:
+def open_inputs(config: TrainConfig, workdir: str | None, known: Sequence[str] = ()) -> Inputs:
     """Finds the images and the teacher; what a package index or a server has is fetched into the
     cache.
 
@@ -54,12 +54,12 @@ def open_inputs(config: Any, workdir: str | None, known: Sequence[str] = ()) -> 
     return _found(config, problems)
 
 
-def prepare(config: Any, known: Sequence[str] = ()) -> None:
+def prepare(config: TrainConfig, known: Sequence[str] = ()) -> None:
     """Finds the same, on a machine whose devices are not those of the run."""
     _found(config, list(known))
 
 
-def _found(config: Any, problems: list[str]) -> Inputs:
+def _found(config: TrainConfig, problems: list[str]) -> Inputs:
     split, labelled = None, None
     models: dict[str, Path | None] = {}
     if config.eval.root not in ("", skimage.NAME):
@@ -69,14 +69,14 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     fetched = skimage.NAME in config.data.root
     if not fetched:
         with collecting(problems, "--config.data.root"):
-            split = open_configured(config.data, config.seed)
+            split = open_split(config)
     for field, source in _sources(config).items():
         with collecting(problems, f"--config.{field}"):
             models[field] = find_teacher(source)
     problems += _check_models(config, models)
     if not problems and split is None:
         with collecting(problems, "--config.data.root"):
-            split = open_configured(config.data, config.seed)
+            split = open_split(config)
     if not problems and None in models.values():
         for field, source in _sources(config).items():
             with collecting(problems, f"--config.{field}"):
@@ -88,21 +88,28 @@ def _found(config: Any, problems: list[str]) -> Inputs:
     directories = {field: path for field, path in models.items() if path is not None}
     if problems or split is None or len(directories) < len(models):
         raise InputError(problems)
-    teachers = {name: directories[_field(name)] for name in teacher_configs(config)}
+    teachers = {name: directories[_field(name)] for name in config.teachers}
     return Inputs(split=split, teachers=teachers, labelled=labelled, start=directories.get(START))
 
 
-START = "start"
+def open_split(config: TrainConfig) -> Split:
+    """Opens the images of a run; see proteus_jax.data.dataset.open_images."""
+    data = config.data
+    return open_images(data.root, held_out=data.held_out, subset=data.subset, seed=config.seed)
+
+
+START = "init.source"
 
 
 def _field(teacher: str) -> str:
-    return "teacher" if teacher == PRIMARY else f"more_teachers.{teacher}.teacher"
+    """The field that names a teacher's source, by its short form where it has one."""
+    return "teacher" if teacher == PRIMARY else f"teachers.{teacher}.source"
 
 
-def _sources(config: Any) -> dict[str, str]:
+def _sources(config: TrainConfig) -> dict[str, str]:
     """The models that the fields of a configuration name, by field."""
-    sources = {_field(name): each.source for name, each in teacher_configs(config).items()}
-    return sources | ({START: config.start} if config.start else {})
+    sources = {_field(name): each.source for name, each in config.teachers.items()}
+    return sources | ({START: config.init.source} if config.init.source else {})
 
 
 def _check_workdir(workdir: str | None, roots: Sequence[str]) -> list[str]:
@@ -133,7 +140,7 @@ def _why_no_run(workdir: str) -> str | None:
 
 def _is_a_runs(described: Path) -> bool:
     try:
-        return {"teacher", "student"} <= json.loads(described.read_text()).keys()
+        return {"teachers", "student"} <= json.loads(described.read_text()).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
@@ -161,7 +168,7 @@ def describe_devices() -> str:
     return f"{several(hosts, 'host')} x {several(devices, 'device')}"
 
 
-def _check_devices(config: Any) -> list[str]:
+def _check_devices(config: TrainConfig) -> list[str]:
     devices, hosts = jax.device_count(), jax.process_count()
     expected = config.hosts or hosts, config.devices or jax.local_device_count()
     if expected != (hosts, jax.local_device_count()):
@@ -171,9 +178,9 @@ def _check_devices(config: Any) -> list[str]:
         ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
-    unit = images_together(config)
+    unit, count = config.batch_unit(devices), config.grad_accum_steps
     if config.batch % unit:
-        parts = f" and {config.accumulate} parts" if config.accumulate > 1 else ""
+        parts = f" and {count} parts" if count > 1 else ""
         return [
             f"--config.batch: expected a multiple of {unit} for {devices} devices{parts}, found "
             f"{config.batch}"
@@ -181,13 +188,7 @@ def _check_devices(config: Any) -> list[str]:
     return []
 
 
-def images_together(config: Any) -> int:
-    """The number that a batch has to be a multiple of."""
-    # Half of the images is masked, and each device has its share of that half, in every part.
-    return (2 if masks(config) else 1) * jax.device_count() * config.accumulate
-
-
-def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
+def _check_models(config: TrainConfig, models: Mapping[str, Path | None]) -> list[str]:
     """Lists what the sizes of the models make wrong, of those still to be fetched by what is known
     of them.
     """
@@ -197,7 +198,5 @@ def _check_models(config: Any, models: Mapping[str, Path | None]) -> list[str]:
         for field, directory in models.items()
     }
     specs = {field: spec for field, spec in specs.items() if spec is not None}
-    teachers = {
-        name: specs[_field(name)] for name in teacher_configs(config) if _field(name) in specs
-    }
+    teachers = {name: specs[_field(name)] for name in config.teachers if _field(name) in specs}
     return check_compatibility(config, teachers, specs.get(START))

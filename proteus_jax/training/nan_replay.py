@@ -19,21 +19,22 @@ import numpy as np
 import proteus_jax
 from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.checkpoint.checksums import SEAL, verify_checksums, write_checksums
+from proteus_jax.checkpoint.items import FORMAT, VERSION
 from proteus_jax.config import complete
 from proteus_jax.errors import Diverged, InputError, about, refusing
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import common_grid_size, teacher_features
-from proteus_jax.methods.teacher_config import PRIMARY, image_side, teacher_configs
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import is_remote
 from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import teacher_facts
-from proteus_jax.training.inputs import images_together
 from proteus_jax.training.resume import compare_facts
-from proteus_jax.training.schema import TRAINING
+from proteus_jax.training.schema import training_schema
 from proteus_jax.training.setup import Experiment, placed_teacher
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
 from proteus_jax.weights.fetch import obtain_teacher
@@ -96,7 +97,7 @@ def write_dump(
             "images_an_epoch": experiment.config.data.epoch or len(experiment.split.training),
             "names": [source.name(number) for number in whole["numbers"].tolist()],
             "metrics": {key: repr(value) for key, value in moment.metrics.items()},
-            "configuration": json.loads(experiment.config.to_json()),
+            "configuration": experiment.config.as_json,
         }
         write_atomically(folder / ABOUT, json.dumps(written, indent=2) + "\n")
         write_checksums(folder, SEALED_AS)
@@ -133,8 +134,8 @@ def replay(source: str, console: Console) -> None:
         state = from_items(checkpoints.restore(newest.step, to_items(shapes), to_items(places)))
         facts = checkpoints.facts(newest.step)
     step = newest.step
-    compared = (facts["teachers"], teacher_facts(assembly, directories))
-    different = compare_facts(*({"teachers": each} for each in compared)).refused
+    ours = {FORMAT: VERSION, "teachers": teacher_facts(assembly, directories)}
+    different = compare_facts({key: facts.get(key) for key in ours}, ours).refused
     if different:
         raise InputError([f"--replay: another teacher than the run's: {d}" for d in different])
     console.line(
@@ -172,42 +173,41 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
         ):
             raise ValueError(f"{ABOUT}: expected a number of images_an_epoch")
         description["metrics"] = {key: float(value) for key, value in metrics.items()}
-        config = description["configuration"] = complete(description["configuration"], TRAINING)
-        expected = (config.batch, image_side(config), image_side(config), 3)
+        config = description["configuration"] = complete(
+            description["configuration"], training_schema
+        )
+        expected = (config.batch, config.image_size, config.image_size, 3)
         if images.dtype != np.uint8 or images.shape != expected:
             shape = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"{BATCH}: expected uint8 {list(expected)}, found {shape}")
     return description, images
 
 
-def _assembled(config: Any, images: int) -> tuple[Assembly, dict]:
+def _assembled(config: TrainConfig, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
-    directories = {
-        name: obtain_teacher(teacher_config.source)
-        for name, teacher_config in teacher_configs(config).items()
-    }
+    directories = {name: obtain_teacher(each.source) for name, each in config.teachers.items()}
     cards = {name: load_card(directory) for name, directory in directories.items()}
     start = None
-    if config.start:
-        start = load_card(obtain_teacher(config.start)).spec
+    if config.init.source:
+        start = load_card(obtain_teacher(config.init.source)).spec
     known = {name: Known(card.spec, card.normalisation) for name, card in cards.items()}
     steps = schedule_of(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories
 
 
-def _mesh(config: Any, images: int) -> jax.sharding.Mesh:
+def _mesh(config: TrainConfig, images: int) -> jax.sharding.Mesh:
     """The mesh of all devices here; InputError where the batch does not divide among them."""
     devices = jax.device_count()
-    if images % images_together(config):
+    if images % config.batch_unit(devices):
         raise InputError(
-            f"--replay: {images} images in {config.accumulate} parts do not divide among the "
+            f"--replay: {images} images in {config.grad_accum_steps} parts do not divide among the "
             f"{devices} devices here"
         )
     return sharding.make_mesh(config.fsdp if devices % config.fsdp == 0 else 1)
 
 
 def _not_finite(
-    config: Any,
+    config: TrainConfig,
     assembly: Assembly,
     params: dict[str, Any],
     state: TrainState,

@@ -5,35 +5,29 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from proteus_jax.checkpoint.items import FORMAT, VERSION
+
 # Facts of a checkpoint that are no part of a run's identity: what its student carries on, and the
 # configuration that it was made with.
 CARD, CONFIGURATION = "card", "configuration"
 # Fields, and groups of them, of which the facts say what matters: a teacher may lie elsewhere.
 IDENTITY = (
-    *("teacher", "teacher_normalisation", "teacher_crop", "standardise", "more_teachers", "loss"),
-    *(
-        "student",
-        "start",
-        "seed",
-        "batch",
-        "first_moment",
-        "data.root",
-        "data.weights",
-        "data.crop",
-    ),
-    *("data.subset", "data.repeats", "data.randaugment", "data.erasing", "data.held_out"),
+    *("teachers", "method.name", "method.loss_weights", "student", "init", "seed", "batch"),
+    *("optimizer.name", "optimizer.mu_dtype", "data.root", "data.weights", "data.crop"),
+    *("data.subset", "data.repeated_aug", "data.randaugment", "data.erasing", "data.held_out"),
 )
 # Fields that change no number of the training, but for rounding. Every other one that may change
 # does so from the step on at which the run is resumed.
 WITHOUT_EFFECT = (
     *("fsdp", "remat", "attention", "hosts", "devices", "log_every", "eval_every"),
     *("checkpoint_every", "max_skipped", "max_failed_saves", "keep_checkpoints", "keep_every"),
-    *("stop_within", "eval", "data.workers", "data.threads", "data.unreadable"),
+    *("preemption_timeout_s", "eval", "data.workers", "data.threads"),
+    "data.max_corrupt_fraction",
 )
 # What is given in epochs counts only where it is not given in steps.
-_IN_STEPS = {"epochs": "steps", "warmup_epochs": "warmup_steps"}
+_IN_STEPS = {"epochs": "steps", "optimizer.warmup_epochs": "optimizer.warmup_steps"}
 # Fields that decide when a run ends.
-LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "data.epoch")
+LENGTH = (*_IN_STEPS, *_IN_STEPS.values(), "data.epoch")
 
 
 class Differences(NamedTuple):
@@ -45,13 +39,21 @@ class Differences(NamedTuple):
 
 def compare_facts(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:
     """Between the facts of a checkpoint and those of this run."""
+    if saved.get(FORMAT) != VERSION:
+        return Differences(
+            [
+                f"{FORMAT}: the checkpoint has {saved.get(FORMAT, 1)}, this version of proteus_jax "
+                f"reads {VERSION}; go on with the version that began the run"
+            ],
+            [],
+        )
     was, now = dict(saved), dict(expected)
     own = [dict(_leaves(facts.pop(CONFIGURATION, {}))) for facts in (was, now)]
     for facts in (was, now):
         facts.pop(CARD, None)
     refused = _different(dict(_leaves(was)), dict(_leaves(now)))
     lines = [f"{key}: {_refusal(key, *values)}" for key, values in refused.items()]
-    given = {field for field in ("steps", "warmup_steps") if own[1].get(field) is not None}
+    given = {field for field in _IN_STEPS.values() if own[1].get(field) is not None}
     allowed = [
         f"--config.{field}: {_short(before)} until now, {_short(after)} from here on"
         f"{_rule(field, given)}"

@@ -4,9 +4,9 @@ import math
 import re
 from typing import Any
 
-from proteus_jax.errors import InputError
 from proteus_jax.evaluation.schema import EVALUATION
-from proteus_jax.methods.teacher_config import NATIVE, PRIMARY, masks, teacher_configs
+from proteus_jax.methods.config import NATIVE, PRIMARY
+from proteus_jax.methods.registry import METHODS
 from proteus_jax.models.attention import IMPLEMENTATIONS
 from proteus_jax.models.config import SPECS, named_spec
 from proteus_jax.models.normalization import STATISTICS
@@ -21,17 +21,17 @@ from proteus_jax.schema import (
     Rule,
     Schema,
     at_least,
-    fault,
     one_of,
     share,
     up_to,
 )
+from proteus_jax.training.config import TrainConfig, resolve
 
+RANDOM, COPY = "random", "copy"
 _OPTIONAL = (
-    "teacher_crop",
     "steps",
     "learning_rate",
-    "warmup_steps",
+    "optimizer.warmup_steps",
     "hosts",
     "devices",
     "data.epoch",
@@ -46,31 +46,30 @@ _RULES: dict[str, Rule] = {
         ),
         f"one or more different names out of {', '.join(SPECS)}, each perhaps with _<n>blocks",
     ),
-    "start": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
-    "teacher": Rule(lambda value: isinstance(value, str) and bool(value), "a model"),
-    "teacher_normalisation": one_of(NATIVE, *STATISTICS),
-    "teacher_crop": at_least(1),
-    "more_teachers": Rule(lambda value: hasattr(value, "items"), "teachers by name"),
-    "standardise": BOOLEAN,
+    "init.method": one_of(RANDOM, COPY),
+    "init.source": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
+    "teachers": Rule(
+        lambda value: hasattr(value, "items") and PRIMARY in value and all(map(_is_name, value)),
+        f"teachers by name, one of them {PRIMARY!r}, names of small letters, digits and _ that are "
+        "not taken",
+    ),
     "seed": SEED,
     "batch": at_least(1),
     "epochs": ABOVE_ZERO,
     "steps": at_least(1),
     "learning_rate": ABOVE_ZERO,
-    "warmup_epochs": at_least(0),
-    "warmup_steps": at_least(0),
-    "weight_decay": at_least(0),
+    "optimizer.name": one_of("adamw"),
+    "optimizer.warmup_epochs": at_least(0),
+    "optimizer.warmup_steps": at_least(0),
+    "optimizer.weight_decay": at_least(0),
+    "optimizer.mu_dtype": one_of(*PRECISIONS[1:]),
     "ema_decay": share(below_one=True),
     "drop_path": share(below_one=True),
-    "loss.token": at_least(0),
-    "loss.feature": at_least(0),
-    "loss.patch": at_least(0),
-    "mask_ratio": share(),
+    "method.name": one_of(*METHODS),
     "precision": one_of(*PRECISIONS),
     "teacher_precision": one_of(*PRECISIONS, "float16"),
-    "first_moment": one_of(*PRECISIONS[1:]),
     "fsdp": at_least(1),
-    "accumulate": at_least(1),
+    "grad_accum_steps": at_least(1),
     "attention": one_of("auto", *IMPLEMENTATIONS),
     "remat": one_of(*REMAT),
     "hosts": at_least(1),
@@ -86,7 +85,7 @@ _RULES: dict[str, Rule] = {
     "data.subset.classes": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.subset.images": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.epoch": at_least(1),
-    "data.repeats": at_least(1),
+    "data.repeated_aug": at_least(1),
     "data.crop": at_least(1),
     "data.randaugment.operations": at_least(0),
     "data.randaugment.magnitude": Rule(lambda value: 0 <= value <= 10, "from 0 to 10"),
@@ -95,7 +94,7 @@ _RULES: dict[str, Rule] = {
     "data.erasing": share(),
     "data.workers": up_to(MOST_WORKERS),
     "data.threads": up_to(MOST_WORKERS),
-    "data.unreadable": share(),
+    "data.max_corrupt_fraction": share(),
     "data.held_out.share": share(below_one=True),
     "data.held_out.minimum": at_least(1),
     "data.held_out.maximum": at_least(1),
@@ -108,101 +107,106 @@ _RULES: dict[str, Rule] = {
     "keep_checkpoints": at_least(1),
     "keep_every": at_least(1),
     "max_failed_saves": at_least(0),
-    "stop_within": ABOVE_ZERO,
+    "preemption_timeout_s": ABOVE_ZERO,
 }
 
 
-def _check(config: Any) -> list[str]:
-    """Lists what two fields make wrong only together; InputError where that cannot be told."""
-    problems = _check_teachers(config.more_teachers)
-    if problems:
-        # Nothing else can be looked at.
-        raise InputError(problems)
+# Each teacher's, below teachers.NAME.
+_TEACHER: dict[str, Rule] = {
+    "source": Rule(lambda value: isinstance(value, str) and bool(value), "a model"),
+    "normalization": one_of(NATIVE, *STATISTICS),
+    "image_size": at_least(1),
+    "standardize": BOOLEAN,
+    "loss_weights.token": at_least(0),
+    "loss_weights.feature": at_least(0),
+    "loss_weights.patch": at_least(0),
+}
+_OPTIONAL_OF_TEACHER = re.compile(r"teachers\.\w+\.(image_size|loss_weights\.\w+)")
+
+
+def _is_name(name: str) -> bool:
+    return name not in TAKEN and re.fullmatch("[a-z][a-z0-9_]*", name) is not None
+
+
+def _check(config: TrainConfig) -> list[str]:
+    """Lists what two fields make wrong only together."""
     specs = [named_spec(name) for name in config.student]
-    patches = {spec.patch_size for spec in specs if spec is not None}
+    patch_sizes = {spec.patch_size for spec in specs if spec is not None}
+    problems = _check_init(config)
     # With a model to start from the patches are that model's, which is not open yet.
-    if not config.start and len(patches) > 1:
+    if config.init.method == RANDOM:
+        problems += _check_patches(config, patch_sizes)
+    method = config.make_method()
+    if config.batch % method.group:
         problems.append(
-            "--config.student: expected one patch size of all, to mask the same patches"
+            f"--config.batch: expected a multiple of {method.group}, as the method takes so many "
+            f"images together, found {config.batch}"
         )
-    patch = min(patches)
-    if not config.start and config.data.crop % patch:
+    return problems + _check_data(config)
+
+
+def _check_init(config: TrainConfig) -> list[str]:
+    if config.init.method == COPY and not config.init.source:
+        return ["--config.init.source: expected a model to copy, found nothing"]
+    if config.init.method == RANDOM and config.init.source:
+        return [
+            f"--config.init.source: {config.init.source} counts for nothing with random weights; "
+            f"give --config.init.method={COPY} as well"
+        ]
+    return []
+
+
+def _check_patches(config: TrainConfig, patch_sizes: set[int]) -> list[str]:
+    """Lists what the students' patches make wrong."""
+    problems = []
+    if len(patch_sizes) > 1:
+        problems.append("--config.student: expected one patch size of all, to share their targets")
+    patch, crop = min(patch_sizes), config.data.crop
+    if crop % patch:
         problems.append(
-            f"--config.data.crop: expected a multiple of the patch size {patch}, found "
-            f"{config.data.crop}"
+            f"--config.data.crop: expected a multiple of the patch size {patch}, found {crop}"
         )
-    for name, each in teacher_configs(config).items():
-        if not any(each.weights):
-            where = "loss" if name == PRIMARY else f"more_teachers.{name}.loss"
-            problems.append(
-                f"--config.{where}: expected a factor above 0 for one of token, feature and patch"
-            )
-    if masks(config):
-        if config.batch % 2:
-            problems.append(
-                "--config.batch: expected an even number, as half of the images are masked, "
-                f"found {config.batch}"
-            )
-        if not config.start and int((config.data.crop // patch) ** 2 * config.mask_ratio) < 1:
-            problems.append(
-                f"--config.mask_ratio: {config.mask_ratio} masks no patch of a "
-                f"{config.data.crop} px crop"
-            )
-    if config.data.weights and len(config.data.weights) != len(config.data.root):
+    reasons = config.make_method().problems((crop // patch) ** 2)
+    return problems + [f"--config.method.{reason}" for reason in reasons]
+
+
+def _check_data(config: TrainConfig) -> list[str]:
+    problems, data = [], config.data
+    if data.weights and len(data.weights) != len(data.root):
         problems.append(
-            f"--config.data.weights: expected one for each of the {len(config.data.root)} roots, "
-            f"found {len(config.data.weights)}"
+            f"--config.data.weights: expected one for each of the {len(data.root)} roots, "
+            f"found {len(data.weights)}"
         )
-    if config.data.held_out.minimum > config.data.held_out.maximum:
+    if data.held_out.minimum > data.held_out.maximum:
         problems.append("--config.data.held_out: expected minimum to be at most maximum")
     return problems
 
 
-# A further teacher's fields, by the rules of the first's.
-_MORE = {
-    "teacher": "teacher",
-    "normalisation": "teacher_normalisation",
-    "crop": "teacher_crop",
-    "standardise": "standardise",
-    "loss.token": "loss.token",
-    "loss.feature": "loss.feature",
-    "loss.patch": "loss.patch",
-}
-
-
-def _check_teachers(more: Any) -> list[str]:
-    problems = []
-    for name in more:
-        if name in TAKEN | {PRIMARY} or not re.fullmatch("[a-z][a-z0-9_]*", name):
-            problems.append(
-                f"--config.more_teachers: expected a name of small letters, digits and _ that is "
-                f"not taken, found {name!r}"
-            )
-            continue
-        for field, rule in _MORE.items():
-            value = more[name]
-            try:
-                for part in field.split("."):
-                    value = value[part]
-                absent = value is None and rule in _OPTIONAL
-                place = f"more_teachers.{name}.{field}"
-                wrong = None if absent else fault(place, value, _RULES[rule])
-            except (KeyError, TypeError):
-                wrong = (
-                    f"--config.more_teachers.{name}.{field}: missing or of another type; make one "
-                    "with base.add_teacher"
-                )
-            problems += [wrong] if wrong else []
-    return problems
-
-
 def _is_optional(field: str) -> bool:
-    return field in _OPTIONAL or re.fullmatch(r"more_teachers\.\w+\.crop", field) is not None
+    return field in _OPTIONAL or _OPTIONAL_OF_TEACHER.fullmatch(field) is not None
 
 
-TRAINING = Schema(_RULES, _check, _is_optional, numbers=("data.weights",))
+def training_schema(config: Any) -> Schema:
+    """Makes the schema of a configuration that trains, by its teachers' names and its method."""
+    method = METHODS.get(_group(config, "method").get("name"))
+    rules = {
+        **_RULES,
+        **{
+            f"teachers.{name}.{field}": rule
+            for name in _group(config, "teachers")
+            for field, rule in _TEACHER.items()
+        },
+        **{f"method.{field}": rule for field, rule in (method.rules if method else {}).items()},
+    }
+    return Schema(rules, resolve, _check, _is_optional, numbers=("data.weights",))
+
+
+def _group(config: Any, name: str) -> Any:
+    """Returns a group of fields; an empty one where a file has none of that name."""
+    group = config.get(name)
+    return group if hasattr(group, "items") else {}
 
 
 def schema_of(config: Any) -> Schema:
     """Chooses the schema of a configuration: whether it trains or evaluates shows in its fields."""
-    return EVALUATION if "protocol" in config else TRAINING
+    return EVALUATION if "protocol" in config else training_schema(config)

@@ -17,12 +17,10 @@ from jax.sharding import Mesh
 from proteus_jax.data.datasets.labeled import TrainTestSplit
 from proteus_jax.data.sampler import Sampler, shares
 from proteus_jax.data.splits import Split
-from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.teacher_agreement import StudentOutputs
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import image_side
 from proteus_jax.models.flops import known_device
 from proteus_jax.models.functional import (
     Params,
@@ -40,6 +38,7 @@ from proteus_jax.training.builder import (
     assemble,
     schedule_of,
 )
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import fingerprint
 from proteus_jax.training.inference import class_token_functions, evaluation_functions
 from proteus_jax.training.initialization import init_from_pretrained
@@ -53,7 +52,7 @@ from proteus_jax.weights.model_dir import ModelCard, load_card, load_model
 class Experiment:
     """Everything that a run needs, placed and compiled at first use."""
 
-    config: Any
+    config: TrainConfig
     mesh: Mesh
     split: Split
     labelled: TrainTestSplit | None
@@ -86,9 +85,9 @@ class Experiment:
     peak: float | None
 
 
-def build(config: Any, inputs: Inputs) -> Experiment:
+def build(config: TrainConfig, inputs: Inputs) -> Experiment:
     """Everything that a run needs; the teachers' weights go to the devices here."""
-    weights = tuple(config.data.weights)
+    weights = config.data.weights
     if weights and 0 in shares(sum(inputs.split.parts), weights):
         raise InputError(f"--config.data.weights: {weights} leave nothing of one root")
     mesh = sharding.make_mesh(config.fsdp)
@@ -115,15 +114,15 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         mesh=mesh,
         split=inputs.split,
         labelled=inputs.labelled,
-        order=Sampler(config.seed, inputs.split.parts, weights, config.data.repeats),
-        recipe=TrainTransform(image_side(config), RandAugment(**config.data.randaugment)),
+        order=Sampler(config.seed, inputs.split.parts, weights, config.data.repeated_aug),
+        recipe=TrainTransform(config.image_size, config.data.randaugment),
         total_steps=steps.total,
         remarks=assembly.remarks,
         facts=fingerprint(config, inputs, assembly, cards, start),
         cards=cards,
         teacher_params=teacher_params,
         normalisation=assembly.normalisation,
-        side=image_side(config),
+        side=config.image_size,
         students=assembly.students,
         class_tokens=class_token_functions(config, assembly),
         state_shapes=shapes,
@@ -133,7 +132,7 @@ def build(config: Any, inputs: Inputs) -> Experiment:
         teacher_features=features,
         student_outputs=outputs,
         hidden_patches=hidden,
-        work=assembly.work(config).total,
+        work=assembly.work(config.data.crop).total,
         peak=_peak(config),
     )
 
@@ -165,7 +164,7 @@ def _started(
     return init_from_start
 
 
-def _peak(config: Any) -> float | None:
+def _peak(config: TrainConfig) -> float | None:
     """Peak of all devices together, for matmuls in bfloat16."""
     device = known_device(jax.devices()[0].device_kind)
     if device is None or dtype_of(config.precision, jax.default_backend()) != jnp.bfloat16:

@@ -9,7 +9,7 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
-from proteus_jax.methods.teacher_config import NATIVE, TeacherConfig, teacher_configs
+from proteus_jax.methods.config import NATIVE, TeacherConfig
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.inputs import describe_devices
@@ -30,7 +30,7 @@ def print_header(
     config = experiment.config
     kind = jax.devices()[0].device_kind
     console.line(f"proteus_jax {proteus_jax.__version__} on {describe_devices()} ({kind})")
-    for name, each in teacher_configs(config).items():
+    for name, each in config.teachers.items():
         spec = experiment.cards[name].spec
         size = sum(array.size for array in jax.tree.leaves(experiment.teacher_params[name]))
         console.line(
@@ -67,12 +67,12 @@ def print_header(
 def _given(each: TeacherConfig) -> str:
     """Words for a teacher whose images or tokens are not as usual."""
     facts = []
-    if each.crop is not None:
-        facts.append(f"images of {each.crop} px")
-    if each.normalisation != NATIVE:
-        facts.append(f"{each.normalisation} statistics")
-    if each.standardise:
-        facts.append("standardised")
+    if each.image_size is not None:
+        facts.append(f"images of {each.image_size} px")
+    if each.normalization != NATIVE:
+        facts.append(f"{each.normalization} statistics")
+    if each.standardize:
+        facts.append("standardized")
     return f" ({', '.join(facts)})" if facts else ""
 
 

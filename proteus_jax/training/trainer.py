@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from proteus_jax.checkpoint.checkpointer import Checkpoints
+from proteus_jax.checkpoint.store import RetentionPolicy
 from proteus_jax.data.datasets.labeled import images_on_both_sides
 from proteus_jax.data.loader import Batch, training_batches
 from proteus_jax.data.workers import Makers, WorkerLost, makers
@@ -46,6 +46,7 @@ from proteus_jax.runtime.profiler import Profiler
 from proteus_jax.runtime.rendezvous import ProcessGroup
 from proteus_jax.runtime.workdir import STUDENTS, Workdir
 from proteus_jax.training import nan_replay
+from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.evaluator import Evaluator
 from proteus_jax.training.export import export_students
 from proteus_jax.training.inputs import Inputs
@@ -58,7 +59,7 @@ DONE = 0
 
 
 def run(
-    config: Any,
+    config: TrainConfig,
     inputs: Inputs,
     place: Workdir,
     console: Console,
@@ -80,7 +81,7 @@ def run(
 
 
 def _run_alone(
-    config: Any,
+    config: TrainConfig,
     inputs: Inputs,
     place: Workdir,
     console: Console,
@@ -107,11 +108,11 @@ def _run_alone(
             remarks.append(f"metrics.jsonl has lost its rows of the steps until {resumed}")
         console.keep_log(workdir / (f"log.{host}.txt" if host else "log.txt"))
         if host == 0:
-            text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+            text = json.dumps(config.as_json, indent=2) + "\n"
             write_atomically(workdir / "config.json", text)
         print_header(experiment, place.named(workdir), resumed, remarks, console)
         stop = PreemptionHandler(
-            config.stop_within, console.error, lambda: run.heartbeat.close("stopped")
+            config.preemption_timeout_s, console.error, lambda: run.heartbeat.close("stopped")
         )
         run.stop = stack.enter_context(stop)
         run.profiling = Profiler(workdir / "profile", on=profile and host == 0)
@@ -180,10 +181,11 @@ class _Run:
         # With which the process is to end.
         self.code = DONE
         config, data = self.config, self.config.data
-        self.saving = CheckpointManager(config, place, console)
+        keep = RetentionPolicy(config.keep_checkpoints, config.keep_every)
+        self.saving = CheckpointManager(place, console, keep, config.max_failed_saves)
         name = experiment.split.training.name
         self.unreadable = CorruptImageMonitor(
-            name, limit=data.unreadable, repeats=data.repeats, say=console.line
+            name, limit=data.max_corrupt_fraction, repeats=data.repeated_aug, say=console.line
         )
         self.skipped = NonFiniteMonitor(name, limit=config.max_skipped, say=console.line)
         self.makers = makers(data.workers, data.threads, data.crop)

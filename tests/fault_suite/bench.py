@@ -25,8 +25,12 @@ STEPS, EVERY = 24, 2
 # All that a state can hold, beside what the plain run has.
 RICH = (
     "--config.student=vit_tiny_1blocks,vit_tiny_2blocks",
-    *("--config.standardise=true", "--config.ema_decay=0.9", "--config.drop_path=0.2"),
-    *("--config.accumulate=2", "--config.data.repeats=2", "--config.data.workers=1"),
+    *(
+        "--config.teachers.teacher.standardize=true",
+        "--config.ema_decay=0.9",
+        "--config.drop_path=0.2",
+    ),
+    *("--config.grad_accum_steps=2", "--config.data.repeated_aug=2", "--config.data.workers=1"),
 )
 CLOCK = ("images_per_second", "images_per_second_per_device", "data_wait")
 # Sets a limit on itself, then becomes another program.

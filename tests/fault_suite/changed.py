@@ -20,17 +20,17 @@ REFUSED = {
     "--config.batch=8": "batch: the checkpoint has 4, this run has 8 (refused)",
     "--config.data.crop=42": "crop: the checkpoint has 28, this run has 42 (refused)",
     "--config.student=vit_tiny_2blocks": "student: the checkpoint has",
-    "--config.loss.patch=0.5": "teachers.teacher.loss_weights.patch: the checkpoint has 1.0",
+    "--config.method.loss_weights.patch=0.5": "method.teacher.patch: the checkpoint has 1.0",
     "--config.ema_decay=0.9": "averaged: the checkpoint has false, this run has true (refused)",
-    "--config.data.repeats=2": "repeats: the checkpoint has 1, this run has 2 (refused)",
-    "--config.teacher_normalisation=clip": "normalisation: the checkpoint has",
-    "--config.first_moment=bfloat16": "first_moment: the checkpoint has",
+    "--config.data.repeated_aug=2": "repeated_aug: the checkpoint has 1, this run has 2 (refused)",
+    "--config.teachers.teacher.normalization=clip": "normalisation: the checkpoint has",
+    "--config.optimizer.mu_dtype=bfloat16": "mu_dtype: the checkpoint has",
 }
 ALLOWED = {
     "--config.log_every=2": "from here on, which changes no number of the training",
     "--config.data.threads=1": "from here on, which changes no number of the training",
     "--config.learning_rate=0.01": "--config.learning_rate: 0.001 until now, 0.01 from here on",
-    "--config.mask_ratio=0.4": "--config.mask_ratio: 0.5 until now, 0.4 from here on",
+    "--config.method.mask_ratio=0.4": "--config.method.mask_ratio: 0.5 until now, 0.4 from here on",
 }
 
 
@@ -138,7 +138,9 @@ def _longer(bench: Bench) -> None:
         assert row["learning_rate"] == pytest.approx(expected, rel=1e-5)
     assert proteus_jax.load(workdir / "student").card.source["steps"] == longer
     again = bench.copy("longer, in two")
-    first = bench.run(bench.command(again, f"--config.steps={longer}", "--config.stop_within=9"))
+    first = bench.run(
+        bench.command(again, f"--config.steps={longer}", "--config.preemption_timeout_s=9")
+    )
     assert first.returncode == 0
     for step in range(longer - 2, longer + 1, 2):
         shutil.rmtree(again / "checkpoints" / str(step))

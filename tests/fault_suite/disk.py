@@ -165,7 +165,9 @@ def _can_mount(bench: Bench) -> bool:
 def _full(bench: Bench, what: str) -> None:
     with _mounted(bench, what) as disk:
         workdir, ballast = disk / "run", disk / "ballast"
-        first = bench.run(bench.command(workdir, "--config.steps=4", "--config.stop_within=9"))
+        first = bench.run(
+            bench.command(workdir, "--config.steps=4", "--config.preemption_timeout_s=9")
+        )
         assert first.returncode == 0, first.stderr
         _fill(ballast)
         limit = 1 if what == "stops" else 1000

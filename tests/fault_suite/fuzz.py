@@ -109,8 +109,8 @@ SPOILT = (
         "data = 3",
         "loss = None",
     ),
-    *("data.root = 7", "data.root = (1, 2)", "data.crop = 2.5", "more_teachers = 5", "seed = -1"),
-    *("more_teachers = {'a': 1}", "precision = 8", "eval = 'x'", "teacher = ()", "epochs = 'many'"),
+    *("data.root = 7", "data.root = (1, 2)", "data.crop = 2.5", "teachers = 5", "seed = -1"),
+    *("teachers = {'a': 1}", "precision = 8", "eval = 'x'", "teacher = ()", "epochs = 'many'"),
     *("data.randaugment = {'operations': 'two'}", "data.held_out = {}", "log_every = 0"),
 )
 

@@ -57,7 +57,11 @@ def _names(bench: Bench) -> None:
             else:
                 Image.fromarray(photograph(rng, 30, 40)).save(folder / name)
     workdir = bench.root / "named run"
-    more = (f"--config.data.root={images}", "--config.data.unreadable=1", "--config.steps=8")
+    more = (
+        f"--config.data.root={images}",
+        "--config.data.max_corrupt_fraction=1",
+        "--config.steps=8",
+    )
     result = bench.run(
         bench.command(
             workdir,

@@ -198,7 +198,7 @@ def _second(bench: Bench) -> None:
 def _deadline(bench: Bench) -> None:
     """A save that would take longer than a scheduler waits: the checkpoint before it is good."""
     workdir = bench.root / "deadline"
-    command = bench.command(workdir, "--config.stop_within=1e-6")
+    command = bench.command(workdir, "--config.preemption_timeout_s=1e-6")
     process = bench.start(command)
     until(lambda: process.poll() is not None or len(rows(workdir)) > 5)
     os.kill(process.pid, signal.SIGTERM)

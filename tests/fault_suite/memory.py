@@ -23,7 +23,7 @@ def _step(bench: Bench) -> None:
     workdir = bench.root / "large step"
     words = ("--config.student=vit_tiny", "--config.batch=24", "--config.data.crop=1960")
     said = _refused(bench, bench.command(workdir, *words))
-    assert "--config.accumulate=2" in said
+    assert "--config.grad_accum_steps=2" in said
     assert '"failed"' in (workdir / "heartbeat.json").read_text()
     # The same workdir takes a smaller run.
     after = bench.run(bench.command(workdir, "--config.steps=2"))

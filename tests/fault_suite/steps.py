@@ -30,7 +30,11 @@ def faults(bench: Bench, *, quick: bool) -> list[Fault]:
 def _diverged(bench: Bench, name: str, *more: str) -> tuple[Path, Path]:
     """A run whose learning rate throws it off once the rate has risen."""
     workdir = bench.root / name
-    words = ("--config.learning_rate=1e25", "--config.warmup_steps=20", "--config.max_skipped=3")
+    words = (
+        "--config.learning_rate=1e25",
+        "--config.optimizer.warmup_steps=20",
+        "--config.max_skipped=3",
+    )
     result = bench.run(bench.command(workdir, *words, *more))
     assert result.returncode == 3, result.stdout + result.stderr
     assert "its update is skipped (1 in a row). Its images here: " in result.stdout
@@ -80,7 +84,7 @@ def _several(bench: Bench) -> None:
 
 
 def _unmasked(bench: Bench) -> None:
-    more = ("--config.loss.patch=0", "--config.batch=3")
+    more = ("--config.method.loss_weights.patch=0", "--config.batch=3")
     _replayed(bench, *_diverged(bench, "unmasked", *more))
 
 
@@ -120,7 +124,7 @@ def _no_dumps(bench: Bench) -> None:
         {"images_an_epoch": 0},
         {"metrics": {"loss": "x"}},
         {"configuration": about["configuration"] | {"batch": 6}},
-        {"configuration": about["configuration"] | {"more_teachers": {"x": {}}}},
+        {"configuration": about["configuration"] | {"teachers": {"x": {}}}},
         {"configuration": about["configuration"] | {"data": {}}},
     )
     for change in spoilt:

@@ -16,6 +16,7 @@ from proteus_jax.data.decode import open_image
 from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import InputError, Unreadable, collecting
 from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import (
     FeatureTable,
     FrozenBackbone,
@@ -27,9 +28,9 @@ from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.teacher_agreement import nearest
 from proteus_jax.loading import Heads, load_any, load_heads
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.feature_standardization import standardize
 from proteus_jax.methods.resample import renormalize, resize_images, resize_patch_grid
-from proteus_jax.methods.teacher_config import PRIMARY
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.weights.feature_extractor import Model
@@ -61,7 +62,7 @@ class Layers(NamedTuple):
     final_patches: Any
 
 
-def open_data(config: Any) -> Data:
+def open_data(config: EvalConfig) -> Data:
     """The images of --config.data.root and the teacher."""
     problems, source, teacher, heads = [], None, None, None
     with collecting(problems, "--config.data.root"):
@@ -84,7 +85,7 @@ def open_data(config: Any) -> Data:
     return Data(source, chosen, teacher, heads)
 
 
-def _refuse_crop(config: Any, teacher: Model) -> None:
+def _refuse_crop(config: EvalConfig, teacher: Model) -> None:
     patch = teacher.spec.patch_size
     if config.data.crop % patch:
         raise InputError(f"its patch size {patch} does not divide data.crop {config.data.crop}")
@@ -103,7 +104,7 @@ def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
         )
 
 
-def check(config: Any, model: Model) -> list[str]:
+def check(config: EvalConfig, model: Model) -> list[str]:
     """Every model fits."""
     return []
 
@@ -208,7 +209,7 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone)
     side = context.config.data.crop // student.spec.patch_size
     # The teacher gets its images as it got them in training.
     side_seen = heads.teacher["side"] or context.config.data.crop
-    given = Normalization(*(tuple(part) for part in heads.teacher["normalisation"]))
+    given = Normalization(*(tuple(part) for part in heads.teacher["normalization"]))
     ranks = np.random.default_rng(0).permutation(side * side)
     mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 

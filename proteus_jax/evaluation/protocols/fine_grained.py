@@ -15,6 +15,7 @@ from proteus_jax.data.datasets.fine_grained import DATASETS, Images, Splits, fin
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation.classifiers import logistic_regression
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import FrozenBackbone, class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.models.normalization import CLIP
@@ -47,7 +48,7 @@ class Result(NamedTuple):
     validation: float
 
 
-def open_data(config: Any) -> Data:
+def open_data(config: EvalConfig) -> Data:
     """The data sets below --config.data.root that the configuration names."""
     with about("--config.data.root"):
         if not config.data.root:
@@ -55,7 +56,7 @@ def open_data(config: Any) -> Data:
         return Data(*find_datasets(config.data.root, config.finegrained.datasets or [*DATASETS]))
 
 
-def check(config: Any, model: Model) -> list[str]:
+def check(config: EvalConfig, model: Model) -> list[str]:
     """Every model fits."""
     return []
 

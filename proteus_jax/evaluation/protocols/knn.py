@@ -13,6 +13,7 @@ from proteus_jax.data.datasets.labeled import (
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import class_token
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.weights.feature_extractor import Model
@@ -21,7 +22,7 @@ from proteus_jax.weights.feature_extractor import Model
 FEW = 10
 
 
-def open_data(config: Any) -> TrainTestSplit:
+def open_data(config: EvalConfig) -> TrainTestSplit:
     """Training and test images of --config.data.root."""
     with about("--config.data.root"):
         if not config.data.root:
@@ -29,12 +30,12 @@ def open_data(config: Any) -> TrainTestSplit:
         return open_pair(config.data.root)
 
 
-def check(config: Any, model: Model) -> list[str]:
+def check(config: EvalConfig, model: Model) -> list[str]:
     """Every model fits."""
     return []
 
 
-def described(config: Any, pair: TrainTestSplit, unreadable: int) -> dict[str, Any]:
+def described(config: EvalConfig, pair: TrainTestSplit, unreadable: int) -> dict[str, Any]:
     """The description of the images in results.json."""
     return {
         "root": config.data.root,

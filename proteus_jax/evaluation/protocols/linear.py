@@ -22,6 +22,7 @@ from proteus_jax.data.sampler import Sampler, subset_indices
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation import per_class
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import knn
@@ -128,7 +129,7 @@ def last_tokens(
     return Tokens(cls.astype(jnp.float32), mean.astype(jnp.float32))
 
 
-def open_data(config: Any) -> TrainTestSplit:
+def open_data(config: EvalConfig) -> TrainTestSplit:
     """See neighbours.open_data; also InputError where the batch does not divide."""
     pair = knn.open_data(config)
     if config.batch % jax.device_count():
@@ -139,7 +140,7 @@ def open_data(config: Any) -> TrainTestSplit:
     return pair
 
 
-def check(config: Any, model: Model) -> list[str]:
+def check(config: EvalConfig, model: Model) -> list[str]:
     """A head cannot see more blocks than there are."""
     most = int(max(config.linear.blocks))
     if most > model.spec.depth:

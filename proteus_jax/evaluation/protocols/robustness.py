@@ -17,6 +17,7 @@ import numpy as np
 from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about, collecting
+from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols.linear import HEAD, Kind, last_tokens
@@ -92,7 +93,7 @@ def open_head(directory: str) -> Head:
     return head
 
 
-def open_data(config: Any) -> Data:
+def open_data(config: EvalConfig) -> Data:
     """The head of --config.robustness.head, and what of the sets lies below --config.data.root."""
     problems, head = [], None
     with collecting(problems, "--config.robustness.head"):
@@ -146,7 +147,7 @@ def _matched(labeled: LabeledDataset, head: Head, name: str) -> LabeledDataset:
     return LabeledDataset(labeled.source, own[labeled.labels], head.classes)
 
 
-def check(config: Any, model: Model) -> list[str]:
+def check(config: EvalConfig, model: Model) -> list[str]:
     """The head must be one of this model."""
     try:
         head = open_head(config.robustness.head)

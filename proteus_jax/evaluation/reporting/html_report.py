@@ -15,6 +15,7 @@ from typing import Any
 
 from proteus_jax.evaluation.reporting.snapshots import FOLDER
 from proteus_jax.evaluation.reporting.svg_chart import Series, chart
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.metric_writer import read_metrics
 
@@ -63,7 +64,7 @@ def report(workdir: Path, students: Sequence[str], total_steps: int) -> str:
     config = (workdir / "config.json").read_text()
     facts = json.loads(config)
     step = rows[-1]["step"] if rows else 0
-    title = f"{', '.join(students)} from {facts['teacher']}"
+    title = f"{', '.join(students)} from {facts['teachers'][PRIMARY]['source']}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>step {step} of {total_steps} &middot; images from "

@@ -15,14 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from proteus_jax.data.dataset import open_configured
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.throughput import views_per_second
-from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
 from proteus_jax.methods.teacher import Teacher
-from proteus_jax.methods.teacher_config import image_side, masks, teacher_configs
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction, stored_shapes
 from proteus_jax.models.normalization import IMAGENET
@@ -37,6 +34,8 @@ from proteus_jax.training.builder import (
     check_platform,
     schedule_of,
 )
+from proteus_jax.training.config import TrainConfig
+from proteus_jax.training.inputs import open_split
 from proteus_jax.training.planning.floors import Floor, nearest
 from proteus_jax.training.planning.topology import Topology, local_topology, named_topology
 from proteus_jax.weights.fetch import obtain_teacher, teacher_spec
@@ -81,17 +80,14 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def plan(config: Any, settings: Settings) -> Iterator[str]:
+def plan(config: TrainConfig, settings: Settings) -> Iterator[str]:
     """Lines "name: value unit". InputError where batch and devices do not fit together."""
     topology = named_topology(settings.topology) if settings.topology else local_topology()
     _check(config, topology)
     if settings.hlo is not None and not (settings.topology and topology.platform == "tpu"):
         raise InputError("--hlo: expected with --topology of TPUs, as v5e:4x4")
-    teachers = {
-        name: Known(_spec(teacher_config.source), IMAGENET)
-        for name, teacher_config in teacher_configs(config).items()
-    }
-    start = _spec(config.start) if config.start else None
+    teachers = {name: Known(_spec(each.source), IMAGENET) for name, each in config.teachers.items()}
+    start = _spec(config.init.source) if config.init.source else None
     problems = check_platform(config, topology.platform)
     problems += check_compatibility(
         config, {name: known.spec for name, known in teachers.items()}, start
@@ -101,7 +97,7 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
     images, counted = _images(config)
     steps = schedule_of(config, images)
     assembly = assemble(config, teachers, steps, topology.platform, start)
-    work = assembly.work(config)
+    work = assembly.work(config.data.crop)
     yield f"devices: {topology.description}"
     yield from _sizes(assembly)
     yield f"GFLOP an image: {work.total / 1e9:.1f} GFLOP"
@@ -116,7 +112,7 @@ def plan(config: Any, settings: Settings) -> Iterator[str]:
         yield from _compiler_lines(config, assembly, topology, settings.hlo)
 
 
-def _images(config: Any) -> tuple[int, str]:
+def _images(config: TrainConfig) -> tuple[int, str]:
     """How many an epoch has, and where the number comes from."""
     if config.data.epoch:
         return config.data.epoch, "--config.data.epoch"
@@ -124,7 +120,7 @@ def _images(config: Any) -> tuple[int, str]:
         return IMAGENET_IMAGES, "ImageNet-1K's, as no --config.data.root is given"
     if skimage.NAME in config.data.root and not skimage.are_here():
         return IMAGENET_IMAGES, f"ImageNet-1K's, as {skimage.NAME}'s are not fetched for a plan"
-    training = open_configured(config.data, config.seed).training
+    training = open_split(config).training
     return len(training), "those of --config.data.root to train on"
 
 
@@ -133,17 +129,17 @@ def _spec(source: str) -> ViTSpec:
     return teacher_spec(source) or load_card(obtain_teacher(source)).spec
 
 
-def _check(config: Any, topology: Topology) -> None:
+def _check(config: TrainConfig, topology: Topology) -> None:
     if topology.devices % config.fsdp:
         raise InputError(
             f"--config.fsdp: expected a divisor of the {topology.devices} devices, found "
             f"{config.fsdp}"
         )
-    unit = (2 if masks(config) else 1) * topology.devices * config.accumulate
+    unit = config.batch_unit(topology.devices)
     if config.batch % unit:
         raise InputError(
             f"--config.batch: expected a multiple of {unit} for {topology.devices} devices and "
-            f"{config.accumulate} parts, found {config.batch}"
+            f"{config.grad_accum_steps} parts, found {config.batch}"
         )
 
 
@@ -170,11 +166,11 @@ def _sizes(assembly: Assembly) -> Iterator[str]:
     yield f"teacher parameters: {teachers / 1e6:.2f} M"
 
 
-def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
+def memory(config: TrainConfig, assembly: Assembly, devices: int, batch: int) -> Memory:
     """The memory of a device that trains with a global batch on so many devices."""
     state, parts = assembly.state_shapes(), config.fsdp
-    images = batch / devices / config.accumulate
-    rows = images * (1.5 if masks(config) else 1.0)
+    images = batch / devices / config.grad_accum_steps
+    rows = images * (1.0 + assembly.method.masked_share)
     side = config.data.crop
     kept = [_kept(student, side, rows) for student in assembly.students.values()]
     teacher_memory = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
@@ -182,7 +178,7 @@ def memory(config: Any, assembly: Assembly, devices: int, batch: int) -> Memory:
     params = _bytes(state.params, parts)
     return Memory(
         student=params,
-        gradients=params * (2 if config.accumulate > 1 else 1),
+        gradients=params * (2 if config.grad_accum_steps > 1 else 1),
         optimizer=_bytes(state.optimizer, parts),
         average=_bytes(state.ema, parts),
         teacher=sum(weights for weights, _ in teacher_memory),
@@ -222,7 +218,7 @@ def _kept(student: StudentFunction, side: int, rows: float) -> float:
     return spec.depth * each + block + working
 
 
-def _memory_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterator[str]:
+def _memory_lines(config: TrainConfig, assembly: Assembly, topology: Topology) -> Iterator[str]:
     needed = memory(config, assembly, topology.devices, config.batch)
     yield f"memory a device: {needed.total / GB:.2f} GB"
     for name, value in needed._asdict().items():
@@ -232,7 +228,7 @@ def _memory_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterat
     limit = topology.device.memory * USABLE
     yield f"memory of a device: {topology.device.memory / GB:.1f} GB"
     yield f"fits: {'yes' if needed.total <= limit else 'no'} by this estimate"
-    unit = (2 if masks(config) else 1) * topology.devices * config.accumulate
+    unit = config.batch_unit(topology.devices)
 
     def fits(units: int) -> bool:
         return memory(config, assembly, topology.devices, units * unit).total <= limit
@@ -244,11 +240,11 @@ def _memory_lines(config: Any, assembly: Assembly, topology: Topology) -> Iterat
 
 
 def _time_lines(
-    config: Any, work: float, steps: int, topology: Topology, settings: Settings
+    config: TrainConfig, work: float, steps: int, topology: Topology, settings: Settings
 ) -> Iterator[str]:
     rate = views_per_second(
-        TrainTransform(image_side(config), RandAugment(**config.data.randaugment)),
-        config.data.repeats,
+        TrainTransform(config.image_size, config.data.randaugment),
+        config.data.repeated_aug,
     )
     bfloat16 = dtype_of(config.precision, topology.platform) == jnp.bfloat16
     if settings.topology and not bfloat16:
@@ -260,7 +256,9 @@ def _time_lines(
         yield f"matmul rate measured: {peak / 1e9:.0f} GFLOP/s"
     else:
         peak = topology.device.peak * topology.devices
-        floor = nearest(topology.name, work, config.batch / topology.devices / config.accumulate)
+        floor = nearest(
+            topology.name, work, config.batch / topology.devices / config.grad_accum_steps
+        )
         if floor is not None:
             yield f"MFU at most: {floor.most(topology.device.peak):.0%} {_compiled_from(floor)}"
         if floor is not None and settings.mfu is None:
@@ -301,7 +299,7 @@ def _compiled_from(floor: Floor) -> str:
 
 
 def _compiler_lines(
-    config: Any, assembly: Assembly, topology: Topology, hlo: Path | None
+    config: TrainConfig, assembly: Assembly, topology: Topology, hlo: Path | None
 ) -> Iterator[str]:
     """The verdict of XLA's TPU compiler on the real step, or why there is none."""
     try:
@@ -331,7 +329,7 @@ def _compiler_lines(
         yield f"compiled, program: {hlo}"
 
 
-def compiled_step(config: Any, assembly: Assembly, topology: str) -> jax.stages.Compiled:
+def compiled_step(config: TrainConfig, assembly: Assembly, topology: str) -> jax.stages.Compiled:
     """Compiles the step ahead of time for a TPU topology; whatever the compiler raises."""
     from jax.experimental import topologies
 
@@ -346,7 +344,7 @@ def compiled_step(config: Any, assembly: Assembly, topology: str) -> jax.stages.
             sharding.shardings(tree, mesh),
         )
 
-    side = image_side(config)
+    side = config.image_size
     images = jax.ShapeDtypeStruct(
         (config.batch, side, side, 3), jnp.uint8, sharding=sharding.over_batch(mesh)
     )
