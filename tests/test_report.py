@@ -70,6 +70,9 @@ def workdir(tmp_path: Path, rng: np.random.Generator) -> Path:
     return tmp_path
 
 
+CONFIG = '{"teachers": {"teacher": {"source": "t"}}, "data": {"root": []}}'
+
+
 def test_it_needs_nothing_else_and_escapes_what_it_is_told(workdir: Path) -> None:
     text = report(workdir, ["vit_tiny"], 3)
     page = Page(text)
