@@ -20,8 +20,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from proteus_jax.configs.eval import linear as configuration
 
-from configs.eval import linear as configuration
 from proteus_jax.data.datasets.labeled import LabeledDataset
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CenterCrop

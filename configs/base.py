@@ -19,8 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
     # The teachers by name; the primary one is called teacher, and
     # base.add_teacher(config, "clip", "clip_vitb16") adds another.
     config.teachers = ml_collections.ConfigDict({"teacher": _teacher("dinov2_vitb14")})
-    # The primary teacher's source, in short.
     teachers: Any = config.teachers
+    # The primary teacher: teachers.teacher.source, in short.
     config.teacher = teachers.teacher.get_ref("source")
     # Students: names of proteus_jax/models/config.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
@@ -35,12 +35,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Images of a step, over all devices and hosts; even where patches are masked.
     config.batch = 1024
-    # Length of training in passes over the images, or, where given, in steps. A run, a finished one
-    # too, may be given another: the learning rate follows the new length from there on.
+    # Length of training in passes over the images. A run, a finished one too, may be given another:
+    # the learning rate follows the new length from there on.
     config.epochs = 300.0
+    # Length of training in steps, in place of epochs where it is given.
     config.steps = config_dict.placeholder(int)
 
-    # Peak learning rate; where none is given, 5e-4 for each 512 images of the batch.
+    # Peak learning rate. Where none is given: 5e-4 for each 512 images of the batch.
     config.learning_rate = config_dict.placeholder(float)
     config.optimizer = ml_collections.ConfigDict()
     # The optimizer: adamw.
@@ -53,8 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.05
     # Dtype of the mean of the gradients: float32 or bfloat16, which is half the memory.
     config.optimizer.mu_dtype = "float32"
-    # Rate of an average of the backbone's weights, saved and exported beside them; 0 keeps none.
-    # The paper: 0.99996.
+    # Decay of an average of the backbone's weights (the paper's: 0.99996); 0 keeps none. It is
+    # saved and exported beside them.
     config.ema_decay = 0.0
     # Stochastic depth of the last block, growing from 0; the paper's runs have none.
     config.drop_path = 0.0
@@ -72,38 +73,42 @@ def get_config() -> ml_collections.ConfigDict:
     # Share of the patches that is masked, on half of the images.
     config.method.mask_ratio = 0.5
 
-    # Precision of matmuls: float32, bfloat16, or auto (bfloat16 on accelerators, float32 on a CPU).
+    # Precision of the student's matmuls: float32, bfloat16, or auto (bfloat16 on accelerators,
+    # float32 on a CPU).
     config.precision = "auto"
-    # The teacher's matmuls, by the same words, or float16 as the authors' code has them (GPUs); its
+    # Precision of the teacher's matmuls: the same, or float16 as in the authors' code (GPUs). Its
     # residual stream is float32 in any case.
     config.teacher_precision = "auto"
     # Devices that share one copy of parameters and optimizer; 1 keeps a whole copy on each.
     config.fsdp = 1
     # Parts that a batch goes through in, one after the other: less memory for the same update.
     config.grad_accum_steps = 1
-    # What the student's backward pass makes again: off keeps what matmuls made; blocks keeps only
-    # what enters a block, a fraction of the memory for a third more of the student's arithmetic.
+    # What the student's backward pass computes again: off or blocks. Off keeps what matmuls made;
+    # blocks keeps only what enters a block, a fraction of the memory for a third more of the
+    # student's arithmetic.
     config.remat = "off"
-    # Attention: auto takes the fastest that the platform has (a kernel on TPUs, cuDNN on GPUs);
-    # xla, pallas (TPUs) and cudnn (GPUs, in 16 bits) name one.
+    # Attention's implementation: auto, xla, pallas (TPUs) or cudnn (GPUs, in 16 bits). Auto takes
+    # the fastest that the platform has.
     config.attention = "auto"
-    # Hosts, and devices of each, that a run must find, where they are given; it stops at once where
-    # it finds others.
+    # Hosts that a run must find, where given; it stops at once where it finds more or fewer.
     config.hosts = config_dict.placeholder(int)
+    # Devices of each host that it must find, where given.
     config.devices = config_dict.placeholder(int)
 
     config.data = ml_collections.ConfigDict()
-    # Where the images are, no labels needed: a folder, searched to its bottom; a text file of
-    # paths; one image; tar, parquet or ArrayRecord files (as DIR/train-*.parquet, or their folder);
-    # tfds:NAME; gs:// and s3:// (docs/data.md says which); what --doctor wrote; or "scikit-image":
-    # the nineteen pictures of that wheel. Several are mixed.
+    # Where the images are, several places apart by commas. A place is a folder, searched to its
+    # bottom; a text file of paths; one image; tar, parquet or ArrayRecord files (as
+    # DIR/train-*.parquet, or their folder); tfds:NAME; gs:// and s3:// (docs/data.md says which);
+    # what --doctor wrote; or "scikit-image": the nineteen pictures of that wheel. No labels are
+    # needed.
     config.data.root = ()
-    # Shares of several roots in the mixture; where none are given, each has as much as it has
+    # Shares of several places in the mixture. Where none are given, each has as much as it has
     # images.
     config.data.weights = ()
-    # A part of the images: a share of the classes, and a share of the images of each class.
     config.data.subset = ml_collections.ConfigDict()
+    # Share of the classes that is trained on.
     config.data.subset.classes = 1.0
+    # Share of the images of each of these classes.
     config.data.subset.images = 1.0
     # Images of an epoch; where none is given, as many as there are.
     config.data.epoch = config_dict.placeholder(int)
@@ -111,45 +116,51 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.repeated_aug = 3
     # Side of the training crops in pixels, a multiple of the patch size (14).
     config.data.crop = 224
-    # RandAugment: operations an image (0 does without), their magnitude from 0 to 10 and its
-    # deviation, and the chance of each to be applied.
     config.data.randaugment = ml_collections.ConfigDict()
+    # RandAugment's operations an image; 0 does without.
     config.data.randaugment.operations = 2
+    # Their magnitude, from 0 to 10.
     config.data.randaugment.magnitude = 9.0
+    # The standard deviation of the magnitude.
     config.data.randaugment.deviation = 0.5
+    # The probability of each operation to be applied.
     config.data.randaugment.probability = 0.5
     # Share of the images that get a box of noise.
     config.data.erasing = 0.25
-    # Processes that decode and augment; where none is given, the host's cores less two, and none on
+    # Processes that decode and augment. Where none is given: the host's cores less two, and none on
     # a host of four cores or fewer.
     config.data.workers = config_dict.placeholder(int)
     # Threads that do it where there are no such processes.
     config.data.threads = 4
     # A run stops when a larger share of the images than this cannot be read.
     config.data.max_corrupt_fraction = 0.1
-    # Whole images of a folder that are never trained on: a share of it, at least and at most so
-    # many; 0 holds none.
     config.data.held_out = ml_collections.ConfigDict()
+    # Share of the images that is never trained on; 0 holds out none.
     config.data.held_out.share = 0.02
+    # The least number of images that is held out.
     config.data.held_out.minimum = 16
+    # The largest number of images that is held out.
     config.data.held_out.maximum = 1024
     # At least so many fixed views of what is held out are compared with the teacher.
     config.data.held_out.views = 128
 
-    # Images with classes, to say in percent what student and teacher are worth: a folder with
-    # train/ and test/ (or val/), one folder a class in each; one folder a class; tfds:NAME; or
-    # "scikit-image": which of its pictures a tile is of, where data.root names them too.
     config.eval = ml_collections.ConfigDict()
+    # Images with classes, on which student and teacher are measured. A folder with train/ and test/
+    # (or val/), one folder a class in each; one folder a class; tfds:NAME; or "scikit-image": which
+    # of its pictures a tile is of, where data.root names them too.
     config.eval.root = ""
 
-    # Steps between two rows of metrics.jsonl, two measurements on held-out views, two checkpoints.
+    # Steps between two rows of metrics.jsonl.
     config.log_every = 50
+    # Steps between two measurements on held-out views and on images with classes.
     config.eval_every = 5000
+    # Steps between two checkpoints.
     config.checkpoint_every = 2500
     # Updates in a row that may be skipped, as a loss or gradient is not finite, before a run stops.
     config.max_skipped = 10
-    # Checkpoints that are kept: the newest ones, and one every so many steps for ever.
+    # How many of the newest checkpoints are kept.
     config.keep_checkpoints = 3
+    # Steps between two checkpoints that are kept for ever, where given.
     config.keep_every = config_dict.placeholder(int)
     # Saves in a row that may fail, as where the disk is full, before a run stops; 0 stops at the
     # first.
@@ -186,8 +197,10 @@ def _teacher(source: str) -> Any:
     # Whether its tokens are brought to mean 0 and deviation 1 in every channel first.
     teacher.standardize = False
     teacher.loss_weights = ml_collections.ConfigDict()
-    # Factors of its losses, where not method.loss_weights'.
+    # Factor of its token loss, where not method.loss_weights.token.
     teacher.loss_weights.token = config_dict.placeholder(float)
+    # Factor of its feature loss, where not method.loss_weights.feature.
     teacher.loss_weights.feature = config_dict.placeholder(float)
+    # Factor of its patch loss, where not method.loss_weights.patch.
     teacher.loss_weights.patch = config_dict.placeholder(float)
     return teacher

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import base
+from proteus_jax.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
+from proteus_jax import configs
 from proteus_jax.errors import InputError, about
 from proteus_jax.schema import Schema
 
@@ -61,8 +62,18 @@ def load(
 
 
 def fields_of(path: str) -> list[str]:
-    """The dotted names of all fields that a file's configuration has."""
+    """Lists the dotted names of all fields that a file's configuration has."""
     return _fields(_run_file(path))
+
+
+def values_of(path: str) -> dict[str, Any]:
+    """Returns the value of every field of a file's configuration, by its dotted name."""
+    config = _run_file(path)
+    values = {}
+    for field in _fields(config):
+        parent, name = _parent(config, field)
+        values[field] = parent[name]
+    return values
 
 
 def complete(values: dict[str, Any], schema_of: Callable[[Any], Schema]) -> Any:
@@ -101,11 +112,31 @@ def _is_record(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or hasattr(hint, "_fields")
 
 
-def _run_file(path: str) -> ml_collections.ConfigDict:
+def find_file(text: str) -> Path:
+    """Finds the file that is meant: a path, or the name of one of this package's configurations, as
+    "vitb14" or "eval/knn". InputError where there is none.
+    """
     with about("--config"):
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise InputError(f"no such file: {path}")
+        file = Path(text).expanduser()
+        if file.is_file():
+            return file
+        folder = Path(configs.__path__[0])
+        named = {
+            str(each.relative_to(folder).with_suffix("")): each
+            for each in sorted(folder.rglob("*.py"))
+            if not each.name.startswith("_")
+        }
+        if text in named:
+            return named[text]
+        close = difflib.get_close_matches(text, named, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        if "/" not in text and not text.endswith(".py"):
+            hint = f", nor a configuration of that name (of {', '.join(named)})"
+        raise InputError(f"no such file: {text}{hint}")
+
+
+def _run_file(path: str) -> ml_collections.ConfigDict:
+    file = find_file(path)
     specification = importlib.util.spec_from_file_location("proteus_jax_run_config", file)
     if specification is None or specification.loader is None:
         raise InputError(f"--config: expected a Python file, found {path}")

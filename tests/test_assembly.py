@@ -28,7 +28,7 @@ def configuration(tmp_path: Path) -> Any:
     """Two teachers that want different things, and no field at its default."""
     file = tmp_path / "two.py"
     file.write_text(
-        "from configs import base\n\n\n"
+        "from proteus_jax.configs import base\n\n\n"
         "def get_config():\n"
         "    config = base.get_config()\n"
         "    config.student = ('vit_tiny_2blocks', 'vit_small_1blocks')\n"

@@ -164,7 +164,7 @@ def test_what_cannot_be_right(overrides: dict[str, str], expected: str | None) -
         ("x = 1", "has no attribute 'get_config'"),
         ("def get_config(): return 3", "should return a ConfigDict, found int"),
         (
-            "from configs import base\n"
+            "from proteus_jax.configs import base\n"
             "def get_config():\n c = base.get_config()\n c.bach = 1\n return c",
             "bach",
         ),
@@ -189,7 +189,7 @@ def test_files_that_give_no_configuration(tmp_path: Path, text: str, complaint: 
     [
         (
             "base.add_teacher(config, 'items', 'clip_vitb16')",
-            "not taken, found ['items', 'teacher']",
+            "not taken, found items, teacher",
         ),
         ("base.add_teacher(config, '_x', 'clip_vitb16')", "found _x, teacher"),
         ("base.add_teacher(config, 'teacher', 'clip_vitb16')", "a teacher 'teacher' already"),
@@ -202,7 +202,9 @@ def test_files_that_give_no_configuration(tmp_path: Path, text: str, complaint: 
 def test_more_teachers_that_are_none(line: str, complaint: str, tmp_path: Path) -> None:
     lines = ("config = base.get_config()", line, "return config")
     body = "".join(f"    {each}\n" for each in lines)
-    (tmp_path / "c.py").write_text(f"from configs import base\n\n\ndef get_config():\n{body}")
+    (tmp_path / "c.py").write_text(
+        f"from proteus_jax.configs import base\n\n\ndef get_config():\n{body}"
+    )
     try:
         found = config.load(str(tmp_path / "c.py"), [], schema_of)[1]
     except InputError as error:

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
-from conftest import TINY, photograph
+from conftest import TINY
 
-import convert_weights
+from proteus_jax.cli import convert
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
@@ -242,7 +242,7 @@ def test_statistics_that_are_asked_for_count(tmp_path: Path) -> None:
     card = import_weights(tmp_path / "w.npz", tmp_path / "own", heads=2, normalisation=HALF)
     assert card.normalisation == load_card(tmp_path / "own").normalisation == HALF
     command = ["import", str(tmp_path / "w.npz"), "--output", str(tmp_path / "m"), "--heads", "2"]
-    assert convert_weights.main([*command, "--normalisation", "clip", "--licence", "mine"]) == 0
+    assert convert.main([*command, "--normalisation", "clip", "--licence", "mine"]) == 0
     card = load_card(tmp_path / "m")
     assert (card.normalisation, card.licence) == (CLIP, "mine")
 
@@ -360,33 +360,27 @@ def test_verify_compares_with_transformers(
     np.savez(tmp_path / "w.npz", **arrays)
     import_weights(tmp_path / "w.npz", tmp_path / "model", heads=spec.heads)
     command = ["verify", str(tmp_path / "model"), "--images", str(photographs), "--against"]
-    assert convert_weights.main([*command, str(tmp_path / "w.npz")]) == 0
+    assert convert.main([*command, str(tmp_path / "w.npz")]) == 0
     assert "equal" in capsys.readouterr().out
     changed = "blocks.0.mlp.w3.bias" if name == "swiglu" else "blocks.0.mlp.fc2.bias"
     arrays[changed] = arrays[changed] + 0.01
     np.savez(tmp_path / "other.npz", **arrays)
-    assert convert_weights.main([*command, str(tmp_path / "other.npz")]) == 1
+    assert convert.main([*command, str(tmp_path / "other.npz")]) == 1
     assert "FAIL block 0" in capsys.readouterr().out
 
 
 def test_command_line_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "w.npz", **official(TINY))
     arguments = ["import", str(tmp_path / "w.npz"), "--output", str(tmp_path / "model")]
-    assert convert_weights.main(arguments) == 2
+    assert convert.main(arguments) == 2
     assert "give --heads" in capsys.readouterr().err
-    assert convert_weights.main([*arguments, "--heads", "2"]) == 0
+    assert convert.main([*arguments, "--heads", "2"]) == 0
     assert "2 blocks, 32 wide, 2 heads" in capsys.readouterr().out
-    assert convert_weights.main([*arguments, "--heads", "2"]) == 2
+    assert convert.main([*arguments, "--heads", "2"]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert convert_weights.main(["import", str(tmp_path / "w.npz")]) == 2
-    assert convert_weights.main(["list"]) == 0
+    assert convert.main(["import", str(tmp_path / "w.npz")]) == 2
+    assert convert.main(["list"]) == 0
     assert "dinov2_vitg14_reg" in capsys.readouterr().out
-
-
-def test_photographs_are_square_middles() -> None:
-    picture = photograph(np.random.default_rng(0), 60, 80)
-    square = convert_weights._square(picture, 60)
-    np.testing.assert_array_equal(square, picture[:, 10:70])
 
 
 def test_archives_that_are_not_whole(tmp_path: Path) -> None:
@@ -424,12 +418,12 @@ def test_what_a_command_line_cannot_do_is_one_line(
     export = ["export", str(tiny_teacher), "--format=dinov2", "--no-check"]
     blocked = [*export, "--output", str(tmp_path / "file" / "x.pth")]
     for arguments, words in ((absent, str(tmp_path / "absent")), (blocked, str(tmp_path / "file"))):
-        assert convert_weights.main(arguments) == 2
+        assert convert.main(arguments) == 2
         said = capsys.readouterr()
         assert said.out == ""
         assert words in said.err
         assert len(said.err.splitlines()) == 1
     with pytest.raises(SystemExit) as ended:
-        convert_weights.main(["verify", "a\0b"])
+        convert.main(["verify", "a\0b"])
     assert ended.value.code == 2
     assert "it holds a NUL" in capsys.readouterr().err

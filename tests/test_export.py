@@ -17,8 +17,9 @@ import safetensors.numpy
 from test_families import TIMM, of_spec
 from test_golden import reference
 
-import convert_weights
+from proteus_jax.cli import convert
 from proteus_jax.data import decode
+from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import CLIP, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
@@ -286,7 +287,7 @@ def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> 
     command = ["export", str(models / "registers"), "--images", str(folder), "--format"]
     onnx_file = str(tmp_path / "m.onnx")
     sizes = ["--size", "32", "56"]
-    assert convert_weights.main([*command, "onnx", "--output", onnx_file, *sizes]) == 0
+    assert convert.main([*command, "onnx", "--output", onnx_file, *sizes]) == 0
     for side in (32, 56):
         file = tmp_path / f"m-{side}.onnx"
         for batch in (1, 3):
@@ -299,16 +300,16 @@ def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> 
         assert facts["licence"] == "mine"
     program = str(tmp_path / "m.stablehlo")
     fixed = ["--batch", "4", "--output", program]
-    assert convert_weights.main([*command, "stablehlo", *fixed]) == 0
+    assert convert.main([*command, "stablehlo", *fixed]) == 0
     exported = jax.export.deserialize(bytearray(Path(program).read_bytes()))
     assert exported.in_avals[0].shape == (4, 32, 32, 3)
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     for wrong in (["--size", "33"], ["--batch", "0"]):
         output = ["--output", str(tmp_path / "n.onnx")]
-        assert convert_weights.main([*command, "onnx", *output, *wrong]) == 2
+        assert convert.main([*command, "onnx", *output, *wrong]) == 2
     assert not (tmp_path / "n.onnx").exists()
     output = ["--output", str(tmp_path / "n.safetensors"), "--size", "32"]
-    assert convert_weights.main([*command, "safetensors", *output]) == 2
+    assert convert.main([*command, "safetensors", *output]) == 2
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_without_a_check_no_other_library_is_needed(
         monkeypatch.setitem(sys.modules, library, None)
     output = output_of(format, tmp_path)
     command = ["export", str(models / name), "--format", format, "--output", str(output)]
-    assert convert_weights.main([*command, "--no-check"]) == 0
+    assert convert.main([*command, "--no-check"]) == 0
     assert "not loaded back" in capsys.readouterr().out
     if format in export_weights.PROGRAMS:
         assert output.stat().st_size > 10_000
@@ -351,21 +352,21 @@ def test_verify_is_kept_in_the_card(
     outputs: dict[str, Any] = _golden_outputs(params, card.spec, pixels)
     np.savez(tmp_path / "g.npz", image=pixels, **outputs)
     command = ["verify", str(tmp_path / "m"), "--golden", str(tmp_path / "g.npz")]
-    assert convert_weights.main(command) == 0
+    assert convert.main(command) == 0
     assert load_card(tmp_path / "m").verified["passed"] is True
     outputs["out/cls"] = outputs["out/cls"] + 0.01
     np.savez(tmp_path / "g.npz", image=pixels, **outputs)
-    assert convert_weights.main(command) == 1
+    assert convert.main(command) == 1
     assert load_card(tmp_path / "m").verified["passed"] is True
-    assert convert_weights.main([*command, "--force"]) == 0
+    assert convert.main([*command, "--force"]) == 0
     verified = load_card(tmp_path / "m").verified
     assert verified["passed"] is False
     # Of all outputs, the one that is furthest off.
     assert verified["largest"] > 1e-3
     assert "FAIL out/cls" in capsys.readouterr().out
-    assert convert_weights.main(command[:2]) == 2
+    assert convert.main(command[:2]) == 2
     (tmp_path / "g.npz").write_bytes(b"x")
-    assert convert_weights.main(command) == 2
+    assert convert.main(command) == 2
 
 
 @pytest.mark.slow
@@ -380,8 +381,7 @@ def test_trained_weights(format: str, tmp_path: Path) -> None:
     import_weights(weights, tmp_path / "model")
 
     def photographs(side: int) -> np.ndarray:
-        pixels = decode.open_image(photograph.read_bytes()).pixels()
-        return convert_weights._square(pixels, side)[None]
+        return CenterCrop(side, side)(decode.open_image(photograph.read_bytes()))[None]
 
     output = output_of(format, tmp_path)
     found = export(tmp_path / "model", format, output, photographs)

@@ -25,7 +25,7 @@ from conftest import ROOT, photograph
 from PIL import Image
 from test_main import command, environment, losses
 
-import main as command_line
+from proteus_jax.cli.arguments import process_info
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.runtime import cluster_env, collectives, device_check, distributed, sharding
 from proteus_jax.runtime.cluster_env import (
@@ -166,9 +166,9 @@ def test_a_host_that_is_wrong_waits_for_nobody() -> None:
     for host in ("0", "1"):
         place = {"--hosts": "2", "--host": host, "--coordinator": "127.0.0.1:9000"}
         with pytest.raises(InputError, match="a problem"):
-            command_line._process_info(place, ["a problem"])
+            process_info(place, ["a problem"])
     known = ["a problem"]
-    assert command_line._process_info({"--wait": "0"}, known)[0] == ALONE
+    assert process_info({"--wait": "0"}, known)[0] == ALONE
     assert len(known) == 2
 
 

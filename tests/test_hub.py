@@ -19,8 +19,8 @@ import safetensors.numpy
 from conftest import TINY
 from test_families import of_spec
 
-import convert_weights
 import proteus_jax
+from proteus_jax.cli import convert
 from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.weights import fetch
 from proteus_jax.weights.convert import name_maps, torch_file
@@ -228,7 +228,7 @@ def test_offline_nothing_is_asked_for(
     assert all("offline" in problem for problem in caught.value.problems)
     assert hub.paths == []
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert convert_weights.main(["import", "hf:org/name", "--offline"]) == 2
+    assert convert.main(["import", "hf:org/name", "--offline"]) == 2
     assert "nothing is fetched offline" in capsys.readouterr().err
     monkeypatch.delenv("HF_HUB_OFFLINE")
     # What the hub's own cache has needs no network.

@@ -141,6 +141,6 @@ def test_importing_the_package_is_light() -> None:
 def test_training_needs_neither_tensorflow_nor_torch() -> None:
     code = (
         "import sys; sys.modules['tensorflow'] = sys.modules['torch'] = None; "
-        "import proteus_jax.training.trainer, convert_weights, main"
+        "import proteus_jax.cli.train, proteus_jax.cli.convert"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import compiler
 import numpy as np
@@ -19,8 +18,10 @@ import warm
 from conftest import ROOT, Heard, photograph
 from PIL import Image
 
-import main
 import proteus_jax
+from proteus_jax.cli import app
+from proteus_jax.cli.arguments import parse
+from proteus_jax.cli.ending import ending
 from proteus_jax.errors import Interrupted
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.runtime.workdir import LOCK
@@ -280,7 +281,7 @@ def test_wrong_arguments(tmp_path: Path, photographs: Path, tiny_teacher: Path) 
         result = finish([*script, *arguments], tmp_path)
         assert result.returncode == 2
         assert result.stderr.splitlines()[1:] == [f"  {complaint}" for complaint in complaints]
-    assert finish([*script, "--help"], tmp_path).stdout.startswith("Distil a teacher")
+    assert finish([*script, "--help"], tmp_path).stdout.startswith("Distils vision")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -293,7 +294,7 @@ def test_flags_that_go_together() -> None:
         (["--plan", "--prepare"], 1),
         (["--doctor", "--workdir=w", "--offline"], 0),
     ):
-        assert len(main.parse(["--config=c", *flags]).problems) == problems, flags
+        assert len(parse(["--config=c", *flags]).problems) == problems, flags
 
 
 def test_what_all_hosts_must_have_in_common(
@@ -312,7 +313,7 @@ def test_what_all_hosts_must_have_in_common(
     for more in ([], ["--config.seed=9"]):
         arguments = command(tmp_path / "run", photographs, tiny_teacher, *more)[2:]
         with pytest.raises(Interrupted):
-            main.distil(arguments, Heard())
+            app.run(arguments, Heard())
     one, other = asked
     assert {"version", "version of jax", "version of jaxlib", "configuration"} <= one.keys()
     assert [key for key in one if one[key] != other[key]] == ["configuration"]
@@ -556,21 +557,15 @@ def test_a_second_start_finds_its_programs_compiled(
         (Interrupted("later"), 75, "later"),
     ],
 )
-def test_how_a_command_ends(
-    error: Exception, code: int, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_a_command_ends(error: Exception, code: int, words: str) -> None:
     said: list[str] = []
 
-    def fail(*_: object) -> int:
+    def fail() -> int:
         raise error
 
-    monkeypatch.setattr(main.process, "begin", lambda: None)
-    monkeypatch.setattr(main, "_end_at_a_signal", lambda _: None)
-    monkeypatch.setattr(main, "distil", fail)
-    console = SimpleNamespace(error=said.append, log=lambda _: None)
-    monkeypatch.setattr(main, "Console", lambda **_: console)
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    assert main.main() == code
+    console = Heard()
+    console.error = said.append  # type: ignore[method-assign]
+    assert ending(fail, console) == code
     assert words in "\n".join(said)
 
 

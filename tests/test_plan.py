@@ -17,8 +17,9 @@ import pytest
 import warm
 from conftest import ROOT, Heard
 
-import main
 from proteus_jax import config
+from proteus_jax.cli import plan as command
+from proteus_jax.cli.arguments import parse
 from proteus_jax.data.throughput import Rate
 from proteus_jax.errors import InputError
 from proteus_jax.models import flops
@@ -277,11 +278,11 @@ def lines_of(monkeypatch: pytest.MonkeyPatch) -> Lines:
     monkeypatch.setattr(plan, "_measured_peak", lambda: 1e11)
 
     def printed_lines(*arguments: str) -> dict[str, str]:
-        read = main.parse([f"--config={ROOT / 'configs' / 'vitti14.py'}", "--plan", *arguments])
+        read = parse([f"--config={ROOT / 'configs' / 'vitti14.py'}", "--plan", *arguments])
         overrides = [config.Override(*override) for override in read.overrides]
         configuration, problems = config.load(read.paths["--config"], overrides, schema_of)
         console = Heard()
-        main._plan(configuration, read.planning, [*read.problems, *problems], console)
+        command.run(configuration, read, [*read.problems, *problems], console)
         return dict(line.split(": ", 1) for line in console.lines)
 
     return printed_lines

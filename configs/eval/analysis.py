@@ -3,8 +3,7 @@
 from typing import Any
 
 import ml_collections
-
-from configs.eval import base
+from proteus_jax.configs.eval import base
 
 
 def get_config() -> ml_collections.ConfigDict:

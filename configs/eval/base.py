@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The constants of the paper and of DINOv2's evaluation."""
     config: Any = ml_collections.ConfigDict()
 
-    # knn, linear, finegrained, robustness or analysis.
+    # The protocol: knn, linear, finegrained, robustness or analysis.
     config.protocol = "knn"
     # What is evaluated: whatever proteus_jax.load takes.
     config.model = ""
@@ -27,15 +27,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.precision = "auto"
 
     config.data = ml_collections.ConfigDict()
-    # A folder with train/ and test/ (or val/), one folder a class in each; tfds:NAME; or one folder
-    # a class, of which every fifth image is tested on.
+    # Where the images are. A folder with train/ and test/ (or val/), one folder a class in each;
+    # tfds:NAME; or one folder a class, of which every fifth image is tested on.
     config.data.root = ""
-    # The shorter side that an image is resized to, and the center square that is cut out of it.
+    # The shorter side that an image is resized to, in pixels.
     config.data.resize = 256
+    # The side of the center square that is cut out of it.
     config.data.crop = 224
-    # Processes that decode; where none is given, the host's cores less two. Threads where there are
-    # none.
+    # Processes that decode. Where none is given: the host's cores less two.
     config.data.workers = config_dict.placeholder(int)
+    # Threads that do it where there are no such processes.
     config.data.threads = 4
 
     config.knn = ml_collections.ConfigDict()

@@ -1,5 +1,13 @@
-"""The command --doctor: looks at every image, reports the faults, and lists the images that
-training should leave out.
+"""Looks at every image, reports the faults, and lists the images that training should leave out.
+
+    proteus doctor --config=vitb14 --config.data.root=DIR --workdir=runs/mine
+    proteus doctor --config=vitb14 --config.data.root=DIR --output=doctor.json
+    proteus doctor --devices [--hosts=2 --host=0 --coordinator=ADDRESS:PORT]
+
+Training takes the file that is written (WORKDIR/doctor.json or --output) in place of the images.
+--devices sums arrays over all devices of all hosts instead, and says how fast they hear each other.
+
+Exit codes: 0 done; 2 the input was wrong, and nothing was written; 75 interrupted.
 """
 
 import json
@@ -10,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from proteus_jax.cli.arguments import Arguments
 from proteus_jax.data import dataset
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.validate import Findings, examine
@@ -17,11 +26,21 @@ from proteus_jax.data.workers import cores, in_parallel, makers
 from proteus_jax.errors import InputError
 from proteus_jax.runtime.console import Console, duration
 from proteus_jax.runtime.filesystem import why_unwritable, write_atomically
+from proteus_jax.runtime.workdir import is_remote
 from proteus_jax.training.config import TrainConfig
 
 MANIFEST = "doctor.json"
 # So many names of a kind are shown.
 _SHOWN = 5
+
+
+def run(configuration: TrainConfig, read: Arguments, problems: list[str], console: Console) -> int:
+    """Looks at the images of a configuration; returns the exit code."""
+    output = read.paths.get("--output") or f"{read.paths.get('--workdir') or '.'}/{MANIFEST}"
+    if is_remote(output):
+        problems = [*problems, f"--doctor writes to this machine: expected a path, found {output}"]
+    run_doctor(configuration, Path(output).expanduser(), problems, console)
+    return 0
 
 
 def run_doctor(

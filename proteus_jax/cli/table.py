@@ -1,6 +1,6 @@
 """Models against benchmarks, from the results.json of any number of evaluations.
 
-    python -m proteus_jax.cli.table DIRS... [--alone]
+    proteus table DIRS... [--alone]
 
 One line a model; below them, without --alone, what the Proteus paper (arXiv 2407.10366) and
 DINOv2's repository publish for the same benchmarks.
@@ -19,7 +19,7 @@ from proteus_jax.runtime import process
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m proteus_jax.cli.table",
+        prog="proteus table",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Draws what models see in images, as one picture.
 
-    python -m proteus_jax.cli.visualize MODEL IMAGES... --output out.png
+    proteus visualize MODEL IMAGES... --output out.png
         [--beside MODEL] [--size 448]
 
 One row an image; for each model its patch tokens as colors (the first principal component tells
@@ -22,7 +22,7 @@ from proteus_jax.runtime import process
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m proteus_jax.cli.visualize",
+        prog="proteus visualize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

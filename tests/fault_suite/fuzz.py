@@ -6,10 +6,10 @@ from typing import Any
 
 from conftest import ROOT
 
-import main
 from fault_suite.account import Fault
 from fault_suite.bench import Bench
 from proteus_jax import config
+from proteus_jax.cli import app
 from proteus_jax.errors import InputError
 from proteus_jax.training import setup, trainer
 
@@ -135,7 +135,8 @@ def faults(bench: Bench, count: int, seed: int) -> list[Fault]:
         for name, text in FILES.items()
     ]
     template = (
-        "from configs import quickstart\ndef get_config():\n    c = quickstart.get_config()\n"
+        "from proteus_jax.configs import quickstart\n"
+        "def get_config():\n    c = quickstart.get_config()\n"
     )
     for change in SPOILT:
         words = f"{template}    c.unlock()\n    c.data.unlock()\n    c.{change}\n    return c"
@@ -181,7 +182,7 @@ def _evaluation(bench: Bench, number: int, seed: int) -> None:
     ]
     _add_words(arguments, config.fields_of(str(path)), rng)
     try:
-        main.distil(arguments, _Silent())  # type: ignore[arg-type]
+        app.run(arguments, _Silent())  # type: ignore[arg-type]
     except InputError as error:
         _assert_words(error.problems, arguments)
     else:
@@ -217,7 +218,7 @@ def _ends_in_words(bench: Bench, arguments: list[str], *, wrong: bool = False) -
     """Refused in lines that name what they are about, or a run that could begin."""
     problems: list[str] = []
     try:
-        main.distil(arguments, _Silent())  # type: ignore[arg-type]
+        app.run(arguments, _Silent())  # type: ignore[arg-type]
     except InputError as error:
         problems = error.problems
         assert problems, arguments

@@ -1,0 +1,33 @@
+"""The photographs that two forms of a model are compared on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from proteus_jax.data import decode
+from proteus_jax.data.dataset import open_source
+from proteus_jax.data.sources import skimage
+from proteus_jax.data.transforms.center_crop import CenterCrop
+from proteus_jax.errors import InputError, Unreadable
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+
+
+def photographs(folder: Path | None, side: int) -> np.ndarray:
+    """Square middles of photographs, uint8 [n, side, side, 3]: the first four of a folder, or four
+    of scikit-image's. InputError where one is broken.
+    """
+    view = CenterCrop(side, side)
+    if folder is None:
+        ours = skimage.obtain_pictures()
+        return np.stack(
+            [view(decode.open_image((ours / name).read_bytes())) for name in PHOTOGRAPHS]
+        )
+    source, _ = open_source(str(folder))
+    squares = []
+    for index in range(min(len(source), len(PHOTOGRAPHS))):
+        try:
+            squares.append(view(decode.open_image(source.read(index))))
+        except Unreadable as error:
+            raise InputError(f"{folder}: {source.name(index)}: {error}") from None
+    return np.stack(squares)
