@@ -41,7 +41,8 @@ wheel: | .venv/bin/python
 	rm -rf .venv/wheel build && $(PYTHON) -m venv .venv/wheel
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .venv/wheel/dist .
 	.venv/wheel/bin/python -m pip install --quiet --disable-pip-version-check .venv/wheel/dist/*.whl
-	cd .venv/wheel && bin/python -c "import proteus_jax.training.trainer, proteus_jax.training.planning.floors as f; assert f.table().floors"
+	cd .venv/wheel && bin/proteus --version && bin/proteus evaluate --help >/dev/null && \
+		bin/proteus plan --config=vitti14 --topology=v5e:4x4 | grep -q "MFU at most"
 
 # The cheap tests under the other Pythons that are here, each in an environment of its own.
 pythons:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment of this machine in .venv: Python 3.11 or newer, requirements.txt, and JAX for
-# the devices that are here.
+# Makes the environment of this machine in .venv: Python 3.11 or newer, this package, and JAX for the
+# devices that are here. EXTRA are further extras of pyproject.toml, as gcs.
 #
-#   launch/setup.sh [auto|cpu|cuda12|cuda13|tpu] [MORE_REQUIREMENTS.txt ...]
+#   launch/setup.sh [auto|cpu|cuda12|cuda13|tpu] [EXTRA ...]
 #
 # Where the system's Python is older, as on TPU images, uv fetches one. Does nothing where all of it
 # is installed already. DRY_RUN=1 prints the commands.
@@ -38,10 +38,9 @@ if [ "$kind" = auto ]; then
   kind="$(detect)"
 fi
 case "$kind" in
-  cpu) jax="jax" plugin=jaxlib ;;
-  cuda12) jax="jax[cuda12]" plugin=jax_cuda12_plugin ;;
-  cuda13) jax="jax[cuda13]" plugin=jax_cuda13_plugin ;;
-  tpu) jax="jax[tpu]" plugin=libtpu ;;
+  cpu) plugin=jaxlib ;;
+  cuda12 | cuda13) plugin="jax_${kind}_plugin" ;;
+  tpu) plugin=libtpu ;;
   *)
     echo "launch/setup.sh: expected auto, cpu, cuda12, cuda13 or tpu, found $kind" >&2
     exit 2
@@ -96,7 +95,11 @@ installed && exit 0
 # One whose making was interrupted may lack pip.
 "$BIN/python" -m pip --version >/dev/null 2>&1 ||
   "$BIN/python" -m ensurepip >/dev/null 2>&1 || make_environment
-# In one command: JAX, its plugin and its libraries pin each other.
+extras=("$@")
+[ "$kind" = cpu ] || extras=("$kind" "$@")
+chosen="$(IFS=,; echo "${extras[*]}")"
+# In one command: JAX, its plugin and its libraries pin each other. Editable: `proteus` is then the
+# code of this folder, as main.py is.
 run "$BIN/python" -m pip install --quiet --disable-pip-version-check \
-  "$jax>=0.10.2,<0.13" -r requirements.txt "${@/#/-r}"
+  --editable ".${chosen:+[$chosen]}"
 [ -n "${DRY_RUN:-}" ] || echo "$asked" >"$BIN/complete.stamp"

@@ -185,7 +185,7 @@ setup() {
   [ -z "${SHARED:-}" ] || everywhere "mountpoint -q /mnt/shared || { sudo apt-get install -y -q \
 nfs-common && sudo mkdir -p /mnt/shared && sudo mount $SHARED /mnt/shared; }" || return
   everywhere "test -e proteus_jax/.ready || { rm -rf proteus_jax && git clone --depth=1 $SOURCE \
-proteus_jax && cd proteus_jax && launch/setup.sh tpu requirements-gcs.txt && touch .ready; }"
+proteus_jax && cd proteus_jax && launch/setup.sh tpu gcs && touch .ready; }"
 }
 
 # Each worker finds the others by the metadata of its TPU. Each fetches the teacher for itself, unless

@@ -32,7 +32,7 @@ if [ "$part" = --image ]; then
     # An image begins at its root; here its volume is beside the code.
     sed -n 's/^RUN //p' launch/Dockerfile | sed 's#mkdir /runs#mkdir runs#' | while IFS= read -r step; do
         echo "+ $step"
-        alone env JAX=jax PATH="$PWD/.venv/bin:$PATH" bash -c "$step" </dev/null
+        alone env EXTRAS=gcs PATH="$PWD/.venv/bin:$PATH" bash -c "$step" </dev/null
     done
     alone .venv/bin/python main.py --config=configs/quickstart.py --config.steps=3 --workdir=runs/image
     exit

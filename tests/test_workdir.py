@@ -254,7 +254,7 @@ def test_what_gs_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     reason = why_no_workdir("gs://bucket/run")
     assert reason is not None
-    assert "gs://bucket/run needs more packages: pip install -r requirements-gcs.txt" in reason
+    assert "gs://bucket/run needs more packages: pip install '.[gcs]'" in reason
 
 
 def test_a_run_on_an_address_resumes_and_equals_one_in_a_folder(

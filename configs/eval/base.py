@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.linear = ml_collections.ConfigDict()
     # Passes over the training images.
     config.linear.epochs = 10.0
-    # Rates for a batch of 256; each is a head for each number of blocks, with and without the mean
+    # Rates for a batch of 256. Each is a head for each number of blocks, with and without the mean
     # of the patch tokens.
     config.linear.learning_rates = (
         *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
@@ -56,11 +56,11 @@ def get_config() -> ml_collections.ConfigDict:
     )
     # Last blocks whose class tokens a head sees.
     config.linear.blocks = (1, 4)
-    # Share of the training images, of each class, that no head learns from and that one is chosen
-    # by; 0 leaves only the paper's choice, by the test set.
+    # Share of the training images, of each class, that heads are chosen by and do not learn from. 0
+    # leaves only the paper's choice, by the test set.
     config.linear.held_out = 0.05
-    # Features of center crops, computed once and kept in the workdir, in place of random crops:
-    # much faster, and not the paper's protocol.
+    # Whether features of center crops are kept in the workdir, in place of random crops. Much faster,
+    # and not the paper's protocol.
     config.linear.cache = False
 
     config.finegrained = ml_collections.ConfigDict()

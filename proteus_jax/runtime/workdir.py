@@ -35,7 +35,7 @@ STUDENTS = ("student", "student_ema")
 CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png", "report/*.png", "report/*/*.png")
 # An upload is tried again after so many seconds.
 PAUSES = (1.0, 4.0, 16.0)
-EXTRA = "requirements-gcs.txt"
+EXTRA = "gcs"
 # What file systems say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -263,7 +263,7 @@ def why_no_workdir(text: str) -> str | None:
             system, root = fsspec.url_to_fs(text.rstrip("/"))
             system.exists(root)
     except ImportError as error:
-        return f"{text} needs more packages: pip install -r {EXTRA} ({error})"
+        return f"{text} needs more packages: pip install '.[{EXTRA}]' ({error})"
     except Exception as error:  # Each file system has its own.
         return f"{text} cannot be reached: {type(error).__name__}: {error}"
     return None
