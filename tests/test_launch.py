@@ -385,7 +385,7 @@ def test_slurm_from_nothing_to_a_student(
         timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "-r requirements.txt" in (home / "pip.txt").read_text()
+    assert "--editable .\n" in (home / "pip.txt").read_text()
     assert "ready: images and models are here" in result.stdout
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
 
