@@ -59,8 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Share of the training images, of each class, that heads are chosen by and do not learn from. 0
     # leaves only the paper's choice, by the test set.
     config.linear.held_out = 0.05
-    # Whether features of center crops are kept in the workdir, in place of random crops. Much faster,
-    # and not the paper's protocol.
+    # Whether features of center crops are kept in the workdir, in place of random crops. That is
+    # much faster, and not the paper's protocol.
     config.linear.cache = False
 
     config.finegrained = ml_collections.ConfigDict()
