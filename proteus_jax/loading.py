@@ -128,7 +128,7 @@ def load_heads(source: str | Path) -> Heads | None:
     if len(_run_config(workdir)["student"]) != 1:
         return None
     with contextlib.closing(Checkpoints(Workdir(workdir).checkpoints)) as checkpoints:
-        step = checkpoints.shelf.newest().step
+        step = checkpoints.store.newest().step
         if step is None:
             return None
         facts = checkpoints.facts(step)

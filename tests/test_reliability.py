@@ -41,10 +41,8 @@ from proteus_jax.runtime.metric_writer import MetricsWriter, read_metrics
 from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.runtime.process import REQUESTS
 from proteus_jax.runtime.workdir import Workdir
-from proteus_jax.training.resume import compare_facts
-from proteus_jax.training.setup import Experiment
+from proteus_jax.training.resume import compare_facts, find_resume_point
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
-from proteus_jax.training.trainer import _resumed
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ def test_a_checkpoint_is_told_of_when_it_is_sealed(folder: Path) -> None:
         for step in (1, 2, 3, 4, 5):
             each.save(step, to_items(state(step)), {"seed": 1})
         each.wait()
-        assert sorted(each.shelf.steps()) == [3, 4, 5]
+        assert sorted(each.store.steps()) == [3, 4, 5]
         shapes = to_items(jax.eval_shape(lambda: state(0)))
         restored = from_items(each.restore(4, shapes))
     assert told == [1, 2, 3, 4, 5]
@@ -140,7 +138,7 @@ def test_a_save_that_fails_in_the_background_is_no_save(
                 assert threading.current_thread() is not threading.main_thread()
                 raise OSError(errno.ENOSPC, "full")
 
-            patch.setattr(checkpoints.shelf, "complete", full)
+            patch.setattr(checkpoints.store, "complete", full)
             checkpoints.save(2, to_items(state(2)), {})
             checkpoints.wait()
         assert told == ["failed"]
@@ -154,9 +152,9 @@ def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
     for limit, failed, stops in ((0, 0, False), (0, 1, True), (2, 2, False), (2, 3, True)):
         keep = RetentionPolicy(2, every=30)
         saving = CheckpointManager(Workdir(tmp_path), Heard(), keep, max_failed_saves=limit)
-        with contextlib.closing(saving.checkpoints):
-            assert saving.checkpoints._keep == keep
-            saving.checkpoints.failed_in_a_row = failed
+        with contextlib.closing(saving):
+            assert saving._checkpoints._keep == keep
+            saving._checkpoints.failed_in_a_row = failed
             reason = saving.reason_to_stop()
             assert (reason is not None) == stops
 
@@ -166,17 +164,17 @@ def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) ->
     saving = CheckpointManager(
         Workdir(tmp_path), Heard(), RetentionPolicy(2, None), max_failed_saves=2
     )
-    with contextlib.closing(saving.checkpoints):
+    with contextlib.closing(saving):
         full = OSError(errno.ENOSPC, "full")
         saving.save(1, to_items(state(1)), {}, lambda: full)
-        saving.checkpoints.wait()
-        assert saving.checkpoints.failed_in_a_row == 1
-        assert saving.checkpoints.shelf.steps() == []
+        saving._checkpoints.wait()
+        assert saving._checkpoints.failed_in_a_row == 1
+        assert saving._checkpoints.store.steps() == []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives, "broadcast_from_rank0", lambda _: 0)
             saving.save(1, to_items(state(1)), {}, lambda: None)
-        assert saving.checkpoints.failed_in_a_row == 2
-        assert saving.checkpoints.shelf.steps() == []
+        assert saving._checkpoints.failed_in_a_row == 2
+        assert saving._checkpoints.store.steps() == []
 
 
 def test_a_note_that_cannot_be_read_is_still_one(folder: Path) -> None:
@@ -246,14 +244,14 @@ def test_an_older_step_under_a_newer_name_is_not_believed(folder: Path) -> None:
 
 def test_a_student_without_checkpoints_is_of_another_run(tmp_path: Path) -> None:
     """It is not begun anew over it."""
-    experiment = Experiment.__new__(Experiment)
     for name in ("student", "student_ema"):
         (tmp_path / name).mkdir()
+        manager = CheckpointManager(Workdir(tmp_path), Heard(), RetentionPolicy(2), 0)
         with (
-            contextlib.closing(Checkpoints(str(tmp_path / "checkpoints"))) as checkpoints,
+            contextlib.closing(manager),
             pytest.raises(InputError, match=f"has {name}/, but no checkpoint: of another run"),
         ):
-            _resumed(checkpoints, experiment, tmp_path)
+            find_resume_point(manager, {}, tmp_path)
         (tmp_path / name).rmdir()
 
 
@@ -346,7 +344,7 @@ def test_a_save_that_fails_is_told_of_and_leaves_the_others(folder: Path) -> Non
         checkpoints.save(3, to_items(state(3)), {})
         checkpoints.wait()
         assert checkpoints.failed_in_a_row == 0
-        assert checkpoints.shelf.newest().step == 3
+        assert checkpoints.store.newest().step == 3
 
 
 def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
@@ -363,9 +361,9 @@ def test_what_could_not_be_removed_goes_later_and_what_is_no_checkpoint_stays(
         (folder / "3" / "notes.txt").write_text("mine")
         checkpoints.save(6, to_items(state(6)), {})
         checkpoints.wait()
-        assert sorted(checkpoints.shelf.steps()) == [3, 6]
-        checkpoints.shelf.quarantine_and_clean(checkpoints.shelf.newest())
-        assert checkpoints.shelf.steps() == [6]
+        assert sorted(checkpoints.store.steps()) == [3, 6]
+        checkpoints.store.quarantine_and_clean(checkpoints.store.newest())
+        assert checkpoints.store.steps() == [6]
     assert (folder / "damaged" / "3" / "notes.txt").read_text() == "mine"
 
 

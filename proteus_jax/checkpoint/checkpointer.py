@@ -40,7 +40,7 @@ class Checkpoints:
         saved: Callable[[int, float], None] = lambda step, seconds: None,
         failed: Callable[[int, str], None] = lambda step, reason: None,
     ):
-        self.shelf, self._keep = CheckpointStore(directory), keep
+        self.store, self._keep = CheckpointStore(directory), keep
         self._saved, self._failed = saved, failed
         self._writing: threading.Thread | None = None
         # Saves that failed since the last good one; and whether one ever did.
@@ -69,14 +69,14 @@ class Checkpoints:
         if self.failed_in_a_row and jax.process_index() == 0:
             # The threads of the save that failed may have written on after it had.
             with contextlib.suppress(Exception):
-                self.shelf.clear()
+                self.store.clear()
         written: dict[str, Any] = {
             name: ocp.args.StandardSave(item) for name, item in items.items()
         }
         written[FACTS] = ocp.args.JsonSave(facts)
         start = time.monotonic()
         try:
-            self._orbax.save(self.shelf.place(step), args=ocp.args.Composite(**written))
+            self._orbax.save(self.store.place(step), args=ocp.args.Composite(**written))
         except Exception as error:
             self.fail(step, error)
             if jax.process_count() > 1:
@@ -92,7 +92,7 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                self.shelf.complete(step)
+                self.store.complete(step)
         except Exception as error:
             self.fail(step, error)
             return
@@ -100,7 +100,7 @@ class Checkpoints:
         self._saved(step, time.monotonic() - start)
         if jax.process_index() == 0 and self._keep is not None:
             with contextlib.suppress(Exception):
-                self.shelf.remove_oldest(self._keep)
+                self.store.remove_oldest(self._keep)
 
     def fail(self, step: int, error: Exception) -> None:
         """Counts and tells of a save that came to nothing, and removes what there is of it."""
@@ -110,7 +110,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             # Each file system has its own errors.
             with contextlib.suppress(Exception):
-                self.shelf.discard(step)
+                self.store.discard(step)
 
     def restore(
         self, step: int, shapes: Mapping[str, Any], shardings: Mapping[str, Any] | None = None
@@ -138,7 +138,7 @@ class Checkpoints:
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
-            return self._orbax.restore(self.shelf.place(step), args=ocp.args.Composite(**items))
+            return self._orbax.restore(self.store.place(step), args=ocp.args.Composite(**items))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"the checkpoint of step {step} does not fit this run: {_error_text(error)}"
@@ -155,7 +155,7 @@ class Checkpoints:
         self.wait()
         self._orbax.close()
         if self._ever_failed and jax.process_index() == 0:
-            self.shelf.clear_for_good()
+            self.store.clear_for_good()
 
 
 def _error_text(error: Exception) -> str:

@@ -26,7 +26,7 @@ from proteus_jax.errors import fitting
 from proteus_jax.runtime import distributed
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.workdir import opened_workdir
-from proteus_jax.training import trainer
+from proteus_jax.training import runner
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import open_inputs, prepare
 
@@ -52,4 +52,4 @@ def run(configuration: TrainConfig, read: Arguments, problems: list[str], consol
         inputs = open_inputs(configuration, workdir, problems)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS):
-            return trainer.run(configuration, inputs, folder, console, group, profile=profile)
+            return runner.run(configuration, inputs, folder, console, group, profile=profile)

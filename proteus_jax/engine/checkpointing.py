@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from proteus_jax.checkpoint.checkpointer import Checkpoints
-from proteus_jax.checkpoint.store import RetentionPolicy
+from proteus_jax.checkpoint.store import Found, RetentionPolicy
 from proteus_jax.errors import Interrupted
 from proteus_jax.runtime import collectives
 from proteus_jax.runtime.console import Console
@@ -17,15 +17,15 @@ from proteus_jax.runtime.workdir import Workdir
 class CheckpointManager:
     """The checkpoints of a run, and which one it would go on from."""
 
-    heartbeat: Heartbeat
-
     def __init__(
         self, place: Workdir, console: Console, keep: RetentionPolicy, max_failed_saves: int
     ):
         self._limit, self._console = max_failed_saves, console
+        # Hears of what is saved; set before the first save.
+        self.heartbeat: Heartbeat | None = None
         # The newest checkpoint that is complete on the disk.
         self.newest: int | None = None
-        self.checkpoints = Checkpoints(
+        self._checkpoints = Checkpoints(
             place.checkpoints,
             keep=keep,
             saved=self._note_saved,
@@ -33,13 +33,43 @@ class CheckpointManager:
         )
 
     def resumed(self, step: int) -> None:
-        """The run goes on from there."""
+        """Notes that the run goes on from there."""
         self.newest = step
-        self.heartbeat.resumed(step)
+
+    def latest(self) -> Found:
+        """Looks for the newest checkpoint that is whole; InputError where all are lost."""
+        return self._checkpoints.store.newest()
+
+    def quarantine(self, newest: Found) -> None:
+        """Puts aside what is damaged or not finished after the newest checkpoint."""
+        self._checkpoints.store.quarantine_and_clean(newest)
+
+    def steps(self) -> list[int]:
+        """Lists the steps of the checkpoints that this host sees."""
+        return self._checkpoints.store.steps()
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Reads the facts of a checkpoint."""
+        return self._checkpoints.facts(step)
+
+    def restore(
+        self, step: int, shapes: Mapping[str, Any], shardings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Reads the items of a checkpoint onto the given shardings."""
+        return self._checkpoints.restore(step, shapes, shardings)
+
+    def wait(self) -> None:
+        """Returns when what was begun is saved, or has failed and was told of."""
+        self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        self._checkpoints.close()
 
     def _note_saved(self, step: int, seconds: float) -> None:
         self.newest = step
-        self.heartbeat.saved(step)
+        if self.heartbeat is not None:
+            self.heartbeat.saved(step)
         self._console.log(f"step {step} is saved, in {seconds:.1f} s")
 
     def _note_failed(self, step: int, reason: str) -> None:
@@ -59,18 +89,18 @@ class CheckpointManager:
 
         All hosts save, or none does: they wait for each other in it.
         """
-        self.checkpoints.wait()
+        self._checkpoints.wait()
         failure = rows_written()
         if failure is None and jax.process_index() == 0:
-            failure = self.checkpoints.shelf.save_error(step)
+            failure = self._checkpoints.store.save_error(step)
         if collectives.broadcast_from_rank0(int(failure is None)):
-            self.checkpoints.save(step, items, facts)
+            self._checkpoints.save(step, items, facts)
         else:
-            self.checkpoints.fail(step, failure or OSError("host 0 cannot write"))
+            self._checkpoints.fail(step, failure or OSError("host 0 cannot write"))
 
     def reason_to_stop(self) -> Interrupted | None:
         """Returns an Interrupted where too many saves failed one after the other."""
-        failed = self.checkpoints.failed_in_a_row
+        failed = self._checkpoints.failed_in_a_row
         if failed <= self._limit:
             return None
         return Interrupted(f"{failed} saves in a row failed (--config.max_failed_saves)")

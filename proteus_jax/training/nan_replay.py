@@ -21,6 +21,7 @@ from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.checkpoint.checksums import SEAL, verify_checksums, write_checksums
 from proteus_jax.checkpoint.items import FORMAT, VERSION
 from proteus_jax.config import complete
+from proteus_jax.engine.monitors import StepRecord
 from proteus_jax.errors import Diverged, InputError, about, refusing
 from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.resample import resize_images
@@ -29,7 +30,7 @@ from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
-from proteus_jax.runtime.workdir import is_remote
+from proteus_jax.runtime.workdir import Workdir, is_remote
 from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import teacher_facts
@@ -83,7 +84,7 @@ def write_dump(
             # The same command diverges at the same step; another one's dump is none of this run.
             # Without its seal first: half of a dump is none.
             (folder / SEAL).unlink(missing_ok=True)
-            checkpoints.shelf.forget()
+            checkpoints.store.forget()
         checkpoints.save(moment.step, to_items(before), experiment.facts)
     if failures:
         raise OSError(failures[0])
@@ -101,6 +102,31 @@ def write_dump(
         }
         write_atomically(folder / ABOUT, json.dumps(written, indent=2) + "\n")
         write_checksums(folder, SEALED_AS)
+
+
+def keep(
+    experiment: Experiment, record: StepRecord, state: TrainState, place: Workdir, error: Diverged
+) -> None:
+    """Writes the step of which training diverged into the workdir, and notes on the error where it
+    lies, or why it does not.
+    """
+    moment = StepSnapshot(
+        record.step,
+        record.batch.images,
+        record.batch.numbers,
+        {key: float(value) for key, value in jax.device_get(dict(record.metrics)).items()},
+    )
+    folder = place.local / FOLDER / f"step_{record.step}"
+    try:
+        write_dump(experiment, moment, state, folder, place.address_of(folder))
+    except Exception as failure:
+        # Whatever a store may say: that the run diverged is what it ends with.
+        error.add_note(f"its batch and state could not be kept: {failure}")
+    else:
+        error.add_note(
+            "its batch and the state before it are kept: python main.py --replay "
+            f"{place.named(folder)}"
+        )
 
 
 def _set(counter: jax.Array, value: int) -> jax.Array:
@@ -127,7 +153,7 @@ def replay(source: str, console: Console) -> None:
     _, train_step = assembly.compiled_on(mesh)
     shapes = assembly.state_shapes()
     with contextlib.closing(Checkpoints(str((folder / STATE).absolute()))) as checkpoints:
-        newest = checkpoints.shelf.newest()
+        newest = checkpoints.store.newest()
         if newest.step is None:
             raise InputError(f"{folder / STATE}: expected the state of a step, found none")
         places = sharding.shardings(shapes, mesh)

@@ -1,11 +1,20 @@
 """Compatibility of a run with the command that resumes it: what differs, and what of it may."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from proteus_jax.checkpoint.items import FORMAT, VERSION
+from proteus_jax.engine.checkpointing import CheckpointManager
+from proteus_jax.errors import InputError
+from proteus_jax.runtime import collectives
+from proteus_jax.runtime.workdir import STUDENTS
 
 # Facts of a checkpoint that are no part of a run's identity: what its student carries on, and the
 # configuration that it was made with.
@@ -35,6 +44,81 @@ class Differences(NamedTuple):
 
     refused: list[str]
     allowed: list[str]
+
+
+def find_resume_point(
+    manager: CheckpointManager, facts: Mapping[str, Any], workdir: Path
+) -> tuple[int | None, list[str]]:
+    """Finds the step to go on from, None at the beginning, and what there is to say of it:
+    checkpoints that are damaged, and what differs from the run until now. InputError where that
+    must not differ.
+    """
+    remarks = []
+    newest = None
+    if jax.process_index() == 0:
+        try:
+            newest = manager.latest()
+            left = [name for name in STUDENTS if (workdir / name).exists()]
+            if newest.step is None and left:
+                raise InputError(f"{workdir} has {left[0]}/, but no checkpoint: of another run")
+        except InputError as error:
+            raise InputError(
+                f"{error}. Restore its checkpoints/ from a copy, give another workdir, or remove "
+                "this one to begin anew"
+            ) from None
+        instead = (
+            "there is none before it" if newest.step is None else f"step {newest.step} is whole"
+        )
+        remarks += [
+            f"the checkpoint of step {number} is not whole: {reason}; {instead}"
+            for number, reason in newest.faults.items()
+        ]
+        remarks += [
+            f"{name}, which a save left unfinished, is removed" for name in newest.unfinished
+        ]
+    step = -1 if newest is None or newest.step is None else newest.step
+    step = collectives.broadcast_from_rank0(step)
+    if step >= 0:
+        remarks += _allowed_differences(manager.facts(step), facts, step)
+    if newest is not None:
+        manager.quarantine(newest)
+    if step < 0:
+        return None, remarks
+    manager.resumed(step)
+    return step, remarks
+
+
+def _allowed_differences(
+    saved: Mapping[str, Any], expected: Mapping[str, Any], step: int
+) -> list[str]:
+    """Lists what differs and may; InputError where anything differs that must not."""
+    different = compare_facts(saved, expected)
+    if not different.refused:
+        return different.allowed
+    where = f"--workdir holds another run, at step {step}"
+    error = InputError([f"{where}: {line} (refused)" for line in different.refused])
+    for line in different.allowed:
+        error.add_note(f"{line} (this may differ)")
+    raise error
+
+
+def refuse_hosts_that_differ(
+    facts: Mapping[str, Any], *, saved: bool, views: np.ndarray | None
+) -> None:
+    """InputError on all hosts where one sees other images, another teacher or another workdir: they
+    would wait for each other for ever, or train on something else. `saved` says whether this host
+    sees the checkpoint to go on from, `views` are its held-out images.
+    """
+    seen = {
+        "images or teacher": json.dumps(facts),
+        "checkpoint in the workdir": str(saved),
+        "held-out images that can be read": hashlib.sha256(
+            b"" if views is None else views.tobytes()
+        ).hexdigest(),
+    }
+    different = [what for what, text in seen.items() if not collectives.same_on_all_hosts(text)]
+    if different:
+        raise InputError([f"the hosts do not see the same {what}" for what in different])
 
 
 def compare_facts(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Differences:

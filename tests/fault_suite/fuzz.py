@@ -11,7 +11,7 @@ from fault_suite.bench import Bench
 from proteus_jax import config
 from proteus_jax.cli import app
 from proteus_jax.errors import InputError
-from proteus_jax.training import setup, trainer
+from proteus_jax.training import runner, setup
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 ANYTHING = (
@@ -242,4 +242,4 @@ def _only_begins() -> None:
         setup.build(configuration, inputs)
         return 0
 
-    trainer.run = begin
+    runner.run = begin

@@ -1,0 +1,34 @@
+"""Batches that go on where a worker process is lost."""
+
+import contextlib
+from collections.abc import Callable, Generator
+
+from proteus_jax.data.loader import Batch
+from proteus_jax.data.workers import Makers, WorkerLost
+
+# What makes batches where the worker processes are gone.
+IN_THEIR_PLACE = Makers(0, 2)
+
+
+def surviving_batches(
+    make: Callable[[Makers, int], Generator[Batch]],
+    makers: Makers,
+    step: int,
+    lost: Callable[[WorkerLost], None],
+) -> Generator[Batch]:
+    """Yields this host's batches from a step on; to be closed, as they are made ahead.
+
+    `make` makes them from a step on by such workers. Where one of these is lost, `lost` hears of it
+    and threads make what it owed, and what is needed until all hosts have heard of it and saved the
+    same step.
+    """
+    while True:
+        with contextlib.closing(make(makers, step)) as made:
+            try:
+                for batch in made:
+                    step += 1
+                    yield batch
+                return
+            except WorkerLost as error:
+                lost(error)
+        makers = IN_THEIR_PLACE
