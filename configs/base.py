@@ -149,6 +149,8 @@ def get_config() -> ml_collections.ConfigDict:
     # (or val/), one folder a class in each; one folder a class; tfds:NAME; or "scikit-image": which
     # of its pictures a tile is of, where data.root names them too.
     config.eval.root = ""
+    # Protocols that measure on them, of proteus_jax/evaluation/protocols/.
+    config.eval.protocols = ("knn", "ridge")
 
     # Steps between two rows of metrics.jsonl.
     config.log_every = 50

@@ -49,10 +49,12 @@ def about(field: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collecting(problems: list[str], field: str) -> Iterator[None]:
-    """Collects the problems that the block raises in a list, under the field they are about."""
+def collecting(problems: list[str], field: str = "") -> Iterator[None]:
+    """Collects the problems that the block raises in a list, under the field they are about where
+    they do not name it themselves.
+    """
     try:
-        with about(field):
+        with about(field) if field else contextlib.nullcontext():
             yield
     except InputError as error:
         problems += error.problems

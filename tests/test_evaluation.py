@@ -18,11 +18,10 @@ from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
 from proteus_jax.evaluation.feature_extraction import FeatureTable
-from proteus_jax.evaluation.online_probes import scores
 from proteus_jax.evaluation.protocols import knn as neighbours
+from proteus_jax.evaluation.protocols import ridge
 from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.runner import _check_place
-from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
@@ -96,18 +95,25 @@ def test_results_are_json_and_their_place_is_known(tmp_path: Path) -> None:
         )
 
 
-def test_scores_while_training_where_an_image_is_broken() -> None:
+def test_scores_where_an_image_is_broken(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Labels follow the images that could be read, to learn from and to test on."""
     labels = np.array([0, 0, 1, 1, 0, 1])
     part = LabeledDataset(MemorySource([], []), labels, ("a", "b"))
     kept = np.array([0, 2, 3, 4, 5])
     rows = np.where(labels[kept, None] == 0, [[1.0, 0.1]], [[-1.0, 0.1]]).astype(np.float32)
-    found = scores(
-        TrainTestSplit(part, part, "test"),
-        lambda _: FeatureTable(rows, kept, 1),
-        sharding.make_mesh(),
-    )
-    assert found == (100.0, 100.0, 100.0, 100.0)
+    monkeypatch.setattr(neighbours, "class_tokens", lambda *_: FeatureTable(rows, kept, 1))
+    monkeypatch.setattr(neighbours, "images_on_both_sides", lambda _: "")
+    context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
+    for protocol in (neighbours.PROTOCOL, ridge.PROTOCOL):
+        config = evaluation_config(protocol.name, {"model": "m"})
+        context = context._replace(config=config)
+        results = protocol.measure(context, TrainTestSplit(part, part, "test"))
+        # Fewer images than any number of neighbors: all of them vote, the near ones most.
+        assert protocol.scores(results) == {"top1": 100.0, "balanced_top1": 100.0}
+        assert protocol.cells(results) == {protocol.name: 100.0}
+        assert results["data"]["unreadable"] == 2
 
 
 def test_classes_are_shown_of_the_best_number_of_neighbors(
@@ -167,7 +173,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     ("change", "words"),
     [
         ("--config.data.crop=29", "at most data.resize"),
-        ("--config.protocol=magic", "--config.protocol: expected one of knn, linear"),
+        ("--config.protocol=magic", "--config.protocol: expected one of knn, ridge, linear"),
         ("--config.model=", "--config.model: expected a model"),
         ("--plan", "--plan: only for a run that trains"),
     ],
@@ -223,9 +229,9 @@ def test_a_run_says_what_student_and_teacher_are_worth(
 ) -> None:
     arguments = command(tmp_path / "run", photographs, tiny_teacher)
     more = (f"--config.eval.root={labelled_folder}", "--config.steps=3", "--config.eval_every=2")
-    result = finish(
-        [*arguments, *more, "--config.student=vit_tiny_1blocks,vit_small_1blocks"], tmp_path
-    )
+    several = ("--config.student=vit_tiny_1blocks,vit_small_1blocks",)
+    protocols = ("--config.eval.protocols=knn,ridge,linear",)
+    result = finish([*arguments, *more, *several, *protocols], tmp_path)
     assert result.returncode == 0, result.stderr
     rows = list(read_metrics(tmp_path / "run"))
     measured = [row for row in rows if "teacher_knn_top1" in row]
@@ -233,6 +239,8 @@ def test_a_run_says_what_student_and_teacher_are_worth(
     for name in ("vit_tiny_1blocks", "vit_small_1blocks"):
         assert 0 <= measured[-1][f"{name}/ridge_top1"] <= 100
         assert 0 <= measured[-1][f"{name}/cka"] <= 1
+        assert 0 <= measured[-1][f"{name}/linear_top1"] <= 100
+        assert (tmp_path / "run" / "evaluation" / "linear" / name / "head.npz").is_file()
         assert len(list((tmp_path / "run" / "report" / name).glob("errors-*.png"))) == 3
     assert "nearest neighbours: student " in result.stdout
     page = (tmp_path / "run" / "report.html").read_text()
@@ -251,3 +259,7 @@ def test_a_run_says_what_student_and_teacher_are_worth(
     wrong = finish([*arguments, "--config.eval.root=/nowhere"], tmp_path)
     assert wrong.returncode == 2
     assert "--config.eval.root: /nowhere: no such folder" in wrong.stderr
+    more = (f"--config.eval.root={labelled_folder}", "--config.eval.protocols=knn,robustness")
+    wrong = finish([*arguments, *more], tmp_path)
+    assert wrong.returncode == 2
+    assert "--config.eval.protocols: robustness: --config.robustness.head: exp" in wrong.stderr

@@ -14,7 +14,12 @@ from proteus_jax.data.eval_loader import NOTHING, evaluation_batches
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
-from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig, class_token
+from proteus_jax.evaluation.feature_extraction import (
+    FrozenBackbone,
+    LoaderConfig,
+    class_token,
+    freeze,
+)
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import CLIP
 from proteus_jax.runtime import sharding
@@ -84,7 +89,7 @@ def test_a_pass_equals_the_model_image_by_image(
     model = Model(*load_model(tiny_teacher))
     pictures = [photograph(rng, 32, 32) for _ in range(11)]
     source = MemorySource(pictures, [str(number) for number in range(11)])
-    frozen = FrozenBackbone(model, sharding.make_mesh(2))
+    frozen = freeze(model, sharding.make_mesh(2))
     for batch in (8, 64):
         table = frozen.table(class_token, source, VIEW, LoaderConfig(batch))
         assert table.numbers.tolist() == list(range(11))
@@ -96,17 +101,37 @@ def test_a_pass_equals_the_model_image_by_image(
     assert some.numbers.tolist() == [7, 2]
     assert some.unreadable == 0
     # By other statistics than the model's own, where a protocol says so.
-    clip = FrozenBackbone(model, sharding.make_mesh(), normalisation=CLIP)
+    clip = freeze(model, sharding.make_mesh(), normalisation=CLIP)
     assert model.card.normalisation != CLIP
     params = jax.tree.map(jnp.asarray, model.params)
     expected = BackboneFunction(model.spec)(params, CLIP(jnp.asarray(views))).cls
-    found = clip.table(class_token, source, VIEW, LoaderConfig(64)).values
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for way in (clip, freeze(model, sharding.make_mesh()).with_statistics(CLIP)):
+        found = way.table(class_token, source, VIEW, LoaderConfig(64)).values
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_what_is_remembered_is_of_the_same_weights(
+    tiny_teacher: Path, rng: np.random.Generator
+) -> None:
+    """And of the same images: a second protocol that asks for them costs no second pass."""
+    model = Model(*load_model(tiny_teacher))
+    sources = [MemorySource([photograph(rng, 32, 32)], [str(number)]) for number in range(2)]
+    made = freeze(model, sharding.make_mesh())
+    frozen = FrozenBackbone(
+        made.backbone, made.params, made.normalisation, made.mesh, remembers=True
+    )
+    first = frozen.table(class_token, sources[0], VIEW, LoaderConfig(8))
+    assert frozen.table(class_token, sources[0], VIEW, LoaderConfig(8)) is first
+    other = frozen.table(class_token, sources[1], VIEW, LoaderConfig(8))
+    assert not np.allclose(other.values, first.values)
+    changed = jax.tree.map(lambda array: array + 0.1, made.params)
+    later = frozen.with_params(changed).table(class_token, sources[0], VIEW, LoaderConfig(8))
+    assert not np.allclose(later.values, first.values)
 
 
 def test_weights_are_kept_in_the_dtype_of_the_matmuls(tiny_teacher: Path) -> None:
     model = Model(*load_model(tiny_teacher))
-    frozen = FrozenBackbone(model, sharding.make_mesh(), jnp.bfloat16)
+    frozen = freeze(model, sharding.make_mesh(), jnp.bfloat16)
     linear = frozen.params["blocks"]["attn"]["qkv"]
     assert linear["kernel"].dtype == jnp.bfloat16
     assert linear["bias"].dtype == jnp.float32

@@ -23,7 +23,6 @@ from proteus_jax.errors import InputError
 from proteus_jax.evaluation.feature_extraction import FeatureTable, FrozenBackbone
 from proteus_jax.evaluation.protocols import fine_grained
 from proteus_jax.evaluation.protocols.fine_grained import Features, average_precision, evaluate
-from proteus_jax.evaluation.schema import FINEGRAINED
 from proteus_jax.models.normalization import CLIP, Normalization
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
@@ -217,9 +216,9 @@ def all_twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names() -> None:
-    assert tuple(DATASETS) == FINEGRAINED == tuple(MAKERS)
+    assert tuple(DATASETS) == tuple(MAKERS)
     by_class = ("aircraft", "caltech101", "flowers", "pets")
-    expected = dict.fromkeys(FINEGRAINED, "accuracy") | dict.fromkeys(by_class, "mean_per_class")
+    expected = dict.fromkeys(DATASETS, "accuracy") | dict.fromkeys(by_class, "mean_per_class")
     assert {name: each.metric for name, each in DATASETS.items()} == expected | {"voc2007": "map"}
 
 
@@ -236,7 +235,7 @@ def test_of_several_objects_of_a_class_a_plain_one_counts(tmp_path: Path) -> Non
     assert (shown["cat"], shown["dog"], shown["cow"], shown["sheep"]) == (1, 1, 0, -1)
 
 
-@pytest.mark.parametrize("name", FINEGRAINED)
+@pytest.mark.parametrize("name", DATASETS)
 def test_each_layout(name: str, all_twelve: Path) -> None:
     """The parts have their sizes, and each image the class that its color tells."""
     found, absent = find_datasets(str(all_twelve), [name])
@@ -365,7 +364,7 @@ def test_what_is_missing_and_what_is_wrong(tmp_path: Path) -> None:
     cars(tmp_path / "cars")
     (tmp_path / "cars/devkit/cars_train_annos.mat").write_bytes(bytes(300))
     with pytest.raises(InputError) as error:
-        find_datasets(str(tmp_path), FINEGRAINED)
+        find_datasets(str(tmp_path), [*DATASETS])
     said = str(error.value)
     assert "cars: not the layout of its authors: ValueError: cars_train_annos.mat" in said
     assert "dtd: 1 images are missing, as" in said
@@ -512,7 +511,7 @@ def test_an_average_is_of_all_twelve(
     all_twelve: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, said = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
-    found, _ = find_datasets(str(all_twelve), [*FINEGRAINED])
+    found, _ = find_datasets(str(all_twelve), [*DATASETS])
     percents = iter(range(1, 13))
     nothing = Features(np.zeros((1, 1), np.float32), np.zeros(1, int))
     monkeypatch.setattr(fine_grained, "_features", lambda *_: (nothing, 1))

@@ -15,10 +15,11 @@ from proteus_jax.data.datasets.labeled import LabeledDataset, open_pair
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, Unreadable
-from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
+from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.protocols import linear
 from proteus_jax.evaluation.protocols.linear import Kind, Probe, Tokens
+from proteus_jax.evaluation.results import weights_digest
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.weights.feature_extractor import Model
@@ -106,8 +107,8 @@ def context_for(
     mesh, said = sharding.make_mesh(), []
     context = Context(
         config=config,
-        model=model,
-        frozen=FrozenBackbone(model, mesh),
+        frozen=freeze(model, mesh),
+        digest=lambda: weights_digest(model.params),
         mesh=mesh,
         workdir=workdir,
         view=CenterCrop(32, 28),

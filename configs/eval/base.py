@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The constants of the paper and of DINOv2's evaluation."""
     config: Any = ml_collections.ConfigDict()
 
-    # The protocol: knn, linear, finegrained, robustness or analysis.
+    # The protocol: knn, ridge, linear, finegrained, robustness or analysis.
     config.protocol = "knn"
     # What is evaluated: whatever proteus_jax.load takes.
     config.model = ""

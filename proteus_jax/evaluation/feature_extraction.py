@@ -14,6 +14,7 @@ from proteus_jax.data.eval_loader import evaluation_batches
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention, in_precision
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime import sharding
@@ -44,22 +45,38 @@ class FeatureTable(NamedTuple):
 
 
 class FrozenBackbone:
-    """A model whose weights lie on the devices and do not change."""
+    """A backbone with weights on the devices that do not change while it is measured.
+
+    `remembers` keeps the last features of each set of images, for protocols that ask for the same.
+    """
 
     def __init__(
         self,
-        model: Model,
+        backbone: BackboneFunction,
+        params: Params,
+        normalisation: Normalization,
         mesh: Mesh,
-        dtype: DTypeLike = jnp.float32,
-        normalisation: Normalization | None = None,
+        *,
+        remembers: bool = False,
     ):
-        self.spec, self.mesh = model.spec, mesh
-        self.backbone = BackboneFunction(model.spec, dtype, fastest_attention(model.spec, dtype))
-        self.normalisation = normalisation or model.card.normalisation
-        params = jax.tree.map(np.asarray, model.params)
-        self.params = sharding.place_tree(in_precision(params, dtype), mesh)
-
+        self.backbone, self.params, self.normalisation = backbone, params, normalisation
+        self.mesh, self._remembers = mesh, remembers
         self._compiled: dict[Function, Compiled] = {}
+        self._tables: dict[tuple, FeatureTable] = {}
+
+    @property
+    def spec(self) -> ViTSpec:
+        """The description of the backbone."""
+        return self.backbone.spec
+
+    def with_params(self, params: Params) -> "FrozenBackbone":
+        """Takes other weights, as of a later step; what is compiled stays."""
+        self.params, self._tables = params, {}
+        return self
+
+    def with_statistics(self, normalisation: Normalization) -> "FrozenBackbone":
+        """Makes the same backbone for images of other channel statistics."""
+        return FrozenBackbone(self.backbone, self.params, normalisation, self.mesh)
 
     def table(
         self,
@@ -74,15 +91,35 @@ class FrozenBackbone:
         """`function` of all images of a source, or of the chosen ones, in their order; compiled
         once. See feature_pass.
         """
+        key = (function, source.fingerprint, view, None if chosen is None else tuple(chosen))
+        if key in self._tables:
+            return self._tables[key]
         if function not in self._compiled:
             self._compiled[function] = compiled_pass(
                 lambda params, images: function(self.backbone, params, self.normalisation(images)),
                 self.mesh,
             )
         compiled = self._compiled[function]
-        return feature_pass(
+        table = feature_pass(
             compiled, self.params, source, view, reading, self.mesh, chosen, progress
         )
+        if self._remembers:
+            self._tables[key] = table
+        return table
+
+
+def freeze(
+    model: Model,
+    mesh: Mesh,
+    dtype: DTypeLike = jnp.float32,
+    normalisation: Normalization | None = None,
+) -> FrozenBackbone:
+    """Places a model on the devices, its matmuls in `dtype`, with the statistics that it was
+    trained with where no others are given.
+    """
+    backbone = BackboneFunction(model.spec, dtype, fastest_attention(model.spec, dtype))
+    params = sharding.place_tree(in_precision(jax.tree.map(np.asarray, model.params), dtype), mesh)
+    return FrozenBackbone(backbone, params, normalisation or model.card.normalisation, mesh)
 
 
 def compiled_pass(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Compiled:

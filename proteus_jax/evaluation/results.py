@@ -12,23 +12,29 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.errors import InputError
+from proteus_jax.models.functional import Params
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.weights.feature_extractor import Model
 
 FILE = "results.json"
 
 
-def describe(name: str, model: Model) -> dict[str, Any]:
-    """A model, with a digest of its weights that does not depend on where they lie."""
+def weights_digest(params: Params) -> str:
+    """Returns a digest of weights that does not depend on where they lie."""
     digest = hashlib.sha256()
     for path, array in sorted(
         (jax.tree_util.keystr(path), array)
-        for path, array in jax.tree_util.tree_leaves_with_path(model.params)
+        for path, array in jax.tree_util.tree_leaves_with_path(params)
     ):
         digest.update(path.encode() + np.ascontiguousarray(np.asarray(array)).tobytes())
+    return digest.hexdigest()
+
+
+def describe(name: str, model: Model) -> dict[str, Any]:
+    """Describes a model, with the digest of its weights."""
     return {
         "name": name,
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": weights_digest(model.params),
         "spec": dataclasses.asdict(model.spec),
         "source": model.card.source,
     }

@@ -1,7 +1,7 @@
 """One evaluation: everything is checked, then the protocol runs, then its results are written."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,16 @@ from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import makers
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.config import EvalConfig
-from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
+from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
 from proteus_jax.evaluation.protocol import Context
-from proteus_jax.evaluation.protocols import analysis, fine_grained, knn, linear, robustness
-from proteus_jax.evaluation.results import FILE, describe, read_results, write_results
+from proteus_jax.evaluation.protocols.registry import PROTOCOLS
+from proteus_jax.evaluation.results import (
+    FILE,
+    describe,
+    read_results,
+    weights_digest,
+    write_results,
+)
 from proteus_jax.loading import load_any
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import collectives, sharding
@@ -30,25 +36,6 @@ from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import WEIGHTS
 
 HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)
-
-
-class Protocol(NamedTuple):
-    """`open` finds what is measured on, InputError where something is wrong; `check` says what of a
-    model does not fit; `measure` gives what results.json holds beside the model, and prints it.
-    """
-
-    open: Callable[[EvalConfig], Any]
-    check: Callable[[EvalConfig, Model], list[str]]
-    measure: Callable[[Context, Any], dict[str, Any]]
-
-
-PROTOCOLS = {
-    "knn": Protocol(knn.open_data, knn.check, knn.measure),
-    "finegrained": Protocol(fine_grained.open_data, fine_grained.check, fine_grained.measure),
-    "robustness": Protocol(robustness.open_data, robustness.check, robustness.measure),
-    "analysis": Protocol(analysis.open_data, analysis.check, analysis.measure),
-    "linear": Protocol(linear.open_data, linear.check, linear.measure),
-}
 
 
 class Inputs(NamedTuple):
@@ -84,7 +71,8 @@ def _found(config: EvalConfig, problems: list[str]) -> Inputs:
     with collecting(problems, "--config.model"):
         model = load_any(config.model)
     if model is not None:
-        problems += _check_model(config, model) + protocol.check(config, model)
+        problems += _check_model(config, model)
+        problems += protocol.check(config, model.spec, lambda: weights_digest(model.params))
     if problems or model is None:
         raise InputError(problems)
     return Inputs(model, data)
@@ -132,8 +120,8 @@ def run(config: EvalConfig, inputs: Inputs, place: Workdir, console: Console) ->
     readers = makers(config.data.workers, config.data.threads, config.data.crop)
     context = Context(
         config=config,
-        model=inputs.model,
-        frozen=FrozenBackbone(inputs.model, mesh, dtype),
+        frozen=freeze(inputs.model, mesh, dtype),
+        digest=lambda: weights_digest(inputs.model.params),
         mesh=mesh,
         workdir=workdir,
         view=CenterCrop(config.data.resize, config.data.crop),

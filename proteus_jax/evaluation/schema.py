@@ -1,26 +1,14 @@
 """Rules for the fields of a configuration that evaluates."""
 
-from proteus_jax.evaluation.config import EvalConfig, resolve
-from proteus_jax.models.precision import PRECISIONS
-from proteus_jax.schema import (
-    ABOVE_ZERO,
-    BOOLEAN,
-    MOST_WORKERS,
-    SEED,
-    Rule,
-    Schema,
-    at_least,
-    numbers,
-    one_of,
-    share,
-    up_to,
-)
+from collections.abc import Mapping
+from typing import Any
 
-PROTOCOLS = ("knn", "linear", "finegrained", "robustness", "analysis")
-FINEGRAINED = (
-    *("aircraft", "caltech101", "cars", "cifar10", "cifar100", "dtd", "flowers", "food", "pets"),
-    *("sun397", "voc2007", "cub"),
-)
+from proteus_jax.config import to_record
+from proteus_jax.evaluation.config import EvalConfig
+from proteus_jax.evaluation.protocols.registry import PROTOCOLS
+from proteus_jax.models.precision import PRECISIONS
+from proteus_jax.schema import MOST_WORKERS, SEED, Rule, Schema, at_least, one_of, up_to
+
 _RULES: dict[str, Rule] = {
     "protocol": one_of(*PROTOCOLS),
     "model": Rule(bool, "a model: a directory, a run, or a known name"),
@@ -32,21 +20,14 @@ _RULES: dict[str, Rule] = {
     "data.crop": at_least(1),
     "data.workers": up_to(MOST_WORKERS),
     "data.threads": up_to(MOST_WORKERS),
-    "knn.neighbours": numbers(1, whole=True),
-    "knn.temperature": ABOVE_ZERO,
-    "linear.epochs": ABOVE_ZERO,
-    "linear.learning_rates": numbers(0),
-    "linear.blocks": numbers(1, whole=True),
-    "linear.held_out": share(below_one=True),
-    "linear.cache": BOOLEAN,
-    "robustness.head": Rule(lambda value: isinstance(value, str), "a folder, or nothing"),
-    "analysis.teacher": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
-    "analysis.images": at_least(2),
-    "finegrained.datasets": Rule(
-        lambda names: set(names) <= set(FINEGRAINED) and len(set(names)) == len(names),
-        f"different names out of {', '.join(FINEGRAINED)}",
-    ),
 }
+
+
+def resolve(values: Mapping[str, Any]) -> EvalConfig:
+    """Makes the record of a configuration, as JSON values, whose fields keep the rules."""
+    protocol = PROTOCOLS[values["protocol"]]
+    settings = to_record(protocol.settings, values.get(protocol.name, {}))
+    return to_record(EvalConfig, {**values, "as_json": dict(values), "settings": settings})
 
 
 def _check(config: EvalConfig) -> list[str]:
@@ -59,10 +40,13 @@ def _check(config: EvalConfig) -> list[str]:
     return problems
 
 
-EVALUATION = Schema(
-    _RULES,
-    resolve,
-    _check,
-    lambda field: field == "data.workers",
-    numbers=("knn.neighbours", "linear.learning_rates", "linear.blocks"),
-)
+def evaluation_schema(config: Any) -> Schema:
+    """Makes the schema of a configuration that evaluates, by the protocols that it has fields for
+    and the one that it names.
+    """
+    known = [each for each in PROTOCOLS.values() if each.name in (*config, config.get("protocol"))]
+    own = {f"{each.name}.{field}": rule for each in known for field, rule in each.rules.items()}
+    numbers = tuple(f"{each.name}.{field}" for each in known for field in each.numbers)
+    return Schema(
+        {**_RULES, **own}, resolve, _check, lambda field: field == "data.workers", numbers
+    )

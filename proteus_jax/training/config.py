@@ -49,9 +49,10 @@ class DataConfig(NamedTuple):
 
 
 class EvalConfig(NamedTuple):
-    """Images with classes, measured on during training."""
+    """Images with classes, and the protocols that measure on them during training."""
 
     root: str
+    protocols: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

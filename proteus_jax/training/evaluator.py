@@ -9,33 +9,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
 from proteus_jax.data.loader import held_out_views
 from proteus_jax.data.sources.base import Source
-from proteus_jax.data.transforms.center_crop import CenterCrop
-from proteus_jax.data.workers import makers
 from proteus_jax.evaluation import teacher_agreement
-from proteus_jax.evaluation.feature_extraction import (
-    Compiled,
-    FeatureTable,
-    LoaderConfig,
-    compiled_pass,
-    feature_pass,
-)
-from proteus_jax.evaluation.online_probes import Scores, scores
 from proteus_jax.evaluation.reporting import figures, snapshots
 from proteus_jax.evaluation.reporting.html_report import write_report
 from proteus_jax.methods.config import PRIMARY
-from proteus_jax.models.functional import Params
 from proteus_jax.runtime.console import Console
+from proteus_jax.training.online_evaluation import OnlineEvaluation
 from proteus_jax.training.setup import Experiment
 from proteus_jax.training.train_state import TrainState
 
 # Before the key of what is measured of the average of a student's weights.
 AVERAGE = "ema_"
 PICTURE, PICTURE_ROWS = "agreement.png", 8
-# The shorter side of a test image over its center crop, as in 256 to 224.
-MARGIN = 8 / 7
 
 
 class Evaluator:
@@ -48,8 +35,10 @@ class Evaluator:
         self.views: np.ndarray | None = None
         self._target: teacher_agreement.TeacherTokens | None = None
         self._scene: snapshots.Scene | None = None
-        self._taught: Scores | None = None
-        self._passes: dict[str, Compiled] = {}
+        self._taught: dict[str, float] | None = None
+        self._online = OnlineEvaluation(
+            experiment.evaluations, experiment.backbones, experiment.sides, workdir, console
+        )
         self._heads = experiment.config.make_method().heads
         if experiment.split.held_out is not None:
             self.views = self._held_out_views(experiment.split.held_out)
@@ -71,8 +60,8 @@ class Evaluator:
         values = {}
         if self.views is not None:
             values |= self._agreement(step, state, self.views)
-        if self.experiment.labelled is not None:
-            values |= self._scores(step, state, self.experiment.labelled)
+        if self.experiment.evaluations:
+            values |= self._scores(step, state)
         return values
 
     def _agreement(self, step: int, state: TrainState, views: np.ndarray) -> dict[str, float]:
@@ -145,52 +134,19 @@ class Evaluator:
         patches = self.experiment.hidden_patches(name, state, scene.views[rows], scene.hidden[rows])
         return np.asarray(patches, np.float32)[:shown]
 
-    def _scores(self, step: int, state: TrainState, pair: TrainTestSplit) -> dict[str, float]:
+    def _scores(self, step: int, state: TrainState) -> dict[str, float]:
+        """Scores of the teacher, which stay, of every student, and of its average."""
         if self._taught is None:
-            self._taught = self._scored(
-                PRIMARY, self.experiment.teacher_params[PRIMARY], pair, step
-            )
-        values = {f"teacher_{key}_top1": value for key, value in self._taught._asdict().items()}
+            params = self.experiment.teacher_params[PRIMARY]
+            self._taught = self._online.measure(PRIMARY, params, step)
+        values = {f"teacher_{key}": value for key, value in self._taught.items()}
         for name, params in state.params.items():
-            scores = self._scored(name, params["backbone"], pair, step)
-            values |= {f"{name}/{key}_top1": value for key, value in scores._asdict().items()}
+            scores = self._online.measure(name, params["backbone"], step)
+            values |= {f"{name}/{key}": value for key, value in scores.items()}
             if state.ema is not None:
-                scores = self._scored(name, state.ema[name], pair, step)
-                values |= {
-                    f"{name}/{AVERAGE}{key}_top1": value for key, value in scores._asdict().items()
-                }
+                scores = self._online.measure(name, state.ema[name], step)
+                values |= {f"{name}/{AVERAGE}{key}": value for key, value in scores.items()}
         return values
-
-    def _scored(self, name: str, params: Params, pair: TrainTestSplit, step: int) -> Scores:
-        """Scores of the teacher, or of a student's backbone."""
-        experiment, data = self.experiment, self.config.data
-        compiled = self._pass(name)
-        view = CenterCrop(round(experiment.side * MARGIN), experiment.side)
-        pool = makers(data.workers, max(data.threads, 1), experiment.side)
-        reading = LoaderConfig(self.config.batch, pool.workers, pool.threads)
-
-        def tokens(part: LabeledDataset) -> FeatureTable:
-            return feature_pass(
-                compiled,
-                params,
-                part.source,
-                view,
-                reading,
-                experiment.mesh,
-                progress=lambda text: self.console.progress(
-                    f"step {step}: {name} on labelled images, {text}"
-                ),
-            )
-
-        return scores(pair, tokens, experiment.mesh)
-
-    def _pass(self, name: str) -> Compiled:
-        """Class tokens of the teacher, or of a student; compiled once."""
-        if name not in self._passes:
-            experiment = self.experiment
-            tokens = experiment.class_tokens[name]
-            self._passes[name] = compiled_pass(tokens, experiment.mesh)
-        return self._passes[name]
 
     def report(self) -> None:
         """Renews the report, on the first host; where nothing is measured there is one as well."""

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone
 from proteus_jax.evaluation.teacher_agreement import StudentOutputs
 from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.feature_standardization import RunningMoments, unstandardize
@@ -16,7 +16,6 @@ from proteus_jax.methods.resample import resize_images
 from proteus_jax.methods.teacher import common_grid_size, teacher_features
 from proteus_jax.models.functional import (
     Params,
-    StudentFunction,
 )
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
@@ -27,31 +26,20 @@ from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.train_state import TrainState
 
 
-def class_token_functions(
-    config: TrainConfig, assembly: Assembly
-) -> dict[str, Callable[[Params, jax.Array], jax.Array]]:
-    """Functions from uint8 images to class tokens: the first teacher's, and each student's."""
-    crop, teacher = config.data.crop, assembly.teachers[PRIMARY]
-    grid = common_grid_size(assembly.students)
-
-    def teacher_pass(params: Params, images: jax.Array) -> jax.Array:
-        pixels = assembly.normalisation(images)
-        outputs = teacher_features(teacher, params, pixels, assembly.normalisation, crop, grid)
-        return outputs.cls.astype(jnp.float32)
-
-    def of(student: StudentFunction) -> Callable[[Params, jax.Array], jax.Array]:
-        backbone = student.backbone
-
-        def student_pass(params: Params, images: jax.Array) -> jax.Array:
-            pixels = resize_images(assembly.normalisation(images), crop)
-            return backbone(params, pixels).cls.astype(jnp.float32)
-
-        return student_pass
-
-    return {
-        PRIMARY: teacher_pass,
-        **{name: of(student) for name, student in assembly.students.items()},
+def frozen_backbones(
+    assembly: Assembly, teacher_params: dict[str, Params], mesh: Mesh
+) -> dict[str, FrozenBackbone]:
+    """Makes the backbones of the primary teacher and of each student for the protocols of
+    evaluation; a student's has no weights yet.
+    """
+    statistics = assembly.normalisation
+    students = {
+        name: FrozenBackbone(student.backbone, {}, statistics, mesh, remembers=True)
+        for name, student in assembly.students.items()
     }
+    backbone = assembly.teachers[PRIMARY].backbone
+    teacher = FrozenBackbone(backbone, teacher_params[PRIMARY], statistics, mesh, remembers=True)
+    return {PRIMARY: teacher, **students}
 
 
 def evaluation_functions(

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 
 from proteus_jax.data.dataset import open_images
-from proteus_jax.data.datasets.labeled import TrainTestSplit, open_pair
 from proteus_jax.data.sources import skimage
 from proteus_jax.data.splits import Split
 from proteus_jax.errors import InputError, collecting
@@ -22,11 +21,22 @@ from proteus_jax.training.builder import (
     check_platform,
 )
 from proteus_jax.training.config import TrainConfig
+from proteus_jax.training.online_evaluation import FOLDER as EVALUATION
+from proteus_jax.training.online_evaluation import Evaluation, open_evaluations
 from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
 from proteus_jax.weights.model_dir import WEIGHTS, load_card
 
 # What a run writes after its config.json, and would take somebody else's place with.
-WRITTEN = (METRICS, *STUDENTS, "report.html", "report", "agreement.png", "dump", "tensorboard")
+WRITTEN = (
+    METRICS,
+    *STUDENTS,
+    "report.html",
+    "report",
+    "agreement.png",
+    "dump",
+    "tensorboard",
+    EVALUATION,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +47,7 @@ class Inputs:
 
     split: Split
     teachers: dict[str, Path]
-    labelled: TrainTestSplit | None = None
+    evaluations: tuple[Evaluation, ...] = ()
     start: Path | None = None
 
 
@@ -60,11 +70,11 @@ def prepare(config: TrainConfig, known: Sequence[str] = ()) -> None:
 
 
 def _found(config: TrainConfig, problems: list[str]) -> Inputs:
-    split, labelled = None, None
+    split, evaluations = None, ()
     models: dict[str, Path | None] = {}
     if config.eval.root not in ("", skimage.NAME):
-        with collecting(problems, "--config.eval.root"):
-            labelled = open_pair(config.eval.root)
+        with collecting(problems):
+            evaluations = open_evaluations(config)
     # These come from a package index.
     fetched = skimage.NAME in config.data.root
     if not fetched:
@@ -83,13 +93,15 @@ def _found(config: TrainConfig, problems: list[str]) -> Inputs:
                 models[field] = obtain_teacher(source)
         problems += [] if problems else _check_models(config, models)
     if not problems and fetched and config.eval.root == skimage.NAME:
-        with collecting(problems, "--config.eval.root"):
-            labelled = open_pair(config.eval.root)
+        with collecting(problems):
+            evaluations = open_evaluations(config)
     directories = {field: path for field, path in models.items() if path is not None}
     if problems or split is None or len(directories) < len(models):
         raise InputError(problems)
     teachers = {name: directories[_field(name)] for name in config.teachers}
-    return Inputs(split=split, teachers=teachers, labelled=labelled, start=directories.get(START))
+    return Inputs(
+        split=split, teachers=teachers, evaluations=evaluations, start=directories.get(START)
+    )
 
 
 def open_split(config: TrainConfig) -> Split:

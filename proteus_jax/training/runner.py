@@ -27,6 +27,7 @@ from proteus_jax.runtime.rendezvous import ProcessGroup
 from proteus_jax.runtime.workdir import Workdir
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import Inputs
+from proteus_jax.training.online_evaluation import split_of
 from proteus_jax.training.resume import find_resume_point
 from proteus_jax.training.setup import Experiment, build
 from proteus_jax.training.summary import print_header
@@ -98,8 +99,8 @@ def _introduce(
     workdir, host = place.local, jax.process_index()
     resumed, remarks = find_resume_point(manager, experiment.facts, workdir)
     remarks += filter(None, [unseen_gpus(jax.default_backend()), pool.remark, *experiment.remarks])
-    if experiment.labelled is not None:
-        pair = experiment.labelled
+    pair = split_of(experiment.evaluations)
+    if pair is not None:
         remarks += filter(None, [uneven(pair.test.labels), images_on_both_sides(pair)])
     logged = [row["step"] for row in read_metrics(workdir)]
     if resumed is None and any(logged):

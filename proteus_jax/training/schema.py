@@ -4,7 +4,8 @@ import math
 import re
 from typing import Any
 
-from proteus_jax.evaluation.schema import EVALUATION
+from proteus_jax.evaluation.protocols.registry import PROTOCOLS
+from proteus_jax.evaluation.schema import evaluation_schema
 from proteus_jax.methods.config import NATIVE, PRIMARY
 from proteus_jax.methods.registry import METHODS
 from proteus_jax.models.attention import IMPLEMENTATIONS
@@ -100,6 +101,10 @@ _RULES: dict[str, Rule] = {
     "data.held_out.maximum": at_least(1),
     "data.held_out.views": at_least(1),
     "eval.root": Rule(lambda value: isinstance(value, str), "a place of images, or nothing"),
+    "eval.protocols": Rule(
+        lambda names: set(names) <= set(PROTOCOLS) and len(set(names)) == len(names),
+        f"different names out of {', '.join(PROTOCOLS)}",
+    ),
     "log_every": at_least(1),
     "eval_every": at_least(1),
     "checkpoint_every": at_least(1),
@@ -209,4 +214,4 @@ def _group(config: Any, name: str) -> Any:
 
 def schema_of(config: Any) -> Schema:
     """Chooses the schema of a configuration: whether it trains or evaluates shows in its fields."""
-    return EVALUATION if "protocol" in config else training_schema(config)
+    return evaluation_schema(config) if "protocol" in config else training_schema(config)

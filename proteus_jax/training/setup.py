@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from proteus_jax.data.datasets.labeled import TrainTestSplit
 from proteus_jax.data.sampler import Sampler, shares
 from proteus_jax.data.splits import Split
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
+from proteus_jax.evaluation.feature_extraction import FrozenBackbone
 from proteus_jax.evaluation.teacher_agreement import StudentOutputs
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.flops import known_device
 from proteus_jax.models.functional import (
@@ -40,9 +41,10 @@ from proteus_jax.training.builder import (
 )
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import fingerprint
-from proteus_jax.training.inference import class_token_functions, evaluation_functions
+from proteus_jax.training.inference import evaluation_functions, frozen_backbones
 from proteus_jax.training.initialization import init_from_pretrained
 from proteus_jax.training.inputs import Inputs
+from proteus_jax.training.online_evaluation import Evaluation, misfits
 from proteus_jax.training.train_state import TrainState
 from proteus_jax.training.train_step import Metrics
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model
@@ -55,7 +57,7 @@ class Experiment:
     config: TrainConfig
     mesh: Mesh
     split: Split
-    labelled: TrainTestSplit | None
+    evaluations: tuple[Evaluation, ...]
     order: Sampler
     recipe: TrainTransform
     total_steps: int
@@ -68,8 +70,10 @@ class Experiment:
     normalisation: Normalization
     side: int
     students: dict[str, StudentFunction]
-    # "teacher", the first one, and each student's name: class tokens of images that are made so.
-    class_tokens: dict[str, Callable[[Params, jax.Array], jax.Array]]
+    # The primary teacher's and each student's backbone, for the protocols of evaluation, with the
+    # sides in pixels of their images. Students' weights are those that they are given.
+    backbones: dict[str, FrozenBackbone]
+    sides: dict[str, int]
     state_shapes: TrainState
     state_shardings: TrainState
     init: Callable[[], TrainState]
@@ -109,11 +113,15 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
     shapes = assembly.state_shapes()
     places = sharding.shardings(shapes, mesh)
     features, outputs, hidden = evaluation_functions(config, assembly, teacher_params, mesh)
+    backbones = frozen_backbones(assembly, teacher_params, mesh)
+    problems = misfits(inputs.evaluations, backbones)
+    if problems:
+        raise InputError(problems)
     return Experiment(
         config=config,
         mesh=mesh,
         split=inputs.split,
-        labelled=inputs.labelled,
+        evaluations=inputs.evaluations,
         order=Sampler(config.seed, inputs.split.parts, weights, config.data.repeated_aug),
         recipe=TrainTransform(config.image_size, config.data.randaugment),
         total_steps=steps.total,
@@ -124,7 +132,9 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
         normalisation=assembly.normalisation,
         side=config.image_size,
         students=assembly.students,
-        class_tokens=class_token_functions(config, assembly),
+        backbones=backbones,
+        sides={PRIMARY: assembly.teachers[PRIMARY].side or config.data.crop}
+        | dict.fromkeys(assembly.students, config.data.crop),
         state_shapes=shapes,
         state_shardings=places,
         init=_started(init, inputs.start, assembly, mesh),

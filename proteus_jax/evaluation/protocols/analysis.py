@@ -5,6 +5,7 @@ either, and, where the model is a run that still has a checkpoint, its losses by
 position.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,9 @@ from proteus_jax.evaluation.feature_extraction import (
     FrozenBackbone,
     compiled_pass,
     feature_pass,
+    freeze,
 )
-from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocol import Context, Protocol
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.teacher_agreement import nearest
@@ -33,6 +35,7 @@ from proteus_jax.methods.feature_standardization import standardize
 from proteus_jax.methods.resample import renormalize, resize_images, resize_patch_grid
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.normalization import Normalization
+from proteus_jax.schema import Rule, at_least
 from proteus_jax.weights.feature_extractor import Model
 
 QUERIES, NEIGHBOURS = 6, 5
@@ -40,6 +43,13 @@ QUERIES, NEIGHBOURS = 6, 5
 SHARES = 64
 # The share of patches that is hidden to measure the patch head, as in training.
 HIDDEN = 0.5
+
+
+class Settings(NamedTuple):
+    """With whom a model is compared, and on how many images at most."""
+
+    teacher: str
+    images: int
 
 
 class Data(NamedTuple):
@@ -72,15 +82,15 @@ def open_data(config: EvalConfig) -> Data:
         if len(source) < 2:
             raise InputError(f"expected two images or more, found {len(source)}")
     with collecting(problems, "--config.analysis.teacher"):
-        if not config.analysis.teacher:
+        if not config.settings.teacher:
             raise InputError("expected a model, found nothing")
-        teacher = load_any(config.analysis.teacher)
+        teacher = load_any(config.settings.teacher)
         _refuse_crop(config, teacher)
         heads = load_heads(config.model)
         _refuse_other_teacher(heads, teacher)
     if problems or source is None or teacher is None:
         raise InputError(problems)
-    count = min(config.analysis.images, len(source))
+    count = min(config.settings.images, len(source))
     chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
     return Data(source, chosen, teacher, heads)
 
@@ -104,11 +114,6 @@ def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
         )
 
 
-def check(config: EvalConfig, model: Model) -> list[str]:
-    """Every model fits."""
-    return []
-
-
 def layers(backbone: BackboneFunction, params: Params, images: jax.Array) -> Layers:
     """The tokens that are compared, float32."""
     depth = backbone.spec.depth
@@ -127,7 +132,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     """`cka` is {tokens: [student's blocks][teacher's blocks]}; `effective_rank` and `spectrum` are
     {model: ...}; `errors` null where the heads are not at hand. Pictures lie beside the results.
     """
-    teacher = FrozenBackbone(data.teacher, context.mesh, context.frozen.backbone.dtype)
+    teacher = freeze(data.teacher, context.mesh, context.frozen.backbone.dtype)
     tables = {
         name: _table(context, frozen, data, name)
         for name, frozen in (("student", context.frozen), ("teacher", teacher))
@@ -164,7 +169,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
             "teacher": spectrum(teacher_layers.final)[:SHARES].tolist(),
         },
         "errors": errors,
-        "teacher": describe(context.config.analysis.teacher, data.teacher),
+        "teacher": describe(context.config.settings.teacher, data.teacher),
         "data": {
             "root": context.config.data.root,
             "images": len(numbers),
@@ -263,3 +268,23 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone)
             ],
         },
     }
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """The CKA of the final class tokens, and the student's effective rank."""
+    rank = results["effective_rank"]["student"]["class"]
+    return {"cka": results["cka"]["final"], "effective_rank": rank}
+
+
+PROTOCOL = Protocol(
+    name="analysis",
+    settings=Settings,
+    rules={
+        "teacher": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
+        "images": at_least(2),
+    },
+    open=open_data,
+    measure=measure,
+    scores=scores,
+    writes_files=True,
+)

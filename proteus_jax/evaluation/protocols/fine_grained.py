@@ -6,6 +6,7 @@ of the last block, every dimension standardised, 45 values of C, the best one by
 one more fit on all that may be learnt from.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,19 @@ from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation.classifiers import logistic_regression
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import FrozenBackbone, class_token
-from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocol import Context, Protocol
 from proteus_jax.models.normalization import CLIP
-from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.schema import Rule
 
 DECAYS = np.logspace(-6, 5, 45)
 # Share of what is learnt from that C is chosen by, where a data set has no validation part.
 VALIDATION = 0.2
+
+
+class Settings(NamedTuple):
+    """Names of data sets; none for all twelve."""
+
+    datasets: tuple[str, ...]
 
 
 class Data(NamedTuple):
@@ -53,19 +60,14 @@ def open_data(config: EvalConfig) -> Data:
     with about("--config.data.root"):
         if not config.data.root:
             raise InputError("expected a folder with one folder a data set, found nothing")
-        return Data(*find_datasets(config.data.root, config.finegrained.datasets or [*DATASETS]))
-
-
-def check(config: EvalConfig, model: Model) -> list[str]:
-    """Every model fits."""
-    return []
+        return Data(*find_datasets(config.data.root, config.settings.datasets or [*DATASETS]))
 
 
 def measure(context: Context, data: Data) -> dict[str, Any]:
     """`per_dataset` is {name: percent}, `average` their plain mean where all twelve are there, null
     otherwise; `absent` says why others are missing.
     """
-    frozen = FrozenBackbone(context.model, context.mesh, context.frozen.backbone.dtype, CLIP)
+    frozen = context.frozen.with_statistics(CLIP)
     results, unreadable = {}, 0
     for name, splits in data.found.items():
         parts: list[Features | None] = []
@@ -196,3 +198,27 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
         precision[recall >= at - 1e-12].max(initial=0.0) for at in np.linspace(0.0, 1.0, 11)
     ]
     return float(np.mean(precisions))
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """The number of each data set, and the average where all are there."""
+    average = results["average"]
+    return results["per_dataset"] | ({} if average is None else {"average": average})
+
+
+PROTOCOL = Protocol(
+    name="finegrained",
+    settings=Settings,
+    rules={
+        "datasets": Rule(
+            lambda names: set(names) <= set(DATASETS) and len(set(names)) == len(names),
+            f"different names out of {', '.join(DATASETS)}",
+        )
+    },
+    open=open_data,
+    measure=measure,
+    scores=scores,
+    cells=lambda results: (
+        {} if results["average"] is None else {"fine-grained": results["average"]}
+    ),
+)

@@ -1,6 +1,7 @@
 """The protocol knn: DINOv2's weighted nearest neighbours on class tokens."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +16,18 @@ from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import class_token
-from proteus_jax.evaluation.protocol import Context
-from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.evaluation.protocol import Context, Protocol
+from proteus_jax.schema import ABOVE_ZERO, numbers
 
 # With so few classes each has its row on the terminal.
 FEW = 10
+
+
+class Settings(NamedTuple):
+    """How many neighbors vote, and the temperature of their votes."""
+
+    neighbours: tuple[float, ...]
+    temperature: float
 
 
 def open_data(config: EvalConfig) -> TrainTestSplit:
@@ -28,11 +36,6 @@ def open_data(config: EvalConfig) -> TrainTestSplit:
         if not config.data.root:
             raise InputError("expected images with classes, one folder a class; found nothing")
         return open_pair(config.data.root)
-
-
-def check(config: EvalConfig, model: Model) -> list[str]:
-    """Every model fits."""
-    return []
 
 
 def described(config: EvalConfig, pair: TrainTestSplit, unreadable: int) -> dict[str, Any]:
@@ -51,20 +54,23 @@ def described(config: EvalConfig, pair: TrainTestSplit, unreadable: int) -> dict
 
 def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     """`top1` and `balanced_top1` are {k: percent}; `per_class` is of the k that is best."""
-    config, unreadable = context.config, 0
+    config, settings, unreadable = context.config, context.config.settings, 0
     tokens, labels = [], []
     for title, part in (("train", pair.train), ("test", pair.test)):
         table = class_tokens(context, part, title)
         tokens.append(table.values)
         labels.append(part.labels[table.numbers])
         unreadable += table.unreadable
-    wanted = [int(k) for k in config.knn.neighbours]
+    wanted = [int(k) for k in settings.neighbours]
+    if min(wanted) > len(tokens[0]):
+        # Of fewer images all vote.
+        wanted.append(len(tokens[0]))
     predicted = knn.predictions(
         tokens[0],
         labels[0],
         tokens[1],
         neighbours=wanted,
-        temperature=config.knn.temperature,
+        temperature=settings.temperature,
         mesh=context.mesh,
     )
     right = {k: chosen == labels[1] for k, chosen in predicted.items()}
@@ -128,3 +134,23 @@ def class_tokens(context: Context, part: LabeledDataset, title: str):
         context.reading,
         progress=lambda text: context.progress(f"{title}: {text}"),
     )
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy and its mean over classes, of the number of neighbors that is best."""
+    best = max(results["top1"], key=results["top1"].__getitem__)
+    return {"top1": results["top1"][best], "balanced_top1": results["balanced_top1"][best]}
+
+
+PROTOCOL = Protocol(
+    name="knn",
+    settings=Settings,
+    rules={"neighbours": numbers(1, whole=True), "temperature": ABOVE_ZERO},
+    open=open_data,
+    measure=measure,
+    scores=scores,
+    cells=lambda results: {"knn": max(results["top1"].values())} if results["top1"] else {},
+    numbers=("neighbours",),
+    # One, so that rows of metrics are of the same.
+    during_training={"neighbours": 20},
+)

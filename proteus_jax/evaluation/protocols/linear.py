@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,16 +24,26 @@ from proteus_jax.errors import InputError
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
-from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocol import Context, Protocol
 from proteus_jax.evaluation.protocols import knn
-from proteus_jax.evaluation.results import describe
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import write_atomically
-from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.schema import ABOVE_ZERO, BOOLEAN, numbers, share
 
 MOMENTUM, REFERENCE_BATCH, DEVIATION = 0.9, 256, 0.01
 HEAD = "head.npz"
+
+
+class Settings(NamedTuple):
+    """The fields of the probe; configs/eval/base.py says what each means."""
+
+    epochs: float
+    learning_rates: tuple[float, ...]
+    blocks: tuple[float, ...]
+    held_out: float
+    cache: bool
 
 
 class Tokens(NamedTuple):
@@ -140,12 +150,12 @@ def open_data(config: EvalConfig) -> TrainTestSplit:
     return pair
 
 
-def check(config: EvalConfig, model: Model) -> list[str]:
+def check(config: EvalConfig, spec: ViTSpec, digest: Callable[[], str]) -> list[str]:
     """A head cannot see more blocks than there are."""
-    most = int(max(config.linear.blocks))
-    if most > model.spec.depth:
+    most = int(max(config.settings.blocks))
+    if most > spec.depth:
         return [
-            f"--config.linear.blocks: expected at most the {model.spec.depth} blocks of the model, "
+            f"--config.linear.blocks: expected at most the {spec.depth} blocks of the model, "
             f"found {most}"
         ]
     return []
@@ -169,7 +179,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     """`top1` is {head: percent} on the test set; `best` names the head that is best on the held-out
     part of the training set, and the best on the test set, which is the paper's way.
     """
-    config, settings = context.config, context.config.linear
+    config, settings = context.config, context.config.settings
     train_set, held_out = hold_out(pair.train, settings.held_out)
     most = int(max(settings.blocks))
     probe = Probe(
@@ -181,7 +191,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     )
     tokens = functools.partial(last_tokens, blocks=most)
     state = jax.jit(
-        functools.partial(probe.init, context.model.spec.width, config.seed),
+        functools.partial(probe.init, context.frozen.spec.width, config.seed),
         out_shardings=sharding.replicated(context.mesh),
     )()
     protocol = "linear, frozen crops" if settings.cache else "linear"
@@ -299,10 +309,10 @@ def _kept_features(
     """From the workdir where they are of the same model and images; made, and kept, otherwise."""
     config = context.config
     made_of = {
-        "model": describe(config.model, context.model)["weights_sha256"],
+        "model": context.digest(),
         "images": train_set.source.fingerprint,
         "view": list(context.view),
-        "blocks": int(max(config.linear.blocks)),
+        "blocks": int(max(config.settings.blocks)),
         "precision": str(context.frozen.backbone.dtype),
     }
     paths = [context.workdir / f"features-{name}.npy" for name in (*Tokens._fields, "numbers")]
@@ -333,8 +343,8 @@ def _kept_features(
 
 
 def _refuse_too_large(context: Context, images: int) -> None:
-    blocks = int(max(context.config.linear.blocks))
-    needed = images * context.model.spec.width * (blocks + 1) * 4
+    blocks = int(max(context.config.settings.blocks))
+    needed = images * context.frozen.spec.width * (blocks + 1) * 4
     free = shutil.disk_usage(context.workdir).free
     if needed > free:
         raise InputError(
@@ -408,6 +418,34 @@ def _save_head(
         blocks=probe.kinds[kind].blocks,
         pooled=probe.kinds[kind].pooled,
         classes=np.array(classes),
-        model=describe(context.config.model, context.model)["weights_sha256"],
+        model=context.digest(),
         protocol=protocol,
     )
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy of the head that is chosen: by held-out images where there are any."""
+    best = results["best"].get("held_out", results["best"]["test"])
+    return {"top1": best["top1"], "balanced_top1": best["balanced_top1"]}
+
+
+PROTOCOL = Protocol(
+    name="linear",
+    settings=Settings,
+    rules={
+        "epochs": ABOVE_ZERO,
+        "learning_rates": numbers(0),
+        "blocks": numbers(1, whole=True),
+        "held_out": share(below_one=True),
+        "cache": BOOLEAN,
+    },
+    open=open_data,
+    measure=measure,
+    scores=scores,
+    cells=lambda results: {results["protocol"]: results["best"]["test"]["top1"]},
+    check=check,
+    numbers=("learning_rates", "blocks"),
+    # Heads on the last block alone, which students of any depth have.
+    during_training={"blocks": (1,)},
+    writes_files=True,
+)

@@ -7,6 +7,7 @@ relative to AlexNet's, mean of the 15 corruptions (Hendrycks and Dietterich 2019
 
 import functools
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,10 @@ from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
-from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocol import Context, Protocol
 from proteus_jax.evaluation.protocols.linear import HEAD, Kind, last_tokens
-from proteus_jax.evaluation.results import describe
-from proteus_jax.weights.feature_extractor import Model
+from proteus_jax.models.config import ViTSpec
+from proteus_jax.schema import Rule
 
 PLAIN = ("imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-v2")
 CORRUPTED, SEVERITIES = "imagenet-c", range(1, 6)
@@ -44,6 +45,12 @@ ALEXNET = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
+
+
+class Settings(NamedTuple):
+    """The workdir of a linear evaluation of the same model."""
+
+    head: str
 
 
 class Head(NamedTuple):
@@ -97,7 +104,7 @@ def open_data(config: EvalConfig) -> Data:
     """The head of --config.robustness.head, and what of the sets lies below --config.data.root."""
     problems, head = [], None
     with collecting(problems, "--config.robustness.head"):
-        head = open_head(config.robustness.head)
+        head = open_head(config.settings.head)
     root = Path(config.data.root).expanduser()
     if not config.data.root or not root.is_dir():
         problems.append(
@@ -147,17 +154,16 @@ def _matched(labeled: LabeledDataset, head: Head, name: str) -> LabeledDataset:
     return LabeledDataset(labeled.source, own[labeled.labels], head.classes)
 
 
-def check(config: EvalConfig, model: Model) -> list[str]:
+def check(config: EvalConfig, spec: ViTSpec, digest: Callable[[], str]) -> list[str]:
     """The head must be one of this model."""
     try:
-        head = open_head(config.robustness.head)
+        head = open_head(config.settings.head)
     except InputError:
         return []
-    digest = describe(config.model, model)["weights_sha256"]
-    if head.model != digest:
+    if head.model != digest():
         return [
             "--config.robustness.head: was trained on another model, whose weights have the digest "
-            f"{head.model}; those of {config.model} have {digest}"
+            f"{head.model}; those of {config.model} have {digest()}"
         ]
     return []
 
@@ -235,3 +241,27 @@ def _accuracy(
     )
     right = shown[table.values] == part.labels[table.numbers]
     return float(np.mean(right)), table.unreadable
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracy on each set, and the mean corruption error where it is whole."""
+    mce = results["mce"]
+    return results["top1"] | ({} if mce is None else {"mce": mce})
+
+
+def cells(results: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of the paper's table."""
+    names = dict(zip(PLAIN, ("A", "R", "Sketch", "V2"), strict=True)) | {"mce": "mCE"}
+    return {names[name]: value for name, value in scores(results).items()}
+
+
+PROTOCOL = Protocol(
+    name="robustness",
+    settings=Settings,
+    rules={"head": Rule(lambda value: isinstance(value, str), "a folder, or nothing")},
+    open=open_data,
+    measure=measure,
+    scores=scores,
+    cells=cells,
+    check=check,
+)

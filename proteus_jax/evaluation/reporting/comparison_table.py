@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from proteus_jax.errors import InputError
+from proteus_jax.evaluation.protocols.registry import PROTOCOLS
 from proteus_jax.evaluation.results import read_results
 
 COLUMNS = ("linear", "linear, frozen crops", "knn", "fine-grained", "A", "R", "Sketch", "V2", "mCE")
@@ -47,24 +48,8 @@ PUBLISHED = {
 
 def cells(results: dict[str, Any]) -> dict[str, float]:
     """The cells of one evaluation, by column."""
-    protocol = results["protocol"]
-    if protocol in ("linear", "linear, frozen crops"):
-        return {protocol: results["best"]["test"]["top1"]}
-    if protocol == "knn":
-        best = max(results["top1"].values(), default=None)
-        return {} if best is None else {"knn": best}
-    if protocol == "finegrained":
-        return {} if results["average"] is None else {"fine-grained": results["average"]}
-    if protocol == "robustness":
-        names = {"A": "imagenet-a", "R": "imagenet-r", "Sketch": "imagenet-sketch"}
-        names |= {"V2": "imagenet-v2"}
-        values = {
-            column: results["top1"][name]
-            for column, name in names.items()
-            if name in results["top1"]
-        }
-        return values if results["mce"] is None else values | {"mCE": results["mce"]}
-    return {}
+    protocol = PROTOCOLS.get(results["protocol"].partition(",")[0])
+    return {} if protocol is None else protocol.cells(results)
 
 
 def table(directories: Sequence[Path], *, published: bool = True) -> str:
@@ -94,7 +79,9 @@ def table(directories: Sequence[Path], *, published: bool = True) -> str:
     if problems:
         raise InputError(problems)
     shown = [(names[key], row) for key, row in rows.items()]
-    used = [column for column in COLUMNS if any(column in row for _, row in shown)]
+    measured = list(dict.fromkeys(column for _, row in shown for column in row))
+    used = [column for column in COLUMNS if column in measured]
+    used += [column for column in measured if column not in COLUMNS]
     if published:
         shown += [
             (f"{name} (published)", row)

@@ -1,0 +1,13 @@
+"""A ridge classifier of class tokens: seconds, for a first look."""
+
+from typing import Any
+
+import ml_collections
+from proteus_jax.configs.eval import base
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The protocol alone."""
+    config: Any = base.get_config()
+    config.protocol = "ridge"
+    return config
