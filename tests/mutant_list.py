@@ -473,8 +473,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/data/dataset.py",
-        "return _OPENERS[kind](sorted(paths)), ()",
-        "return _OPENERS[kind](paths), ()",
+        "return SHARDS[kind](sorted(paths)), ()",
+        "return SHARDS[kind](paths), ()",
         "shards of a folder come in the order of the disk, which hosts do not share",
         ("test_sources.py::test_tar_shards", "test_sources.py::test_folders_of_shards"),
     ),

@@ -11,11 +11,9 @@ import numpy as np
 
 from proteus_jax.data import decode
 from proteus_jax.data.sources import skimage
-from proteus_jax.data.sources.array_record import open_records
 from proteus_jax.data.sources.base import Source, SubsetSource
 from proteus_jax.data.sources.image_folder import open_folder, open_list, open_single
-from proteus_jax.data.sources.shards import open_parquet, open_tar
-from proteus_jax.data.sources.tfds import PREFIX, open_tfds
+from proteus_jax.data.sources.registry import SCHEMES, SHARDS
 from proteus_jax.data.splits import (
     WHOLE,
     HeldOut,
@@ -83,8 +81,9 @@ def open_source(root: str) -> tuple[Source, tuple[str, ...]]:
     name = root.lower()
     if root == skimage.NAME:
         return open_folder(str(skimage.obtain_pictures()))
-    if name.startswith(PREFIX):
-        return open_tfds(root), ()
+    scheme, colon, _ = name.partition(":")
+    if colon and scheme in SCHEMES:
+        return SCHEMES[scheme](root), ()
     if not remote_fs.is_remote(root) and os.path.isdir(remote_fs.local(root)):
         return _open_directory(root)
     if name.endswith(_COMPRESSED):
@@ -95,13 +94,10 @@ def open_source(root: str) -> tuple[Source, tuple[str, ...]]:
         return _open_manifest(root)
     kind = _kind(PurePath(name).name)
     if kind is not None:
-        return _OPENERS[kind](remote_fs.expand(root)), ()
+        return SHARDS[kind](remote_fs.expand(root)), ()
     if name.endswith(decode.SUFFIXES) and not remote_fs.is_remote(root):
         return open_single(root), ()
     return open_folder(root)
-
-
-_OPENERS = {".tar": open_tar, ".parquet": open_parquet, ".array_record": open_records}
 
 
 def _kind(name: str) -> str | None:
@@ -145,7 +141,7 @@ def _open_directory(root: str) -> tuple[Source, tuple[str, ...]]:
             f"mean, as {root.rstrip('/')}/{one}"
         )
     ((kind, paths),) = shards.items()
-    return _OPENERS[kind](sorted(paths)), ()
+    return SHARDS[kind](sorted(paths)), ()
 
 
 def _open_manifest(path: str) -> tuple[Source, tuple[str, ...]]:

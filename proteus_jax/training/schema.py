@@ -122,9 +122,6 @@ _TEACHER: dict[str, Rule] = {
     "normalization": one_of(NATIVE, *STATISTICS),
     "image_size": at_least(1),
     "standardize": BOOLEAN,
-    "loss_weights.token": at_least(0),
-    "loss_weights.feature": at_least(0),
-    "loss_weights.patch": at_least(0),
 }
 _OPTIONAL_OF_TEACHER = re.compile(r"teachers\.\w+\.(image_size|loss_weights\.\w+)")
 
@@ -194,14 +191,17 @@ def _is_optional(field: str) -> bool:
 def training_schema(config: Any) -> Schema:
     """Makes the schema of a configuration that trains, by its teachers' names and its method."""
     method = METHODS.get(_group(config, "method").get("name"))
+    own = {} if method is None else method.rules
+    # A teacher may have factors of its own for the method's losses.
+    weights = {field: rule for field, rule in own.items() if field.startswith("loss_weights.")}
     rules = {
         **_RULES,
         **{
             f"teachers.{name}.{field}": rule
             for name in _group(config, "teachers")
-            for field, rule in _TEACHER.items()
+            for field, rule in {**_TEACHER, **weights}.items()
         },
-        **{f"method.{field}": rule for field, rule in (method.rules if method else {}).items()},
+        **{f"method.{field}": rule for field, rule in own.items()},
     }
     return Schema(rules, resolve, _check, _is_optional, numbers=("data.weights",))
 

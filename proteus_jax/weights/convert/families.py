@@ -6,7 +6,7 @@ openai/CLIP, mlfoundations/open_clip, google-research/syn-rep-learn and /big_vis
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,30 +24,106 @@ _WITHOUT_OFFSET: dict[str, Any] = {"interpolate_offset": 0.0, "interpolate_antia
 
 
 class Family(NamedTuple):
-    """Facts that a family's members have in common and no array says."""
+    """Facts that a family's members have in common and no array says: choices of the architecture,
+    channel statistics, and what of _NEEDED they are without.
+    """
 
     choices: Mapping[str, Any]
     normalisation: Normalization
     title: str
+    without: tuple[str, ...] = ()
+
+
+class Layout(NamedTuple):
+    """Names that the arrays of some families have; `fits` recognizes them."""
+
+    names: NameMap
+    families: tuple[str, ...]
+    fits: Callable[[Arrays], bool]
 
 
 _CLIP = {name: config.CLIP[name] for name in ("norm_epsilon", "activation", "xavier_qkv")}
 _CLIP |= {"final_norm": "class", **_WITHOUT_OFFSET}
 FAMILIES: dict[str, Family] = {
     "dinov2": Family({}, IMAGENET, "DINOv2"),
-    "dinov3": Family({"norm_epsilon": 1e-5, "key_bias": False}, IMAGENET, "DINOv3"),
+    "dinov3": Family(
+        {"norm_epsilon": 1e-5, "key_bias": False}, IMAGENET, "DINOv3", ("position table",)
+    ),
     "synclr": Family(
         {"mask_deviation": 0.02, "interpolate_offset": 0.1, "interpolate_antialias": False},
         CLIP,
         "SynCLR",
     ),
-    "clip": Family(_CLIP, CLIP, "OpenAI's CLIP, with QuickGELU"),
-    "openclip": Family(_CLIP | {"activation": "gelu"}, CLIP, "OpenCLIP, with GELU"),
-    "siglip": Family({"activation": "gelu_tanh", **_WITHOUT_OFFSET}, HALF, "SigLIP"),
+    "clip": Family(_CLIP, CLIP, "OpenAI's CLIP, with QuickGELU", ("patch bias",)),
+    "openclip": Family(
+        _CLIP | {"activation": "gelu"}, CLIP, "OpenCLIP, with GELU", ("patch bias",)
+    ),
+    "siglip": Family(
+        {"activation": "gelu_tanh", **_WITHOUT_OFFSET}, HALF, "SigLIP", ("class token",)
+    ),
     "timm": Family(
         {"interpolate_offset": 0.0, "interpolate_antialias": True}, IMAGENET, "timm's plain ViT"
     ),
 }
+# Arrays that every model has but for the families that say otherwise.
+_NEEDED = {
+    "class token": "cls_token",
+    "position table": "pos_embed",
+    "patch bias": "patch_embed.proj.bias",
+}
+
+
+def _is_flexible(arrays: Arrays) -> bool:
+    """SigLIP's patch embedding; InputError where it is that of flexible sizes."""
+    table = arrays.get("embeddings.patch_embedding.weight")
+    if table is not None and table.ndim == 2:
+        raise InputError(
+            "SigLIP 2 of flexible sizes (naflex) is not read; take one of a fixed size"
+        )
+    return table is not None
+
+
+def _is_packed(arrays: Arrays) -> bool:
+    """Whether the first linear of a SwiGLU layer holds both of its halves."""
+    first, last = (arrays.get(f"blocks.0.mlp.{fc}.weight") for fc in ("fc1", "fc2"))
+    return (
+        first is not None
+        and last is not None
+        and first.ndim == last.ndim == 2
+        and first.shape[0] == 2 * last.shape[1]
+    )
+
+
+def _is_square(arrays: Arrays) -> bool:
+    """Whether the position table has rows for patches alone."""
+    table = arrays.get("pos_embed")
+    return (
+        table is not None and table.ndim == 3 and math.isqrt(table.shape[1]) ** 2 == table.shape[1]
+    )
+
+
+# The first that fits counts; the last fits all.
+LAYOUTS = [
+    Layout(name_maps.CLIP, ("clip", "openclip"), lambda a: "class_embedding" in a),
+    Layout(name_maps.HF_CLIP, ("clip", "openclip"), lambda a: "embeddings.class_embedding" in a),
+    Layout(name_maps.HF_SIGLIP, ("siglip",), _is_flexible),
+    Layout(name_maps.HF_DINOV3, ("dinov3",), lambda a: "embeddings.patch_embeddings.weight" in a),
+    Layout(
+        name_maps.HF_VIT, ("timm", "synclr"), lambda a: any(".layernorm_before." in n for n in a)
+    ),
+    Layout(name_maps.HF_DINOV2, ("dinov2",), lambda a: any(n.startswith("embeddings.") for n in a)),
+    Layout(
+        name_maps.DINOV3, ("dinov3",), lambda a: "storage_tokens" in a or "rope_embed.periods" in a
+    ),
+    # From here on names that DINOv2, SynCLR and timm share.
+    Layout(name_maps.TIMM, ("clip", "openclip"), lambda a: "norm_pre.weight" in a),
+    Layout(name_maps.TIMM_MEAN, ("timm",), lambda a: "fc_norm.weight" in a),
+    Layout(name_maps.SYNCLR, ("synclr", "timm"), lambda a: not any(".ls1." in name for name in a)),
+    Layout(name_maps.TIMM_SWIGLU, ("dinov2",), _is_packed),
+    Layout(name_maps.TIMM, ("dinov2",), lambda a: "reg_token" in a),
+    Layout(name_maps.TIMM, ("timm",), _is_square),
+    Layout(name_maps.DINOV2, ("dinov2",), lambda _: True),
+]
 # The name that every family's patch embedding has: what comes before it is a prefix.
 _PATCHES = (
     "patch_embed.proj.weight",
@@ -137,66 +213,15 @@ def _refuse_without(family: str, arrays: Arrays) -> None:
     """Refuses arrays without what every member of a family has: its absence must not pass for
     another choice.
     """
-    needed = {"class token": "cls_token", "position table": "pos_embed"}
-    needed["patch bias"] = "patch_embed.proj.bias"
-    spared = {
-        "siglip": {"class token"},
-        "dinov3": {"position table"},
-        "clip": {"patch bias"},
-        "openclip": {"patch bias"},
-    }.get(family, set())
-    for what, array in needed.items():
-        if what not in spared and array not in arrays:
+    for what, array in _NEEDED.items():
+        if what not in FAMILIES[family].without and array not in arrays:
             raise InputError(f"not a ViT of {FAMILIES[family].title}: it has no {what}")
 
 
 def _layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
     """The layout whose names these are, and the families that use it."""
-    if "class_embedding" in arrays:
-        return name_maps.CLIP, ("clip", "openclip")
-    if "embeddings.class_embedding" in arrays:
-        return name_maps.HF_CLIP, ("clip", "openclip")
-    if "embeddings.patch_embedding.weight" in arrays:
-        if arrays["embeddings.patch_embedding.weight"].ndim == 2:
-            raise InputError(
-                "SigLIP 2 of flexible sizes (naflex) is not read; take one of a fixed size"
-            )
-        return name_maps.HF_SIGLIP, ("siglip",)
-    if "embeddings.patch_embeddings.weight" in arrays:
-        return name_maps.HF_DINOV3, ("dinov3",)
-    if any(".layernorm_before." in name for name in arrays):
-        return name_maps.HF_VIT, ("timm", "synclr")
-    if any(name.startswith("embeddings.") for name in arrays):
-        return name_maps.HF_DINOV2, ("dinov2",)
-    if "storage_tokens" in arrays or "rope_embed.periods" in arrays:
-        return name_maps.DINOV3, ("dinov3",)
-    return _plain_layout(arrays)
-
-
-def _plain_layout(arrays: Arrays) -> tuple[NameMap, tuple[str, ...]]:
-    """The layout of arrays with the names that DINOv2, SynCLR and timm share."""
-    if "norm_pre.weight" in arrays:
-        return name_maps.TIMM, ("clip", "openclip")
-    if "fc_norm.weight" in arrays:
-        return name_maps.TIMM_MEAN, ("timm",)
-    scaled = any(".ls1." in name for name in arrays)
-    if not scaled:
-        return name_maps.SYNCLR, ("synclr", "timm")
-    first, last = (arrays.get(f"blocks.0.mlp.{fc}.weight") for fc in ("fc1", "fc2"))
-    packed = (
-        first is not None
-        and last is not None
-        and first.ndim == last.ndim == 2
-        and first.shape[0] == 2 * last.shape[1]
-    )
-    if packed:
-        return name_maps.TIMM_SWIGLU, ("dinov2",)
-    if "reg_token" in arrays:
-        return name_maps.TIMM, ("dinov2",)
-    table = arrays.get("pos_embed")
-    if table is not None and table.ndim == 3 and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
-        return name_maps.TIMM, ("timm",)
-    return name_maps.DINOV2, ("dinov2",)
+    layout = next(each for each in LAYOUTS if each.fits(arrays))
+    return layout.names, layout.families
 
 
 def _chosen(fitting: Sequence[str], given: str | None, configured: str | None) -> str:
