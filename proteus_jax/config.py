@@ -120,10 +120,10 @@ def find_file(text: str) -> Path:
         file = Path(text).expanduser()
         if file.is_file():
             return file
-        folder = Path(configs.__path__[0])
         named = {
             str(each.relative_to(folder).with_suffix("")): each
-            for each in sorted(folder.rglob("*.py"))
+            for folder in configs.__path__
+            for each in sorted(Path(folder).rglob("*.py"))
             if not each.name.startswith("_")
         }
         if text in named:

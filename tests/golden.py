@@ -32,7 +32,7 @@ from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.vit import Features
 from proteus_jax.training.optimizer import adamw, decay_mask
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.convert.families import Detected, detect_architecture
+from proteus_jax.weights.convert.detection import Detected, detect_architecture
 from proteus_jax.weights.convert.readers import read_weights
 
 TOKEN_TOLERANCE = 2e-4

@@ -19,7 +19,8 @@ from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.families import FAMILIES, detect_architecture, find_prefix
+from proteus_jax.weights.convert.detection import detect_architecture, find_prefix
+from proteus_jax.weights.convert.families import FAMILIES
 from proteus_jax.weights.convert.hf_directory import INDEX, read_directory
 from proteus_jax.weights.convert.import_weights import import_weights, read_model
 from proteus_jax.weights.convert.parity import compare, our_outputs

@@ -14,6 +14,8 @@ from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics, read_met
 
 messages: Any = event_pb2  # its classes are made at run time
 
+LOSSES = ("loss", "token_loss", "feature_loss", "patch_loss")
+
 
 def events(path: Path) -> Iterator[Any]:
     """Of one file, record by record."""
@@ -87,7 +89,9 @@ def test_rows_of_two_students(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proteus_jax.engine.metrics_logger.time.monotonic", lambda: now[0])
     monkeypatch.setattr("proteus_jax.engine.metrics_logger.jax.device_count", lambda: 16)
     writer, console = Written(), Heard()
-    rows = MetricsLogger(writer, console, students=("a", "b"), total_steps=30, work=1e10, peak=4e12)
+    rows = MetricsLogger(
+        writer, console, students=("a", "b"), losses=LOSSES, total_steps=30, work=1e10, peak=4e12
+    )
     rows.begin(10)
     now[0] += 20.0
     losses = {

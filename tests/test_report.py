@@ -21,6 +21,8 @@ from proteus_jax.training import summary
 STRANGE = '<script>alert("x")</script> & "photos"'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
+LOSSES = ("loss", "token_loss", "feature_loss", "patch_loss")
+
 
 class Page(html.parser.HTMLParser):
     """Tags in balance, and every address that a page names."""
@@ -261,7 +263,7 @@ def test_what_is_said_at_the_end() -> None:
     rows[-1] |= {"agreement_class": 0.7, "cka": 0.75, "neighbour_overlap": 0.5, "knn_top1": 60.0}
     rows[-1] |= {"teacher_knn_top1": 80.0, "knn_balanced_top1": 40.0, "ridge_top1": 45.0}
     rows[-1] |= {"teacher_ridge_top1": 50.0, "ema_knn_top1": 61.5}
-    lines = [re.split(r"  +", line.strip()) for line in summary._score_lines(rows, "")]
+    lines = [re.split(r"  +", line.strip()) for line in summary._score_lines(rows, "", LOSSES[1:])]
     assert lines == [
         ["first step", "last 10"],
         ["token loss", "99.000", "64.500"],
@@ -279,5 +281,5 @@ def test_what_is_said_at_the_end() -> None:
     ]
     # Of two students each has its own rows.
     named = [{f"a/{key}": value for key, value in row.items()} for row in rows[1:3]]
-    assert len(list(summary._score_lines(named, "a/"))) == 4
-    assert list(summary._score_lines(named, "b/")) == []
+    assert len(list(summary._score_lines(named, "a/", LOSSES[1:]))) == 4
+    assert list(summary._score_lines(named, "b/", LOSSES[1:])) == []

@@ -19,7 +19,7 @@ from proteus_jax.runtime import download
 from proteus_jax.runtime.download import Wheel, fetch_address, fetch_wheel_members
 from proteus_jax.weights import fetch
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.families import detect_architecture
+from proteus_jax.weights.convert.detection import detect_architecture
 from proteus_jax.weights.registry import TEACHERS
 
 

@@ -10,8 +10,6 @@ import numpy as np
 from proteus_jax.runtime.console import Console, duration
 from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics
 
-LOSSES = ("loss", "token_loss", "feature_loss", "patch_loss")
-
 
 class Written(NamedTuple):
     """A row that was written, and whether its step was evaluated."""
@@ -33,7 +31,8 @@ class _Pending(NamedTuple):
 class MetricsLogger:
     """One row waits: its numbers are fetched when the device is busy with the next logged step.
 
-    `work` is in FLOPs an image, `peak` in FLOPs a second of all devices, None where it is unknown.
+    `losses` are the names of those on the live line. `work` is in FLOPs an image, `peak` in FLOPs a
+    second of all devices, None where it is unknown.
     """
 
     def __init__(
@@ -42,12 +41,13 @@ class MetricsLogger:
         console: Console,
         *,
         students: Sequence[str],
+        losses: Sequence[str],
         total_steps: int,
         work: float,
         peak: float | None,
     ):
         self._writer, self._console = writer, console
-        self._students, self._total_steps = students, total_steps
+        self._students, self._losses, self._total_steps = students, losses, total_steps
         self._work, self._peak = work, peak
         self._pending: _Pending | None = None
         self.sync, self.close = writer.sync, writer.close
@@ -109,7 +109,7 @@ class MetricsLogger:
         first = self._students[0]
         own = {key.removeprefix(f"{first}/"): value for key, value in values.items()}
         losses = "  ".join(
-            f"{key.removesuffix('_loss')} {own.get(key, float('nan')):.3f}" for key in LOSSES
+            f"{key.removesuffix('_loss')} {own.get(key, float('nan')):.3f}" for key in self._losses
         )
         self._console.progress(
             f"step {step}/{total}  {losses}  "

@@ -70,6 +70,8 @@ class Experiment:
     normalisation: Normalization
     side: int
     students: dict[str, StudentFunction]
+    # Names of the losses in a row of metrics, the primary teacher's first.
+    loss_names: tuple[str, ...]
     # The primary teacher's and each student's backbone, for the protocols of evaluation, with the
     # sides in pixels of their images. Students' weights are those that they are given.
     backbones: dict[str, FrozenBackbone]
@@ -132,6 +134,7 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
         normalisation=assembly.normalisation,
         side=config.image_size,
         students=assembly.students,
+        loss_names=assembly.method.loss_names,
         backbones=backbones,
         sides={PRIMARY: assembly.teachers[PRIMARY].side or config.data.crop}
         | dict.fromkeys(assembly.students, config.data.crop),

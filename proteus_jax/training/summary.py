@@ -85,7 +85,7 @@ def print_summary(
         prefix = f"{name}/" if len(directories) > 1 else ""
         console.line()
         console.line(f"what {name} learnt")
-        for text in _score_lines(rows, prefix):
+        for text in _score_lines(rows, prefix, experiment.loss_names):
             console.line("  " + text)
         console.line(f"it lies in {directory}; to use it:")
         console.line()
@@ -98,11 +98,11 @@ def print_summary(
         )
 
 
-def _score_lines(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
+def _score_lines(rows: list[dict[str, Any]], prefix: str, losses: Sequence[str]) -> Iterator[str]:
     steps = [row for row in rows if prefix + "loss" in row]
     if steps:
         yield f"{'':38}{'first step':>12}{'last 10':>10}"
-        for key in ("token_loss", "feature_loss", "patch_loss"):
+        for key in losses:
             last = np.mean([row[prefix + key] for row in steps[-10:]])
             yield f"{key.replace('_', ' '):38}{steps[0][prefix + key]:12.3f}{last:10.3f}"
     measured = [row for row in rows if prefix + "agreement_class" in row]
@@ -126,8 +126,11 @@ def _score_lines(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
 
 def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     """Percent right on labelled images, student and teacher side by side."""
-    measured = [row for row in rows if prefix + "knn_top1" in row]
-    for key, label in (("knn_top1", "nearest neighbours"), ("ridge_top1", "ridge probe")):
+    labels = {"knn_top1": "nearest neighbours", "ridge_top1": "ridge probe"}
+    named = dict.fromkeys(key for row in rows for key in row if key.startswith("teacher_"))
+    for key in (each.removeprefix("teacher_") for each in named if "balanced" not in each):
+        measured = [row for row in rows if prefix + key in row]
+        label = labels.get(key, key.replace("_", " "))
         if measured:
             before, after = measured[0][prefix + key], measured[-1][prefix + key]
             of_teacher = measured[-1][f"teacher_{key}"]

@@ -42,6 +42,8 @@ from proteus_jax.training.summary import print_summary
 from proteus_jax.training.train_state import TrainState, from_items, to_items
 
 DONE = 0
+# So many losses stand on the live line beside their sum.
+SHOWN = 3
 
 
 class Trainer:
@@ -85,6 +87,7 @@ class Trainer:
             NoMetrics() if jax.process_index() else MetricsWriter(self._place.local, resumed),
             self._console,
             students=tuple(experiment.students),
+            losses=("loss", *experiment.loss_names[:SHOWN]),
             total_steps=experiment.total_steps,
             work=experiment.work,
             peak=experiment.peak,

@@ -22,9 +22,7 @@ from proteus_jax.runtime.metric_writer import read_metrics
 FILE = "report.html"
 # So many moments of a run are shown as pictures.
 MOMENTS = 6
-LOSSES = ("loss", "token_loss", "feature_loss", "patch_loss")
 AGREEMENT = ("agreement_class", "agreement_patch", "neighbour_overlap", "cka")
-SCORES = ("knn_top1", "ridge_top1")
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1d2330; --faint: #66708a; --line: #dde1ea;
   --c0: #2563c9; --c1: #c2410c; --c2: #15803d; --c3: #8b3fb5; --c4: #b4890a; --c5: #0f8a94; }
@@ -89,11 +87,11 @@ def _students(rows: list[dict[str, Any]], workdir: Path, students: Sequence[str]
             yield f"<h2>{html.escape(name)}</h2>"
         yield from _summary(rows, prefix)
         yield '<div class="charts">'
-        yield _figure("losses", _series(rows, prefix, LOSSES))
+        yield _figure("losses", _series(rows, prefix, _losses(rows, prefix)))
         yield _figure(
             "agreement with the teacher on held-out views", _series(rows, prefix, AGREEMENT)
         )
-        charts = [*_series(rows, prefix, SCORES), *_levels(rows)]
+        charts = [*_series(rows, prefix, _scores(rows)), *_levels(rows)]
         yield _figure("percent right on labelled images", charts)
         yield "</div>"
         yield from _pictures(workdir, name)
@@ -117,10 +115,22 @@ def _series(rows: list[dict[str, Any]], prefix: str, keys: Sequence[str]) -> lis
     return series
 
 
+def _losses(rows: list[dict[str, Any]], prefix: str) -> list[str]:
+    """The names of a student's losses, their sum first."""
+    names = dict.fromkeys(key for row in rows for key in row if key.endswith("_loss"))
+    return ["loss", *(key.removeprefix(prefix) for key in names if key.startswith(prefix))]
+
+
+def _scores(rows: list[dict[str, Any]]) -> list[str]:
+    """The names of what protocols measured of students and teacher alike."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith("teacher_"))
+    return [key.removeprefix("teacher_") for key in names if "balanced" not in key]
+
+
 def _levels(rows: list[dict[str, Any]]) -> list[Series]:
     """The teacher's scores, which stay, as lines over the whole run."""
     levels = []
-    for key in SCORES:
+    for key in _scores(rows):
         values = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
         if values:
             points = [(rows[0]["step"], values[-1]), (rows[-1]["step"], values[-1])]
@@ -138,14 +148,15 @@ def _figure(caption: str, series: list[Series]) -> str:
 def _summary(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
     """First and last numbers, as a table."""
     lines = []
-    for key in (*LOSSES, *AGREEMENT, *SCORES):
+    scores = _scores(rows)
+    for key in (*_losses(rows, prefix), *AGREEMENT, *scores):
         values = [row[prefix + key] for row in rows if prefix + key in row]
         if values:
             of_teacher = [row[f"teacher_{key}"] for row in rows if f"teacher_{key}" in row]
             beside = (
                 f"{of_teacher[-1]:.1f}: {_share(values[-1], of_teacher[-1])}" if of_teacher else ""
             )
-            digits = 1 if key in SCORES else 3
+            digits = 1 if key in scores else 3
             lines.append(
                 f"<tr><td>{key.replace('_', ' ')}</td><td>{values[0]:.{digits}f}</td>"
                 f"<td>{values[-1]:.{digits}f}</td><td>{beside}</td></tr>"

@@ -9,7 +9,7 @@ from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.convert.families import Detected, detect_architecture, find_prefix
+from proteus_jax.weights.convert.detection import Detected, detect_architecture, find_prefix
 from proteus_jax.weights.convert.hf_directory import read_directory
 from proteus_jax.weights.convert.name_maps import DINOV2
 from proteus_jax.weights.convert.readers import Arrays, read_weights
