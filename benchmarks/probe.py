@@ -19,15 +19,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from proteus_jax.configs.eval import linear as configuration
 
+from proteus_jax.config import Override, load
 from proteus_jax.data.datasets.labeled import LabeledDataset
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CenterCrop
-from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig, class_token
+from proteus_jax.evaluation.classifiers import linear_heads
+from proteus_jax.evaluation.feature_extraction import LoaderConfig, class_token, freeze
+from proteus_jax.evaluation.linear_training import RandomCrops
+from proteus_jax.evaluation.probe_training import train_probe
 from proteus_jax.evaluation.protocol import Context
-from proteus_jax.evaluation.protocols import linear
+from proteus_jax.evaluation.schema import evaluation_schema
 from proteus_jax.models.config import SPECS
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.runtime import sharding
@@ -51,34 +55,48 @@ def main() -> None:
     source = MemorySource(pictures, [str(number) for number in range(args.images)])
     labels = rng.integers(0, args.classes, args.images)
     train_set = LabeledDataset(source, labels, tuple(map(str, range(args.classes))))
-    config = configuration.get_config()
-    config.batch, config.data.crop = args.batch, args.crop
+    fields = {"model": args.model, "batch": args.batch, "data.crop": args.crop, "data.resize": size}
+    overrides = [Override(name, str(value)) for name, value in fields.items()]
+    config, problems = load("eval/linear", overrides, evaluation_schema)
+    assert not problems
     mesh, spec = sharding.make_mesh(), SPECS[args.model]
     model = Model(jax.jit(BackboneFunction(spec).init)(jax.random.key(0)), ModelCard(spec=spec))
-    frozen = FrozenBackbone(model, mesh)
+    frozen = freeze(model, mesh)
 
     def quiet(_: str) -> None:
         """Nothing."""
 
     view, reading = CenterCrop(size, args.crop), LoaderConfig(args.batch)
-    context = Context(config, model, frozen, mesh, Path(), view, reading, quiet, quiet)
-    probe = linear.Probe(
-        kinds=tuple(linear.Kind(n, pooled) for n in (1, 4) for pooled in (False, True)),
-        rates=tuple(config.linear.learning_rates),
+    context = Context(config, frozen, str, mesh, Path(), view, reading, quiet, quiet)
+    probe = linear_heads.Probe(
+        kinds=tuple(linear_heads.Kind(n, pooled) for n in (1, 4) for pooled in (False, True)),
+        rates=tuple(config.settings.learning_rates),
         classes=args.classes,
         steps=-(-args.images // args.batch),
         batch=args.batch,
     )
-    tokens = functools.partial(linear.last_tokens, blocks=4)
-    trainer = linear.CropTrainer(context, probe, tokens)
-    state = jax.jit(functools.partial(probe.init, spec.width, 0))()
-    state = jax.device_put(state, sharding.replicated(mesh))
+    tokens = functools.partial(linear_heads.last_tokens, blocks=4)
+    crops = RandomCrops(context, probe, tokens, train_set)
+
+    def init() -> dict:
+        return {**probe.init(spec.width, 0), "step": jnp.zeros((), jnp.int32)}
+
     times: dict[str, list[float]] = {"pass": [], "probe": []}
     for number in range(args.rounds + 1):
         start = time.perf_counter()
         frozen.table(class_token, source, view, reading)
         between = time.perf_counter()
-        state = jax.block_until_ready(trainer(train_set, state))
+        state = train_probe(
+            context,
+            crops.train_step,
+            crops.place,
+            crops.batches,
+            init=init,
+            steps=probe.steps,
+            what="heads",
+            facts={},
+        )
+        jax.block_until_ready(state)
         end = time.perf_counter()
         if number:  # the first one compiles
             times["pass"].append(between - start)

@@ -1059,14 +1059,14 @@ MUTANTS = [
         ("test_linear.py::test_the_head_that_is_kept_is_chosen_by_images_held_out",),
     ),
     Mutant(
-        "proteus_jax/evaluation/protocols/linear.py",
+        "proteus_jax/evaluation/linear_training.py",
         "return Tokens(cls, mean), train_set.labels[numbers]",
         "return Tokens(cls, mean), train_set.labels[: len(numbers)]",
         "a broken image shifts the labels of kept features",
         ("test_linear.py::test_labels_follow_their_images_where_one_is_broken",),
     ),
     Mutant(
-        "proteus_jax/evaluation/protocols/linear.py",
+        "proteus_jax/evaluation/linear_training.py",
         "return table.values, train_set.labels[table.numbers]",
         "return table.values, train_set.labels[: len(table.numbers)]",
         "a broken image shifts the labels of new features",
@@ -1087,8 +1087,8 @@ MUTANTS = [
         ("test_linear.py::test_a_probe_learns_and_names_both_choices",),
     ),
     Mutant(
-        "proteus_jax/evaluation/protocols/linear.py",
-        '"images": train_set.source.fingerprint,',
+        "proteus_jax/evaluation/linear_training.py",
+        '"images": train_set.source.fingerprint,\n        "view"',
         '"images": len(train_set.labels),',
         "kept features of other images are taken where there are as many",
         ("test_linear.py::test_labels_follow_their_images_where_one_is_broken",),

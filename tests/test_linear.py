@@ -9,19 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import evaluation_config
+from conftest import Heard, evaluation_config
 
 from proteus_jax.data.datasets.labeled import LabeledDataset, open_pair
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CenterCrop
-from proteus_jax.errors import InputError, Unreadable
+from proteus_jax.errors import InputError, Interrupted, Unreadable
+from proteus_jax.evaluation import linear_training
+from proteus_jax.evaluation.classifiers import linear_heads
+from proteus_jax.evaluation.classifiers.linear_heads import Kind, Probe, Tokens
 from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
-from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocol import Context, Saving
 from proteus_jax.evaluation.protocols import linear
-from proteus_jax.evaluation.protocols.linear import Kind, Probe, Tokens
 from proteus_jax.evaluation.results import weights_digest
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
+from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
@@ -152,6 +155,43 @@ class Shades(MemorySource):
         return super().read(index)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_probe_that_is_stopped_goes_on_where_it_was(
+    cache: bool, tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+) -> None:
+    """To the same heads, bit for bit; what was saved of another probe is not gone on from."""
+    model = Model(*load_model(tiny_teacher))
+    pair = open_pair(str(labelled_folder))
+    probe = Probe(KINDS, RATES, len(pair.train.classes), steps=5, batch=16)
+    tokens = functools.partial(linear_heads.last_tokens, blocks=2)
+    heard = Heard()
+
+    def heads(where: str, handler: PreemptionHandler, probe: Probe = probe) -> list[Any]:
+        context, _ = context_for(labelled_folder, model, tmp_path, cache=cache)
+        saving = Saving(str(tmp_path / where), heard, handler)
+        context = context._replace(saving=saving)
+        return linear_training.train_heads(context, probe, tokens, pair.train)
+
+    def quiet() -> PreemptionHandler:
+        return PreemptionHandler(300.0, heard.line)
+
+    whole = heads("whole", quiet())
+    asked = quiet()
+    asked.made = True
+    with pytest.raises(Interrupted, match="interrupted at step 1 of 5 of the probe; the same"):
+        heads("stopped", asked)
+    resumed = heads("stopped", quiet())
+    assert heard.lines.count("the probe goes on from step 1") == 1
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed))
+    # Its end is kept too: nothing is trained again.
+    again = heads("stopped", quiet())
+    assert "the probe goes on from step 5" in heard.lines
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
+    other = heads("stopped", quiet(), probe._replace(rates=(0.01, 0.02, 0.03)))
+    assert "the probe that was saved here is of something else: begun anew" in heard.lines
+    assert not bool((other[0]["weight"] == whole[0]["weight"]).all())
+
+
 LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 1, 0, 1, 2, 0, 1])
 
 
@@ -173,19 +213,17 @@ def test_labels_follow_their_images_where_one_is_broken(
     seen: list[np.ndarray] = []
     place = sharding.place_batch
     monkeypatch.setattr(
-        linear.sharding, "place_batch", lambda array, mesh: seen.append(array) or place(array, mesh)
+        sharding, "place_batch", lambda array, mesh: seen.append(array) or place(array, mesh)
     )
-    state = probe.init(32, 0)
-    linear.CropTrainer(context, probe, functools.partial(linear.last_tokens, blocks=2))(
-        learnt, state
-    )
+    tokens_of = functools.partial(linear_heads.last_tokens, blocks=2)
+    linear_training.train_heads(context, probe, tokens_of, learnt)
     assert len(seen) == 6
     for pixels, labels in zip(seen[::2], seen[1::2], strict=True):
         numbers = pixels[:, 0, 0, 0] // 15
         assert 3 not in numbers
         np.testing.assert_array_equal(labels, LABELS[numbers])
     for _ in range(2):
-        tokens, labels = linear._kept_features(context, greys, learnt)
+        tokens, labels = linear_training._kept_features(context, greys, learnt)
         numbers = np.asarray(tokens.mean)[:, 0].round().astype(int)
         assert numbers.tolist() == [0, 1, 2, *range(4, 14)]
         np.testing.assert_array_equal(labels, LABELS[numbers])
@@ -194,7 +232,7 @@ def test_labels_follow_their_images_where_one_is_broken(
     others._pictures[5] = others._pictures[0]
     others.fingerprint = "another"
     darker = LabeledDataset(others, LABELS, ("a", "b", "c"))
-    tokens, _ = linear._kept_features(context, greys, darker)
+    tokens, _ = linear_training._kept_features(context, greys, darker)
     assert np.asarray(tokens.mean)[4, 0].round() == 0
     # A head that answers with the middle class.
     heads = [{"weight": jnp.zeros((1, 1, 3)), "bias": jnp.array([[0.0, 1.0, 0.0]])}]
@@ -225,7 +263,10 @@ def test_the_head_that_is_kept_is_chosen_by_images_held_out(
     kind = Kind(int(head["blocks"]), bool(head["pooled"]))
     assert chosen.startswith(kind.name(0.0).removesuffix("0"))
     table = context.frozen.table(
-        lambda *of: linear.last_tokens(*of, blocks=2), moved.source, context.view, context.reading
+        lambda *of: linear_heads.last_tokens(*of, blocks=2),
+        moved.source,
+        context.view,
+        context.reading,
     )
     right = (seen(table.values, kind) @ head["weight"] + head["bias"]).argmax(axis=1)
     share = 100 * np.mean(right == moved.labels[table.numbers])
@@ -259,6 +300,6 @@ def test_kept_features_are_another_protocol_and_are_made_once(
     (tmp_path / "features-cls.npy").unlink()
     assert linear.measure(context, pair)["top1"] == first["top1"]
     (tmp_path / "features.json").write_text("{")
-    monkeypatch.setattr(linear.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(linear_training.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(InputError, match="do not fit into"):
         linear.measure(context, pair)

@@ -151,7 +151,9 @@ def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
     """More in a row than are allowed; none may be. What stays is as configured."""
     for limit, failed, stops in ((0, 0, False), (0, 1, True), (2, 2, False), (2, 3, True)):
         keep = RetentionPolicy(2, every=30)
-        saving = CheckpointManager(Workdir(tmp_path), Heard(), keep, max_failed_saves=limit)
+        saving = CheckpointManager(
+            Workdir(tmp_path).checkpoints, Heard(), keep, max_failed_saves=limit
+        )
         with contextlib.closing(saving):
             assert saving._checkpoints._keep == keep
             saving._checkpoints.failed_in_a_row = failed
@@ -162,7 +164,7 @@ def test_how_many_failed_saves_stop_a_run(tmp_path: Path) -> None:
 def test_where_the_rows_could_not_be_written_nothing_is_saved(tmp_path: Path) -> None:
     """Nor where a host that is not this one cannot: all of them leave it."""
     saving = CheckpointManager(
-        Workdir(tmp_path), Heard(), RetentionPolicy(2, None), max_failed_saves=2
+        Workdir(tmp_path).checkpoints, Heard(), RetentionPolicy(2, None), max_failed_saves=2
     )
     with contextlib.closing(saving):
         full = OSError(errno.ENOSPC, "full")
@@ -246,7 +248,7 @@ def test_a_student_without_checkpoints_is_of_another_run(tmp_path: Path) -> None
     """It is not begun anew over it."""
     for name in ("student", "student_ema"):
         (tmp_path / name).mkdir()
-        manager = CheckpointManager(Workdir(tmp_path), Heard(), RetentionPolicy(2), 0)
+        manager = CheckpointManager(Workdir(tmp_path).checkpoints, Heard(), RetentionPolicy(2), 0)
         with (
             contextlib.closing(manager),
             pytest.raises(InputError, match=f"has {name}/, but no checkpoint: of another run"),

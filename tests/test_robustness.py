@@ -17,8 +17,8 @@ from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
 from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.evaluation.cka import linear_cka
+from proteus_jax.evaluation.classifiers.linear_heads import Kind
 from proteus_jax.evaluation.protocols import robustness
-from proteus_jax.evaluation.protocols.linear import Kind
 from proteus_jax.evaluation.results import describe
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.weights.feature_extractor import Model

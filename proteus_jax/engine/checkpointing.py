@@ -11,14 +11,13 @@ from proteus_jax.errors import Interrupted
 from proteus_jax.runtime import collectives
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.heartbeat import Heartbeat
-from proteus_jax.runtime.workdir import Workdir
 
 
 class CheckpointManager:
     """The checkpoints of a run, and which one it would go on from."""
 
     def __init__(
-        self, place: Workdir, console: Console, keep: RetentionPolicy, max_failed_saves: int
+        self, address: str, console: Console, keep: RetentionPolicy, max_failed_saves: int
     ):
         self._limit, self._console = max_failed_saves, console
         # Hears of what is saved; set before the first save.
@@ -26,7 +25,7 @@ class CheckpointManager:
         # The newest checkpoint that is complete on the disk.
         self.newest: int | None = None
         self._checkpoints = Checkpoints(
-            place.checkpoints,
+            address,
             keep=keep,
             saved=self._note_saved,
             failed=self._note_failed,
@@ -57,6 +56,10 @@ class CheckpointManager:
     ) -> dict[str, Any]:
         """Reads the items of a checkpoint onto the given shardings."""
         return self._checkpoints.restore(step, shapes, shardings)
+
+    def forget(self) -> None:
+        """Removes all of them."""
+        self._checkpoints.store.forget()
 
     def wait(self) -> None:
         """Returns when what was begun is saved, or has failed and was told of."""

@@ -1,6 +1,7 @@
 """Hooks of a loop that several kinds of training share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -101,7 +102,8 @@ class Logging(Hook):
 
 
 class Checkpointing(Hook):
-    """A checkpoint every so many steps and at the last; `before` is what is due before each.
+    """A checkpoint every so many steps and at the last; `before` is what is due before each, and
+    a save takes its time in `paused`.
 
     Ends a run whose saves keep failing.
     """
@@ -109,7 +111,7 @@ class Checkpointing(Hook):
     def __init__(
         self,
         manager: CheckpointManager,
-        heartbeat: Heartbeat,
+        paused: Callable[[], AbstractContextManager[Any]],
         stop: StopSignal,
         *,
         every: int,
@@ -118,7 +120,7 @@ class Checkpointing(Hook):
         before: Sequence[Callable[[], None]],
         rows_written: Callable[[], OSError | None],
     ):
-        self._manager, self._heartbeat, self._stop = manager, heartbeat, stop
+        self._manager, self._paused, self._stop = manager, paused, stop
         self._every, self._items_of, self._facts = every, items_of, facts
         self._before, self._rows_written = before, rows_written
 
@@ -132,6 +134,6 @@ class Checkpointing(Hook):
             return
         for due in self._before:
             due()
-        with self._heartbeat.paused(), jax.transfer_guard("allow"):
+        with self._paused(), jax.transfer_guard("allow"):
             items = self._items_of(end.state)
             self._manager.save(end.step, items, self._facts, self._rows_written)

@@ -11,13 +11,26 @@ from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
 from proteus_jax.models.config import ViTSpec
+from proteus_jax.runtime.console import Console
+from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.schema import Rule
+
+
+class Saving(NamedTuple):
+    """Where a protocol that trains keeps its checkpoints, to whom it says so, and who hears of
+    requests to stop.
+    """
+
+    address: str
+    console: Console
+    handler: PreemptionHandler
 
 
 class Context(NamedTuple):
     """A configuration, the frozen model that is measured, where that runs, and to whom it speaks.
 
-    `digest` returns the SHA-256 of the model's weights.
+    `digest` returns the SHA-256 of the model's weights. `saving` is None where nothing is saved on
+    the way, as during training.
     """
 
     config: EvalConfig
@@ -29,6 +42,7 @@ class Context(NamedTuple):
     reading: LoaderConfig
     say: Callable[[str], None]
     progress: Callable[[str], None]
+    saving: Saving | None = None
 
 
 def _fits(config: EvalConfig, spec: ViTSpec, digest: Callable[[], str]) -> list[str]:

@@ -13,7 +13,7 @@ from proteus_jax.data.workers import makers
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
-from proteus_jax.evaluation.protocol import Context
+from proteus_jax.evaluation.protocol import Context, Saving
 from proteus_jax.evaluation.protocols.registry import PROTOCOLS
 from proteus_jax.evaluation.results import (
     FILE,
@@ -31,11 +31,16 @@ from proteus_jax.runtime.compilation_cache import keep_compiled_programs
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.metric_writer import FILE as METRICS
+from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, first_of, is_remote, why_no_workdir
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import WEIGHTS
 
 HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)
+# The checkpoints of a probe, in the workdir.
+PROBE = "probe"
+# Seconds from a request to stop after which an evaluation ends, saved or not.
+DEADLINE = 300.0
 
 
 class Inputs(NamedTuple):
@@ -132,7 +137,10 @@ def run(config: EvalConfig, inputs: Inputs, place: Workdir, console: Console) ->
     console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
     for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
         console.line(remark)
-    measured = PROTOCOLS[config.protocol].measure(context, inputs.data)
+    with PreemptionHandler(DEADLINE, console.error) as handler:
+        saving = Saving(place.address_of(workdir / PROBE), console, handler)
+        context = context._replace(saving=saving)
+        measured = PROTOCOLS[config.protocol].measure(context, inputs.data)
     results: dict[str, Any] = {"protocol": config.protocol} | measured
     results["constants"] = _constants(config) | results.get("constants", {})
     results["model"] = describe(config.model, inputs.model)

@@ -60,7 +60,7 @@ def run(
         place.local.mkdir(parents=True, exist_ok=True)
         console.quiet = jax.process_index() > 0
         keep = RetentionPolicy(config.keep_checkpoints, config.keep_every)
-        manager = CheckpointManager(place, console, keep, config.max_failed_saves)
+        manager = CheckpointManager(place.checkpoints, console, keep, config.max_failed_saves)
         stack.callback(manager.close)
         pool = makers(config.data.workers, config.data.threads, config.data.crop)
         resumed = _introduce(experiment, place, console, manager, pool)

@@ -130,7 +130,7 @@ class Trainer:
         )
         checkpointing = Checkpointing(
             self._manager,
-            self._heartbeat,
+            self._heartbeat.paused,
             self._stop,
             every=config.checkpoint_every,
             items_of=to_items,

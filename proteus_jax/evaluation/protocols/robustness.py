@@ -18,10 +18,11 @@ import numpy as np
 from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about, collecting
+from proteus_jax.evaluation.classifiers.linear_heads import Kind, last_tokens
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import compiled_pass, feature_pass
 from proteus_jax.evaluation.protocol import Context, Protocol
-from proteus_jax.evaluation.protocols.linear import HEAD, Kind, last_tokens
+from proteus_jax.evaluation.protocols.linear import HEAD
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.schema import Rule
 
