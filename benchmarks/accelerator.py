@@ -1,4 +1,4 @@
-"""What an accelerator does with the training step, most telling results first, within ten minutes.
+"""Measures the training step on an accelerator, most telling results first, within ten minutes.
 
     python benchmarks/accelerator.py [--minutes 10] [--output results.jsonl] [--trace DIRECTORY]
     python benchmarks/accelerator.py --table results.jsonl

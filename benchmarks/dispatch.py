@@ -1,5 +1,5 @@
-"""What Python costs between two steps: a batch is placed and a compiled step is called, with the
-arrays of a 12-block teacher and a 12-block student.
+"""Measures what Python costs between two steps: a batch is placed and a compiled step is called,
+with the arrays of a 12-block teacher and a 12-block student.
 
     python benchmarks/dispatch.py [--steps 200]
 

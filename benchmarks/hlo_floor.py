@@ -1,4 +1,4 @@
-"""What a step compiled for a TPU moves and computes, counted in the text of its optimized HLO.
+"""Counts what a step compiled for a TPU moves and computes, in the text of its optimized HLO.
 
     python main.py --config=configs/vitb14.py --plan --topology=v5e:4x4 --hlo=step.hlo
     python benchmarks/hlo_floor.py step.hlo v5e
@@ -250,7 +250,7 @@ class Program:
         return read, written
 
     def _read_inside(self, name: str, number: int) -> float | None:
-        """What a fusion reads of its argument; None for all of it."""
+        """Returns what a fusion reads of its argument; None for all of it."""
         within = self.computations[name]
         argument = next(
             (
@@ -283,7 +283,7 @@ class Program:
         return total
 
     def _written_inside(self, name: str) -> list[float | None]:
-        """What a fusion writes of each of its results; None for all of it."""
+        """Returns what a fusion writes of each of its results; None for all of it."""
         within = self.computations[name]
         (root,) = (each for each in within.values() if each.root)
         ends = [within[each] for each in root.operands] if root.kind == "tuple" else [root]
@@ -302,7 +302,7 @@ class Program:
 
 
 def _taken(user: Operation, place: int, otherwise: float | None) -> float | None:
-    """What a slice takes of its operand: its own size; an update in place, nothing."""
+    """Returns what a slice takes of its operand: its own size; an update in place, nothing."""
     if place:
         return otherwise
     return 0 if user.kind == "dynamic-update-slice" else user.results[0].bytes
@@ -348,7 +348,7 @@ def _of_attention(operation: Operation, within: dict[str, Operation]) -> float:
 
 
 class Count(NamedTuple):
-    """Of a whole step: bytes, and seconds."""
+    """Totals of a whole step: bytes, and seconds."""
 
     bytes: float
     floor: float

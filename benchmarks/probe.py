@@ -1,4 +1,4 @@
-"""What 52 linear heads cost: an epoch of the probe against a plain feature pass over its images.
+"""Measures what 52 linear heads cost: an epoch of the probe against a plain feature pass.
 
     python benchmarks/probe.py [--model vit_small] [--images 256] [--batch 64] [--classes 1000]
                                [--rounds 5]
@@ -64,7 +64,7 @@ def main() -> None:
     frozen = freeze(model, mesh)
 
     def quiet(_: str) -> None:
-        """Nothing."""
+        """Says nothing."""
 
     view, reading = CenterCrop(size, args.crop), LoaderConfig(args.batch)
     context = Context(config, frozen, str, mesh, Path(), view, reading, quiet, quiet)

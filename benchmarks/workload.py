@@ -15,7 +15,7 @@ from proteus_jax.models.functional import BackboneFunction, Params, StudentFunct
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.training.optimizer import adamw, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import make_train_step
+from proteus_jax.training.train_step import TrainStep
 
 
 def recipe(
@@ -26,7 +26,7 @@ def recipe(
     """
     schedule = warmup_cosine(1e-3, 5, 1000)
     optimizer = adamw(schedule)
-    step = make_train_step(
+    step = TrainStep(
         method=Proteus(loss_weights={"teacher": LossWeights()}, mask_ratio=0.5),
         teachers={"teacher": Teacher(teacher, IMAGENET)},
         students=students,

@@ -102,8 +102,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/builder.py",
-        "grid = (given.image_size or crop) // known.spec.patch_size",
-        "grid = crop // known.spec.patch_size",
+        "grid = (given.image_size or config.data.crop) // spec.patch_size",
+        "grid = config.data.crop // spec.patch_size",
         "a teacher with a crop of its own gets its position table resized twice, to a wrong size between",
         ("test_assembly.py::test_each_teacher_has_its_own",),
     ),
@@ -1089,7 +1089,7 @@ MUTANTS = [
     Mutant(
         "proteus_jax/evaluation/linear_training.py",
         '"images": train_set.source.fingerprint,\n        "view"',
-        '"images": len(train_set.labels),',
+        '"images": len(train_set.labels),\n        "view"',
         "kept features of other images are taken where there are as many",
         ("test_linear.py::test_labels_follow_their_images_where_one_is_broken",),
     ),
@@ -2133,7 +2133,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/train_step.py",
-        "jax.random.fold_in(jax.random.key(seed), state.step)",
+        "jax.random.fold_in(jax.random.key(self.seed), state.step)",
         "jax.random.fold_in(jax.random.key(seed), 0)",
         "the same masks at every step",
         ("test_plain.py::test_three_updates_written_out",),
@@ -2147,7 +2147,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/train_step.py",
-        "name: ema_update(updates_made(state), state.statistics[name], moments)",
+        "name: ema_update(updates_before, state.statistics[name], moments)",
         "name: moments",
         "running moments are the last batch's own",
         ("test_plain.py::test_three_updates_written_out",),
@@ -2210,14 +2210,14 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/train_step.py",
-        "pixels = random_erasing(erasing_key, pixels, erasing)",
+        "pixels = random_erasing(erasing_key, pixels, self.erasing)",
         "random_erasing(erasing_key, pixels, erasing)",
         "random erasing is computed and thrown away",
         ("test_assembly.py::test_noise_follows_the_step",),
     ),
     Mutant(
         "proteus_jax/training/train_step.py",
-        "pixels = random_erasing(erasing_key, pixels, erasing)",
+        "pixels = random_erasing(erasing_key, pixels, self.erasing)",
         "pixels = random_erasing(jax.random.key(seed), pixels, erasing)",
         "the same images of a batch get the same boxes at every step",
         ("test_assembly.py::test_noise_follows_the_step",),
@@ -2238,7 +2238,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/train_step.py",
-        "ramp(updates_made(state)))",
+        "ramp(updates_before))",
         "ramp(state.step))",
         "an average counts skipped updates: after skipped first ones it keeps its random start for longer",
         ("test_plain.py::test_after_skipped_first_steps_the_next_is_the_first",),

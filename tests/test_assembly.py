@@ -88,13 +88,13 @@ def test_each_teacher_has_its_own(configuration: Any) -> None:
 def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     begun: dict[str, Any] = {}
-    monkeypatch.setattr(builder, "make_train_step", lambda **each: asked.update(each))
+    monkeypatch.setattr(builder, "TrainStep", lambda **each: asked.update(each))
     made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
     monkeypatch.setattr(builder, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
     assert asked["method"].mask_ratio == 0.25
     assert asked["method"].loss_weights["another"] == LossWeights(3.0, 2.0, 0.25)
-    names = ("ema_decay", "seed", "erasing", "accumulate", "normalisation")
+    names = ("ema_decay", "seed", "erasing", "grad_accum_steps", "normalisation")
     assert tuple(asked[name] for name in names) == (0.75, 5, 0.4, 2, CLIP)
     assert list(asked["teachers"]) == ["teacher", "another"]
     assert list(asked["students"]) == ["vit_tiny_2blocks", "vit_small_1blocks"]

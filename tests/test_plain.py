@@ -32,7 +32,7 @@ from proteus_jax.models.normalization import CLIP, IMAGENET, Normalization
 from proteus_jax.models.vit import Features, resize_position_table
 from proteus_jax.training.optimizer import adamw, decay_mask
 from proteus_jax.training.train_state import init_state
-from proteus_jax.training.train_step import make_train_step
+from proteus_jax.training.train_step import TrainStep
 
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)
 # Every choice that a family makes, in as few models as hold them.
@@ -310,7 +310,7 @@ def training() -> tuple[Any, Any, Any, Any]:
     }
     weights = {name: LossWeights(*factors) for name, (_, _, factors, _) in TEACHERS.items()}
     optimizer = optax.sgd(RATE)
-    step = make_train_step(
+    step = TrainStep(
         method=Proteus(loss_weights=weights, mask_ratio=RATIO),
         teachers=teachers,
         students=students,

@@ -20,7 +20,7 @@ from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.training.optimizer import adamw, decay_mask, scaled_learning_rate, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import _mean_over_parts, make_train_step, ramp
+from proteus_jax.training.train_step import TrainStep, _mean_over_parts, ramp
 
 TEACHER = BackboneFunction(TINY)
 STUDENTS = {
@@ -46,7 +46,7 @@ def make(names: tuple[str, ...] = ("small",), **changes):
         "seed": 3,
     } | changes
     return (
-        make_train_step(**settings),
+        TrainStep(**settings),
         lambda: init_state(students, optimizer, ema=settings["ema_decay"] > 0, seed=3),
     )
 
@@ -168,7 +168,7 @@ def test_several_students_equal_each_alone(
     jax.tree.map(np.testing.assert_array_equal, init().params["large"], alone().params["large"])
 
 
-@pytest.mark.parametrize("changes", [{"accumulate": 4}, {"remat": "blocks"}])
+@pytest.mark.parametrize("changes", [{"grad_accum_steps": 4}, {"remat": "blocks"}])
 def test_cheaper_in_memory_and_the_same(
     changes: dict,
     teacher_params: dict,

@@ -37,7 +37,7 @@ from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.training.initialization import init_from_pretrained
 from proteus_jax.training.optimizer import adamw
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import make_train_step
+from proteus_jax.training.train_step import TrainStep
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 
@@ -67,7 +67,7 @@ def trained(
     optimizer = adamw(1e-3)
     normalisation = next(iter(teachers.values())).normalisation
     weights = {name: LossWeights() for name in teachers} | changes.pop("weights", {})
-    step = make_train_step(
+    step = TrainStep(
         method=Proteus(loss_weights=weights, mask_ratio=0.5),
         teachers=teachers, students=students, optimizer=optimizer,
         schedule=lambda updates: 1e-3 / (1 + updates),

@@ -104,8 +104,8 @@ class Loop:
                 with self._timer.waiting():
                     batch = next(batches)
                 inputs = self._place(batch)
-                told = waiting(compiling, self._progress) if first else contextlib.nullcontext()
-                with told:
+                shown = waiting(compiling, self._progress) if first else contextlib.nullcontext()
+                with shown:
                     self.state, metrics = self._train_step(self.state, *inputs)
                 self.step, first = self.step + 1, False
                 for hook in self._hooks:

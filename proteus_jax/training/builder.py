@@ -1,6 +1,7 @@
 """A configuration and a teacher's sizes become the functions that train; nothing runs yet."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from proteus_jax.errors import InputError
 from proteus_jax.methods.base import Method
-from proteus_jax.methods.config import PRIMARY, TeacherConfig
+from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models import flops
 from proteus_jax.models.attention import choose
@@ -22,7 +23,7 @@ from proteus_jax.runtime import sharding
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
 from proteus_jax.training.train_state import TrainState, init_state
-from proteus_jax.training.train_step import Metrics, make_train_step
+from proteus_jax.training.train_step import Metrics, TrainStep
 
 # A warm-up that would take all of a run takes this part of it.
 SHORTENED = 10
@@ -112,31 +113,89 @@ def assemble(
     """The models and the step that a configuration describes, for "cpu", "gpu" or "tpu"; teachers
     by the names in `config.teachers`, `start` is what the students start from.
     """
-    precision = dtype_of(config.teacher_precision, platform)
-    remarks = []
+    remarks: list[str] = []
+    attention = functools.partial(_attention, config, platform, remarks)
+    built = _teachers(config, teachers, dtype_of(config.teacher_precision, platform), attention)
+    widths = {name: teacher.backbone.spec.width for name, teacher in built.items()}
+    students = _students(config, widths, dtype_of(config.precision, platform), attention, start)
+    peak = config.learning_rate or scaled_learning_rate(config.batch)
+    schedule = warmup_cosine(peak, steps.warmup, steps.total)
+    optimizer = adamw(schedule, config.optimizer.weight_decay, jnp.dtype(config.optimizer.mu_dtype))
+    # Students see images as the primary teacher does.
+    normalisation = built[PRIMARY].normalisation
+    method = config.make_method()
+    step = TrainStep(
+        method=method,
+        teachers=built,
+        students=students,
+        optimizer=optimizer,
+        schedule=schedule,
+        normalisation=normalisation,
+        ema_decay=config.ema_decay,
+        seed=config.seed,
+        erasing=config.data.erasing,
+        grad_accum_steps=config.grad_accum_steps,
+    )
+    standardized = {name: widths[name] for name, each in built.items() if each.standardise}
 
-    def attention(spec: ViTSpec, dtype: Any) -> str:
-        try:
-            choice = choose(config.attention, platform, dtype, spec.width // spec.heads)
-        except ValueError as error:
-            raise InputError(f"--config.attention: {error}") from None
-        remarks.append(choice.remark)
-        return choice.implementation
-
-    teachers_built = {
-        name: _teacher(
-            given,
-            teachers[name],
-            config.data.crop,
-            precision,
-            attention(teachers[name].spec, precision),
+    def init() -> TrainState:
+        return init_state(
+            students,
+            optimizer,
+            ema=config.ema_decay > 0,
+            seed=config.seed,
+            standardise=standardized,
         )
-        for name, given in config.teachers.items()
-    }
-    widths = {name: teacher.backbone.spec.width for name, teacher in teachers_built.items()}
-    dtype = dtype_of(config.precision, platform)
+
+    all_remarks = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
+    return Assembly(method, built, students, normalisation, init, step, all_remarks)
+
+
+def _attention(
+    config: TrainConfig, platform: str, remarks: list[str], spec: ViTSpec, dtype: Any
+) -> str:
+    """Chooses attention's implementation for a model; remarks on it are added to `remarks`."""
+    try:
+        choice = choose(config.attention, platform, dtype, spec.width // spec.heads)
+    except ValueError as error:
+        raise InputError(f"--config.attention: {error}") from None
+    remarks.append(choice.remark)
+    return choice.implementation
+
+
+def _teachers(
+    config: TrainConfig, known: Mapping[str, Known], dtype: Any, attention: Callable[..., str]
+) -> dict[str, Teacher]:
+    """Builds the teachers, each with its position table made for the size of images that it sees,
+    and its LayerScale in its weights.
+    """
+    built = {}
+    for name, given in config.teachers.items():
+        spec = known[name].spec
+        grid = (given.image_size or config.data.crop) // spec.patch_size
+        built[name] = Teacher(
+            BackboneFunction(
+                dataclasses.replace(spec, grid=grid, layer_scale=False),
+                dtype,
+                attention(spec, dtype),
+            ),
+            given.statistics(known[name].normalisation),
+            given.image_size,
+            given.standardize,
+        )
+    return built
+
+
+def _students(
+    config: TrainConfig,
+    widths: dict[str, int],
+    dtype: Any,
+    attention: Callable[..., str],
+    start: ViTSpec | None,
+) -> dict[str, StudentFunction]:
+    """Builds the students, each with heads of the teachers' widths."""
     specs = {name: student_spec(name, config.data.crop, start) for name in config.student}
-    students = {
+    return {
         name: StudentFunction(
             spec,
             widths,
@@ -147,37 +206,6 @@ def assemble(
         )
         for name, spec in specs.items()
     }
-    peak = config.learning_rate or scaled_learning_rate(config.batch)
-    schedule = warmup_cosine(peak, steps.warmup, steps.total)
-    optimizer = adamw(schedule, config.optimizer.weight_decay, jnp.dtype(config.optimizer.mu_dtype))
-    # Students see images as the first teacher does.
-    normalisation = teachers_built[PRIMARY].normalisation
-    method = config.make_method()
-    step = make_train_step(
-        method=method,
-        teachers=teachers_built,
-        students=students,
-        optimizer=optimizer,
-        schedule=schedule,
-        normalisation=normalisation,
-        ema_decay=config.ema_decay,
-        seed=config.seed,
-        erasing=config.data.erasing,
-        accumulate=config.grad_accum_steps,
-    )
-    standardise = {name: widths[name] for name, each in teachers_built.items() if each.standardise}
-
-    def init() -> TrainState:
-        return init_state(
-            students,
-            optimizer,
-            ema=config.ema_decay > 0,
-            seed=config.seed,
-            standardise=standardise,
-        )
-
-    all_remarks = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
-    return Assembly(method, teachers_built, students, normalisation, init, step, all_remarks)
 
 
 def check_platform(config: TrainConfig, platform: str) -> list[str]:
@@ -220,17 +248,3 @@ def check_compatibility(
         reasons = config.make_method().problems(spec.grid**2)
         problems += [f"--config.method.{reason}" for reason in reasons]
     return list(dict.fromkeys(problems))
-
-
-def _teacher(given: TeacherConfig, known: Known, crop: int, dtype: Any, attention: str) -> Teacher:
-    """Builds a teacher, with its position table made for the size of images that it sees, and its
-    LayerScale in its weights.
-    """
-    grid = (given.image_size or crop) // known.spec.patch_size
-    spec = dataclasses.replace(known.spec, grid=grid, layer_scale=False)
-    return Teacher(
-        BackboneFunction(spec, dtype, attention),
-        given.statistics(known.normalisation),
-        given.image_size,
-        given.standardize,
-    )

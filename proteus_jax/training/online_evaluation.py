@@ -41,17 +41,17 @@ def open_evaluations(config: TrainConfig) -> tuple[Evaluation, ...]:
     """Finds the data of the protocols that a run asks for; InputError lists what is wrong."""
     if not config.eval.root:
         return ()
-    opened: dict[Callable, Any] = {}
+    data: dict[Callable, Any] = {}
     evaluations, problems = [], []
     for name in config.eval.protocols:
         protocol, own = PROTOCOLS[name], _evaluation_config(config, name)
         try:
-            if protocol.open not in opened:
-                opened[protocol.open] = protocol.open(own)
+            if protocol.open not in data:
+                data[protocol.open] = protocol.open(own)
         except InputError as error:
-            problems += [_said_of_the_run(problem, name) for problem in error.problems]
+            problems += [_named_by_the_run(problem, name) for problem in error.problems]
             continue
-        evaluations.append(Evaluation(protocol, own, opened[protocol.open]))
+        evaluations.append(Evaluation(protocol, own, data[protocol.open]))
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
     return tuple(evaluations)
@@ -79,7 +79,7 @@ def _evaluation_config(config: TrainConfig, name: str) -> EvalConfig:
     return made
 
 
-def _said_of_the_run(problem: str, protocol: str) -> str:
+def _named_by_the_run(problem: str, protocol: str) -> str:
     """A problem of an evaluation's field, named by the run's own where it has one."""
     field, colon, rest = problem.partition(": ")
     if field == "--config.data.root":
@@ -93,7 +93,9 @@ def split_of(evaluations: Sequence[Evaluation]) -> TrainTestSplit | None:
     return next(splits, None)
 
 
-def misfits(evaluations: Sequence[Evaluation], models: Mapping[str, FrozenBackbone]) -> list[str]:
+def check_models(
+    evaluations: Sequence[Evaluation], models: Mapping[str, FrozenBackbone]
+) -> list[str]:
     """Lists what of the models does not fit the protocols."""
     problems = [
         problem

@@ -63,7 +63,7 @@ def run(
         manager = CheckpointManager(place.checkpoints, console, keep, config.max_failed_saves)
         stack.callback(manager.close)
         pool = makers(config.data.workers, config.data.threads, config.data.crop)
-        resumed = _introduce(experiment, place, console, manager, pool)
+        resumed = _print_beginning(experiment, place, console, manager, pool)
         handler = PreemptionHandler(
             config.preemption_timeout_s, console.error, lambda: heartbeat.close("stopped")
         )
@@ -86,7 +86,7 @@ def run(
             heartbeat.close(state)
 
 
-def _introduce(
+def _print_beginning(
     experiment: Experiment,
     place: Workdir,
     console: Console,

@@ -44,7 +44,7 @@ from proteus_jax.training.fingerprint import fingerprint
 from proteus_jax.training.inference import evaluation_functions, frozen_backbones
 from proteus_jax.training.initialization import init_from_pretrained
 from proteus_jax.training.inputs import Inputs
-from proteus_jax.training.online_evaluation import Evaluation, misfits
+from proteus_jax.training.online_evaluation import Evaluation, check_models
 from proteus_jax.training.train_state import TrainState
 from proteus_jax.training.train_step import Metrics
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model
@@ -116,7 +116,7 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
     places = sharding.shardings(shapes, mesh)
     features, outputs, hidden = evaluation_functions(config, assembly, teacher_params, mesh)
     backbones = frozen_backbones(assembly, teacher_params, mesh)
-    problems = misfits(inputs.evaluations, backbones)
+    problems = check_models(inputs.evaluations, backbones)
     if problems:
         raise InputError(problems)
     return Experiment(
