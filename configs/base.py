@@ -11,8 +11,9 @@ from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe of the paper (arXiv 2407.10366): 300 epochs, batch 1024, AdamW, all three
-    losses.
+    """The recipe of the paper (arXiv 2407.10366): 300 epochs, batch 1024, AdamW, all three losses.
+
+    One list of all fields, to be read from top to bottom, and so longer than a function should be.
     """
     config: Any = ml_collections.ConfigDict()
 

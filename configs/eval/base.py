@@ -12,7 +12,9 @@ from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The constants of the paper and of DINOv2's evaluation."""
+    """The constants of the paper and of DINOv2's evaluation: one list of all fields, and so longer
+    than a function should be.
+    """
     config: Any = ml_collections.ConfigDict()
 
     # The protocol: knn, ridge, linear, finegrained, robustness or analysis.

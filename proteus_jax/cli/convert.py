@@ -76,6 +76,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="proteus convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
+    _add_import(commands)
+    _add_verify(commands)
+    _add_export(commands)
+    command = commands.add_parser("list", help="the known names")
+    command.set_defaults(run=_list)
+    return parser
+
+
+def _add_import(commands: Any) -> None:
     command = commands.add_parser("import", help="read weights, write a model directory")
     command.add_argument("source", help="a weight file, a directory, a known name, or hf:ORG/NAME")
     command.add_argument(
@@ -94,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--licence", default=NO_LICENCE, help="of the weights, for the card")
     command.set_defaults(run=_import)
+
+
+def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify", help="compare a model directory with its source in PyTorch"
     )
@@ -112,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--prefix", help="only names of SOURCE that begin so belong to the model")
     command.set_defaults(run=_verify)
+
+
+def _add_export(commands: Any) -> None:
     command = commands.add_parser("export", help="write a model directory in another format")
     command.add_argument("directory", type=_path)
     command.add_argument("--format", choices=FORMATS, required=True)
@@ -134,9 +149,6 @@ def _parser() -> argparse.ArgumentParser:
         help="do not load it back with its own library, which is then not needed",
     )
     command.set_defaults(run=_export)
-    command = commands.add_parser("list", help="the known names")
-    command.set_defaults(run=_list)
-    return parser
 
 
 def _import(options: argparse.Namespace) -> int:
