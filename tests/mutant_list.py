@@ -25,7 +25,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/cli/convert.py",
-        "licence=options.licence,",
+        "licence=options.license,",
         "licence=NO_LICENCE,",
         "--licence is read and lost",
         ("test_convert.py::test_statistics_that_are_asked_for_count",),

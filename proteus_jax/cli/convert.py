@@ -97,11 +97,14 @@ def _add_import(commands: Any) -> None:
     command.add_argument("--prefix", help="only names that begin so belong to the model")
     command.add_argument("--family", choices=FAMILIES, help="where the names do not tell it")
     command.add_argument(
+        "--normalization",
         "--normalisation",
         choices=STATISTICS,
         help="channel statistics, where not the family's own",
     )
-    command.add_argument("--licence", default=NO_LICENCE, help="of the weights, for the card")
+    command.add_argument(
+        "--license", "--licence", default=NO_LICENCE, help="of the weights, for the card"
+    )
     command.set_defaults(run=_import)
 
 
@@ -166,8 +169,8 @@ def _import(options: argparse.Namespace) -> int:
             heads=options.heads,
             prefix=options.prefix,
             family=options.family,
-            normalisation=STATISTICS[options.normalisation] if options.normalisation else None,
-            licence=options.licence,
+            normalisation=STATISTICS[options.normalization] if options.normalization else None,
+            licence=options.license,
         )
     _describe(directory, load_card(directory))
     return 0
