@@ -22,9 +22,9 @@ from proteus_jax.models.functional import Params
 from proteus_jax.models.normalization import IMAGENET, Normalization
 from proteus_jax.runtime.filesystem import atomic_directory, sha256, write_atomically
 from proteus_jax.weights import state_dict
+from proteus_jax.weights.convert.families import FAMILIES
 
 FORMAT = "proteus_jax model 1"
-FAMILY_NAMES = ("dinov2", "dinov3", "synclr", "clip", "openclip", "siglip", "timm")
 # What a teacher does not need, so that many files go without.
 OPTIONAL = ("mask_token",)
 WEIGHTS, CARD = "model.safetensors", "config.json"
@@ -84,7 +84,7 @@ class ModelCard:
         )
         kinds = (("family", str), ("licence", str), ("source", dict), ("verified", dict))
         wrong = [name for name, kind in kinds if not isinstance(getattr(made, name), kind)]
-        wrong += ["family"] if made.family not in FAMILY_NAMES else []
+        wrong += ["family"] if made.family not in FAMILIES else []
         wrong += ["absent"] if not set(made.absent) <= set(OPTIONAL) else []
         if wrong:
             raise ValueError(f"{wrong[0]}: {card[wrong[0]]!r}")
