@@ -29,6 +29,7 @@ from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.training.builder import Known, assemble, schedule_of
 from proteus_jax.training.planning import plan
 from proteus_jax.training.planning.floors import FILE, Floor, table
+from proteus_jax.training.planning.memory import estimate_memory
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import TEACHERS
@@ -66,7 +67,7 @@ def compiled(name: str, topology_name: str) -> Floor | None:
         known = Known(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
         steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
         assembly = assemble(configuration, {"teacher": known}, steps, topology.platform)
-        estimate = plan.memory(configuration, assembly, topology.devices, configuration.batch)
+        estimate = estimate_memory(configuration, assembly, topology.devices, configuration.batch)
         if estimate.total > HOPELESS * limit:
             continue
         try:

@@ -283,7 +283,7 @@ MUTANTS = [
         ("test_export.py::test_an_export_whose_outputs_are_no_numbers_is_not_written",),
     ),
     Mutant(
-        "proteus_jax/weights/convert/export_weights.py",
+        "proteus_jax/weights/convert/export_formats.py",
         '"image_std": list(card.normalisation.std)',
         '"image_std": list(card.normalisation.mean)',
         "transformers normalizes images for an exported model by wrong deviations",
@@ -507,14 +507,14 @@ MUTANTS = [
         ("test_sources.py::test_shards_of_a_store_lie_in_the_folder_named",),
     ),
     Mutant(
-        "proteus_jax/data/datasets/fine_grained.py",
+        "proteus_jax/data/datasets/fine_grained_layouts.py",
         "max(shown[kind.strip()], 0 if difficult else 1)",
         "0 if difficult else 1",
         "of several objects of a class in VOC's annotations the last one alone counts",
         ("test_finegrained.py::test_of_several_objects_of_a_class_a_plain_one_counts",),
     ),
     Mutant(
-        "proteus_jax/data/datasets/fine_grained.py",
+        "proteus_jax/data/datasets/fine_grained_layouts.py",
         'source.values("labels_no_difficult")',
         'source.values("labels")',
         "VOC's difficult objects count as shown where tfds has prepared it",
@@ -1782,7 +1782,7 @@ MUTANTS = [
         ("test_plain.py::test_three_updates_written_out",),
     ),
     Mutant(
-        "proteus_jax/models/vit.py",
+        "proteus_jax/models/pos_embed.py",
         '"hH,wW,HWd->hwd"',
         '"hW,wH,HWd->hwd"',
         "a resized position table is transposed",
@@ -1908,7 +1908,7 @@ MUTANTS = [
         ("test_plan.py::test_a_batch_divides_by_devices_parts_and_pairs",),
     ),
     Mutant(
-        "proteus_jax/training/planning/plan.py",
+        "proteus_jax/training/planning/memory.py",
         "teacher_activations=max(working for _, working in teacher_memory)",
         "teacher_activations=sum(working for _, working in teacher_memory)",
         "teachers that look in turn are counted together",

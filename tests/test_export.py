@@ -24,8 +24,9 @@ from proteus_jax.errors import InputError
 from proteus_jax.models.config import CLIP, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.convert import export_weights
-from proteus_jax.weights.convert.export_weights import FORMATS, export
+from proteus_jax.weights.convert import export_formats, export_weights
+from proteus_jax.weights.convert.export_formats import FORMATS
+from proteus_jax.weights.convert.export_weights import export
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import compare
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
@@ -109,7 +110,7 @@ def test_loaded_back_and_equal(format: str, name: str, models: Path, tmp_path: P
     assert {"class token", "patches"} <= {one.name for one in found}
     assert all(one.largest <= export_weights.TOLERANCE for one in found)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
-    if format in export_weights.PROGRAMS:
+    if format in export_formats.PROGRAMS:
         return
     # Import and export of the same file is the identity.
     family, spec = MODELS[name]
@@ -329,7 +330,7 @@ def test_without_a_check_no_other_library_is_needed(
     command = ["export", str(models / name), "--format", format, "--output", str(output)]
     assert convert.main([*command, "--no-check"]) == 0
     assert "not loaded back" in capsys.readouterr().out
-    if format in export_weights.PROGRAMS:
+    if format in export_formats.PROGRAMS:
         assert output.stat().st_size > 10_000
         return
     family, spec = MODELS[name]

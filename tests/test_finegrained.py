@@ -17,7 +17,8 @@ from test_main import finish
 from test_probes import clusters
 
 from proteus_jax.data import decode
-from proteus_jax.data.datasets.fine_grained import DATASETS, VOC_CLASSES, _shown, find_datasets
+from proteus_jax.data.datasets.fine_grained import DATASETS, find_datasets
+from proteus_jax.data.datasets.fine_grained_layouts import VOC_CLASSES, _shown
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.feature_extraction import FeatureTable, FrozenBackbone

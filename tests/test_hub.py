@@ -23,7 +23,7 @@ import proteus_jax
 from proteus_jax.cli import convert
 from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.weights import fetch
-from proteus_jax.weights.convert import name_maps, torch_file
+from proteus_jax.weights.convert import name_maps, torch_writer
 from proteus_jax.weights.model_dir import load_card, load_model
 from proteus_jax.weights.registry import TEACHERS
 
@@ -286,10 +286,10 @@ def test_a_directory_of_another_library(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_single_file(tmp_path: Path) -> None:
     wide = dataclasses.replace(TINY, width=64, heads=1)
-    torch_file.save(tmp_path / "w.pth", of_spec(wide))
+    torch_writer.save(tmp_path / "w.pth", of_spec(wide))
     assert load_card(fetch.obtain_teacher(str(tmp_path / "w.pth"))).spec == wide
     assert proteus_jax.load(tmp_path / "w.pth").spec == wide
-    torch_file.save(tmp_path / "odd.pth", of_spec(TINY))
+    torch_writer.save(tmp_path / "odd.pth", of_spec(TINY))
     with pytest.raises(InputError, match=r"give --heads .*convert_weights\.py import .*odd\.pth"):
         fetch.obtain_teacher(str(tmp_path / "odd.pth"))
 
@@ -303,7 +303,7 @@ def test_addresses_on_a_store(
     (store / "theirs").mkdir()
     for name, content in model_files().items():
         (store / "theirs" / name).write_bytes(content)
-    torch_file.save(store / "w.pth", of_spec(dataclasses.replace(TINY, width=64, heads=1)))
+    torch_writer.save(store / "w.pth", of_spec(dataclasses.replace(TINY, width=64, heads=1)))
     ours = fetch.obtain_teacher(f"file://{store}/ours")
     assert load_card(ours) == load_card(tiny_teacher)
     assert (ours / "model.safetensors").read_bytes() == (

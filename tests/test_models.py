@@ -18,9 +18,9 @@ from proteus_jax.models.functional import (
 )
 from proteus_jax.models.normalization import CLIP as CLIP_STATISTICS
 from proteus_jax.models.normalization import HALF, IMAGENET, Normalization
-from proteus_jax.models.pos_embed import resize_matrix
+from proteus_jax.models.pos_embed import resize_matrix, resize_position_table
 from proteus_jax.models.student import Head
-from proteus_jax.models.vit import VisionTransformer, resize_position_table
+from proteus_jax.models.vit import VisionTransformer
 
 BACKBONE = BackboneFunction(TINY)
 

@@ -29,7 +29,8 @@ from proteus_jax.models.config import SPECS, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction, StudentFunction
 from proteus_jax.models.layers import LayerNorm, Mlp, SwiGLU, Unscaled
 from proteus_jax.models.normalization import CLIP, IMAGENET, Normalization
-from proteus_jax.models.vit import Features, resize_position_table
+from proteus_jax.models.pos_embed import resize_position_table
+from proteus_jax.models.vit import Features
 from proteus_jax.training.optimizer import adamw, decay_mask
 from proteus_jax.training.train_state import init_state
 from proteus_jax.training.train_step import TrainStep

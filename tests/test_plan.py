@@ -27,7 +27,7 @@ from proteus_jax.models.config import SPECS, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
-from proteus_jax.training.planning import floors, plan
+from proteus_jax.training.planning import floors, memory, plan
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import TEACHERS
@@ -178,7 +178,7 @@ def test_teachers_look_one_after_the_other() -> None:
     small = dataclasses.replace(teacher.backbone.spec, depth=1, width=384, heads=6)
     other = teacher._replace(backbone=BackboneFunction(small, jnp.bfloat16, "pallas"))
     one, both, small_alone = (
-        plan.memory(configuration, assembly._replace(teachers=teachers), 16, 1024)
+        memory.estimate_memory(configuration, assembly._replace(teachers=teachers), 16, 1024)
         for teachers in ({"a": teacher}, {"a": teacher, "b": other}, {"b": other})
     )
     assert both.teacher == one.teacher + small_alone.teacher
@@ -202,17 +202,19 @@ def assembled_as(name: str, *overrides: str) -> tuple:
 
 
 def test_memory_follows_what_a_configuration_asks_for() -> None:
-    plain = plan.memory(*assembled(), devices=16, batch=1024)
-    split = plan.memory(*assembled("fsdp=4"), devices=16, batch=1024)
+    plain = memory.estimate_memory(*assembled(), devices=16, batch=1024)
+    split = memory.estimate_memory(*assembled("fsdp=4"), devices=16, batch=1024)
     for name in ("student", "optimizer", "teacher"):
         assert getattr(split, name) == pytest.approx(getattr(plain, name) / 4, rel=0.02)
-    again = plan.memory(*assembled("remat=blocks"), devices=16, batch=1024)
+    again = memory.estimate_memory(*assembled("remat=blocks"), devices=16, batch=1024)
     assert again.activations < 0.4 * plain.activations
-    halves = plan.memory(*assembled("grad_accum_steps=2"), devices=16, batch=1024)
+    halves = memory.estimate_memory(*assembled("grad_accum_steps=2"), devices=16, batch=1024)
     assert halves.activations == pytest.approx(plain.activations / 2)
-    moments = plan.memory(*assembled("optimizer.mu_dtype=bfloat16"), devices=16, batch=1024)
+    moments = memory.estimate_memory(
+        *assembled("optimizer.mu_dtype=bfloat16"), devices=16, batch=1024
+    )
     assert moments.optimizer == pytest.approx(plain.optimizer * 3 / 4, rel=0.01)
-    average = plan.memory(*assembled("ema_decay=0.99"), devices=16, batch=1024)
+    average = memory.estimate_memory(*assembled("ema_decay=0.99"), devices=16, batch=1024)
     assert average.average == pytest.approx(plain.student, rel=0.03)
 
 
@@ -223,7 +225,7 @@ def test_the_estimate_is_near_what_a_compiler_says() -> None:
     configuration, assembly = assembled(
         *overrides, "batch=32", "teacher=dinov2_vits14", "student=vit_tiny", "data.crop=112"
     )
-    estimate = plan.memory(configuration, assembly, 1, 32)
+    estimate = memory.estimate_memory(configuration, assembly, 1, 32)
     images = jax.ShapeDtypeStruct((32, 112, 112, 3), "uint8")
     state = assembly.state_shapes()
     step = jax.jit(assembly.train_step, donate_argnums=0)
@@ -322,8 +324,8 @@ def test_the_largest_batch_fits_and_the_next_does_not(lines_of: Lines) -> None:
     configuration, assembly = assembled_as("vitti14")
     limit = 16 * 2**30 * plan.USABLE
     assert largest % 32 == 0
-    assert plan.memory(configuration, assembly, 16, largest).total <= limit
-    assert plan.memory(configuration, assembly, 16, largest + 32).total > limit
+    assert memory.estimate_memory(configuration, assembly, 16, largest).total <= limit
+    assert memory.estimate_memory(configuration, assembly, 16, largest + 32).total > limit
     # Four hosts of four chips each decode a quarter of the images.
     rate = float(lines["images a second"].split()[0])
     assert float(lines["host images a second needed"].split()[0]) == pytest.approx(

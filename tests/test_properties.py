@@ -26,7 +26,7 @@ from proteus_jax.data.transforms.random_resized_crop import crop_box
 from proteus_jax.data.transforms.resize import resized
 from proteus_jax.errors import InputError
 from proteus_jax.training.schema import schema_of, training_schema
-from proteus_jax.weights.convert import torch_file
+from proteus_jax.weights.convert import torch_writer
 from proteus_jax.weights.convert.readers import read_weights
 
 settings.register_profile(
@@ -205,7 +205,7 @@ def _drawn(arrays: dict[str, tuple[list[int], Any]]) -> dict[str, np.ndarray]:
 def test_what_is_written_for_pytorch_is_read_again(arrays: dict) -> None:
     written = {name: np.asarray(array, np.float32) for name, array in _drawn(arrays).items()}
     with tempfile.TemporaryDirectory() as root:
-        torch_file.save(Path(root) / "w.pth", written)
+        torch_writer.save(Path(root) / "w.pth", written)
         found = read_weights(Path(root) / "w.pth").arrays
     assert found.keys() == written.keys()
     for name, array in written.items():
@@ -217,7 +217,7 @@ def test_a_spoilt_file_of_weights_is_refused_or_read(arrays: dict, data: st.Data
     """Never anything but InputError, whatever byte is another or missing."""
     with tempfile.TemporaryDirectory() as root:
         path = Path(root) / "w.pth"
-        torch_file.save(path, {n: np.asarray(a, np.float32) for n, a in _drawn(arrays).items()})
+        torch_writer.save(path, {n: np.asarray(a, np.float32) for n, a in _drawn(arrays).items()})
         content = bytearray(path.read_bytes())
         place = data.draw(st.integers(0, len(content) - 1))
         if data.draw(st.booleans()):

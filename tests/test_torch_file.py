@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from proteus_jax.errors import InputError
-from proteus_jax.weights.convert import inert_pickle, torch_file
+from proteus_jax.weights.convert import inert_pickle, torch_writer
 from proteus_jax.weights.convert.readers import read_weights
 from proteus_jax.weights.convert.torch_file import Tensor, TorchFile
 
@@ -109,7 +109,7 @@ def test_every_dtype_and_stride_equals_torch(tmp_path: Path, newer: bool) -> Non
 
 def test_what_is_written_is_read_by_torch(tmp_path: Path) -> None:
     written = {"a.w": GRID, "number": np.float32(2) * np.ones(()), "none": np.zeros((0, 3))}
-    torch_file.save(tmp_path / "w.pth", written)
+    torch_writer.save(tmp_path / "w.pth", written)
     opened = TorchFile(tmp_path / "w.pth")
     for name, array in written.items():
         np.testing.assert_array_equal(opened.array(opened.value[name]), array)
@@ -140,7 +140,7 @@ def test_compressed_and_big_endian_archives(tmp_path: Path) -> None:
             return content
         return np.frombuffer(content, "<u4").byteswap().tobytes()
 
-    torch_file.save(tmp_path / "w.pth", {"w": GRID})
+    torch_writer.save(tmp_path / "w.pth", {"w": GRID})
     rewritten(tmp_path / "w.pth", tmp_path / "big.pth", other_order)
     rewritten(tmp_path / "w.pth", tmp_path / "small.pth", lambda _, c: c, zipfile.ZIP_DEFLATED)
     for name in ("big.pth", "small.pth"):
@@ -205,9 +205,11 @@ def test_values_of_every_protocol() -> None:
 
 def tensor_pickle(offset: int, shape: tuple, strides: tuple) -> bytes:
     """A description of one tensor of float32 with such an offset, shape and strides."""
-    return torch_file._description({"w": GRID}).replace(
-        torch_file._pickled(0) + torch_file._pickled((2, 3)) + torch_file._pickled((3, 1)),
-        torch_file._pickled(offset) + torch_file._pickled(shape) + torch_file._pickled(strides),
+    return torch_writer._description({"w": GRID}).replace(
+        torch_writer._pickled(0) + torch_writer._pickled((2, 3)) + torch_writer._pickled((3, 1)),
+        torch_writer._pickled(offset)
+        + torch_writer._pickled(shape)
+        + torch_writer._pickled(strides),
     )
 
 
@@ -235,7 +237,7 @@ def test_tensors_that_no_storage_holds(
 
 def test_archives_that_are_none_of_torchs(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
-    description = torch_file._description({"w": GRID})
+    description = torch_writer._description({"w": GRID})
     archive(path, description)
     with pytest.raises(InputError, match="damaged: it has no storage '0'"):
         read_weights(path)
@@ -348,7 +350,7 @@ def test_objects_made_with_keywords_are_passed_over() -> None:
 def test_an_archive_with_two_members_of_one_name_is_refused(tmp_path: Path) -> None:
     """Which of them is read would be chance."""
     path = tmp_path / "w.pth"
-    torch_file.save(path, {"a": np.ones(3, np.float32)})
+    torch_writer.save(path, {"a": np.ones(3, np.float32)})
     with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         archive.writestr("w/data/0", np.zeros(3, np.float32).tobytes())

@@ -28,7 +28,8 @@ from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.runtime import heartbeat, workdir
 from proteus_jax.runtime.filesystem import atomic_directory
 from proteus_jax.runtime.heartbeat import Heartbeat
-from proteus_jax.runtime.workdir import Workdir, opened_workdir, why_no_workdir
+from proteus_jax.runtime.workdir import Workdir, opened_workdir
+from proteus_jax.runtime.workdir_checks import why_no_workdir
 from proteus_jax.training import inputs
 from proteus_jax.training.inputs import open_inputs
 from proteus_jax.training.schema import schema_of

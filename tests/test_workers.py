@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from proteus_jax.data import workers
-from proteus_jax.data.workers import WorkerLost, assembled, cores, edges_of, in_parallel, makers
+from proteus_jax.data.workers import WorkerLost, assembled, edges_of, in_parallel, makers
+from proteus_jax.runtime import cpu_quota
+from proteus_jax.runtime.cpu_quota import cores
 
 MANY = os.cpu_count() or 1
 
@@ -103,8 +105,8 @@ def test_a_containers_quota_counts(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "membership").write_text(groups + "\n" if groups else "")
-    monkeypatch.setattr(workers, "CGROUPS", tmp_path)
-    monkeypatch.setattr(workers, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(cpu_quota, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cpu_quota, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(MANY)))
     assert cores() == min(expected, MANY)
 

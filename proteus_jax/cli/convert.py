@@ -26,13 +26,8 @@ from proteus_jax.models.normalization import STATISTICS
 from proteus_jax.runtime import process
 from proteus_jax.runtime.download import go_offline
 from proteus_jax.weights import hub
-from proteus_jax.weights.convert.export_weights import (
-    FORMATS,
-    LARGEST_BATCH,
-    PROGRAMS,
-    Settings,
-    export,
-)
+from proteus_jax.weights.convert.export_formats import FORMATS, LARGEST_BATCH, PROGRAMS, Settings
+from proteus_jax.weights.convert.export_weights import export
 from proteus_jax.weights.convert.families import FAMILIES
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden

@@ -22,9 +22,10 @@ from proteus_jax.cli.arguments import Arguments
 from proteus_jax.data import dataset
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.validate import Findings, examine
-from proteus_jax.data.workers import cores, in_parallel, makers
+from proteus_jax.data.workers import in_parallel, makers
 from proteus_jax.errors import InputError
 from proteus_jax.runtime.console import Console, duration
+from proteus_jax.runtime.cpu_quota import cores
 from proteus_jax.runtime.filesystem import why_unwritable, write_atomically
 from proteus_jax.runtime.workdir import is_remote
 from proteus_jax.training.config import TrainConfig

@@ -9,7 +9,7 @@ import numpy as np
 
 from proteus_jax.data import decode
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
-from proteus_jax.data.workers import cores
+from proteus_jax.runtime.cpu_quota import cores
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92
 SECONDS = 1.0

@@ -32,7 +32,8 @@ from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.preemption import PreemptionHandler
-from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, first_of, is_remote, why_no_workdir
+from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
+from proteus_jax.runtime.workdir_checks import first_of, why_no_workdir
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import WEIGHTS
 

@@ -7,7 +7,12 @@ difference reaches the tokens.
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
+
+from proteus_jax.models.config import ViTSpec
 
 
 def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
@@ -48,3 +53,30 @@ def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> n
             matrix, (np.arange(target)[:, None], index), _cubic(position - nearest - tap, -0.75)
         )
     return matrix.astype(np.float32)
+
+
+def resize_position_table(
+    table: Float[Array, "1 length d"], spec: ViTSpec, grid: tuple[int, int]
+) -> Float[Array, "1 length2 d"]:
+    """The table [1, (1 +) grid^2, D] for another grid (rows, columns) of patches; the class entry,
+    where there is one, stays.
+
+    Float32 whatever the table's dtype; the table itself where the grid is already its own.
+    """
+    if grid == (spec.grid, spec.grid):
+        return table
+    rows, columns = (
+        jnp.asarray(
+            resize_matrix(spec.grid, side, spec.interpolate_offset, spec.interpolate_antialias)
+        )
+        for side in grid
+    )
+    first = spec.table_prefix
+    patches = table[:, first:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
+    # A rounded position table would move every token: full precision, also where matmuls default to
+    # less.
+    patches = jnp.einsum(
+        "hH,wW,HWd->hwd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
+    )
+    patches = patches.reshape(1, grid[0] * grid[1], -1).astype(table.dtype)
+    return jnp.concatenate([table[:, :first], patches], axis=1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.layers import LINEAR_INIT, Block, LayerNorm, torch_uniform
 from proteus_jax.models.pooling import AttentionPool
-from proteus_jax.models.pos_embed import resize_matrix
+from proteus_jax.models.pos_embed import resize_position_table
 from proteus_jax.models.remat import REMAT
 from proteus_jax.models.rope import Rotation, rotation
 
@@ -32,33 +32,6 @@ class Features(NamedTuple):
     cls: Float[Array, "b d"]
     patches: Float[Array, "b n d"]
     registers: Float[Array, "b r d"]
-
-
-def resize_position_table(
-    table: Float[Array, "1 length d"], spec: ViTSpec, grid: tuple[int, int]
-) -> Float[Array, "1 length2 d"]:
-    """The table [1, (1 +) grid^2, D] for another grid (rows, columns) of patches; the class entry,
-    where there is one, stays.
-
-    Float32 whatever the table's dtype; the table itself where the grid is already its own.
-    """
-    if grid == (spec.grid, spec.grid):
-        return table
-    rows, columns = (
-        jnp.asarray(
-            resize_matrix(spec.grid, side, spec.interpolate_offset, spec.interpolate_antialias)
-        )
-        for side in grid
-    )
-    first = spec.table_prefix
-    patches = table[:, first:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
-    # A rounded position table would move every token: full precision, also where matmuls default to
-    # less.
-    patches = jnp.einsum(
-        "hH,wW,HWd->hwd", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
-    )
-    patches = patches.reshape(1, grid[0] * grid[1], -1).astype(table.dtype)
-    return jnp.concatenate([table[:, :first], patches], axis=1)
 
 
 class PatchEmbed(nnx.Module):

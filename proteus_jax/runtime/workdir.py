@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +21,7 @@ import fsspec
 
 from proteus_jax.errors import InputError, Interrupted, about
 from proteus_jax.runtime.console import waiting
-from proteus_jax.runtime.filesystem import remove_leftovers, why_unwritable, write_atomically
+from proteus_jax.runtime.filesystem import remove_leftovers, write_atomically
 from proteus_jax.runtime.heartbeat import FILE as HEARTBEAT
 from proteus_jax.runtime.heartbeat import is_stopping, living
 
@@ -35,7 +35,6 @@ STUDENTS = ("student", "student_ema")
 CONTINUED = ("metrics.jsonl", "log*.txt", "agreement.png", "report/*.png", "report/*/*.png")
 # An upload is tried again after so many seconds.
 PAUSES = (1.0, 4.0, 16.0)
-EXTRA = "gcs"
 # What file systems say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -250,31 +249,6 @@ def _persistently(act: Callable[[], None], what: str) -> str | None:
 def is_remote(text: str) -> bool:
     """True for an address with a scheme, whether it is one that can be used or not."""
     return "://" in text
-
-
-def why_no_workdir(text: str) -> str | None:
-    """Why a run cannot lie there; None where it can. Nothing is made."""
-    if not is_remote(text):
-        return why_unwritable(Path(text).expanduser())
-    if text.partition("://")[0] not in SCHEMES:
-        return f"expected a folder or an address on {', '.join(SCHEMES)}://, found {text}"
-    try:
-        with waiting(f"asking for {text}"):
-            system, root = fsspec.url_to_fs(text.rstrip("/"))
-            system.exists(root)
-    except ImportError as error:
-        return f"{text} needs more packages: pip install '.[{EXTRA}]' ({error})"
-    except Exception as error:  # Each file system has its own.
-        return f"{text} cannot be reached: {type(error).__name__}: {error}"
-    return None
-
-
-def first_of(text: str, names: Sequence[str]) -> str | None:
-    """The first of some names that lies in a folder or under an address; None where none does."""
-    if not is_remote(text):
-        return next((n for n in names if (Path(text).expanduser() / n).exists()), None)
-    system, root = fsspec.url_to_fs(text.rstrip("/"))
-    return next((name for name in names if system.exists(f"{root}/{name}")), None)
 
 
 @contextlib.contextmanager

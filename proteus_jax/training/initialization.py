@@ -6,7 +6,7 @@ import numpy as np
 
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params
-from proteus_jax.models.vit import resize_position_table
+from proteus_jax.models.pos_embed import resize_position_table
 
 
 def init_from_pretrained(params: Params, old: ViTSpec, new: ViTSpec) -> Params:

@@ -15,7 +15,8 @@ from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.results import FILE as RESULTS
 from proteus_jax.methods.config import PRIMARY
 from proteus_jax.runtime.metric_writer import FILE as METRICS
-from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, first_of, is_remote, why_no_workdir
+from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, is_remote
+from proteus_jax.runtime.workdir_checks import first_of, why_no_workdir
 from proteus_jax.training.builder import (
     check_compatibility,
     check_platform,

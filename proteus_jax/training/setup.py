@@ -30,8 +30,9 @@ from proteus_jax.models.functional import (
     without_layer_scale,
 )
 from proteus_jax.models.normalization import Normalization
+from proteus_jax.models.pos_embed import resize_position_table
 from proteus_jax.models.precision import dtype_of
-from proteus_jax.models.vit import Features, resize_position_table
+from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.training.builder import (
     Assembly,

@@ -5,43 +5,33 @@ Below one root lies a folder for each, by the names here; in it what the origina
 with or without their own top folder. Splits are those of the protocol (docs/evaluation.md).
 """
 
-import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import scipy.io
-
-from proteus_jax.data.sources.base import MemorySource, Source
-from proteus_jax.data.sources.image_folder import open_names
+from proteus_jax.data.datasets.fine_grained_layouts import (
+    _CIFAR10,
+    _CIFAR100,
+    Absent,
+    Images,
+    Splits,
+    _folder,
+    _labels_of,
+    aircraft,
+    caltech101,
+    cars,
+    cifar,
+    cub,
+    dtd,
+    flowers,
+    food,
+    pets,
+    sun397,
+    voc2007,
+)
 from proteus_jax.data.sources.tfds import PREFIX, TfdsSource, open_tfds
 from proteus_jax.errors import InputError
-
-# Draws of an image of each class of Caltech-101 to learn from.
-CALTECH_DRAWS = 30
-# Bytes of an image of CIFAR, and its sides.
-_CIFAR = (3, 32, 32)
-
-
-class Images(NamedTuple):
-    """Images and what they show: classes [N], or for several at once [N, K] of 1, 0 (difficult) and
-    -1.
-    """
-
-    source: Source
-    labels: np.ndarray
-
-
-class Splits(NamedTuple):
-    """The training set, the set that C is chosen by (None: a part of the training set), and the
-    test set.
-    """
-
-    train: Images
-    validation: Images | None
-    test: Images
 
 
 class Dataset(NamedTuple):
@@ -72,7 +62,7 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
                 absent[name] = f"no {dataset.marker} below {root}/{name}"
             else:
                 splits[name] = _not_empty(dataset.read(folder))
-        except _Absent as error:
+        except Absent as error:
             absent[name] = str(error)
         except InputError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
@@ -96,31 +86,9 @@ def _not_empty(splits: Splits) -> Splits:
     return splits
 
 
-class _Absent(Exception):
-    """A data set that is not there, which is no fault."""
-
-
-def _folder(base: Path, marker: str) -> Path | None:
-    """Finds the folder of the marker: the folder itself or one or two (VOCdevkit/VOC2007) inside
-    it.
-    """
-    inside = [*sorted(base.glob("*/")), *sorted(base.glob("*/*/"))] if base.is_dir() else []
-    return next((place for place in (base, *inside) if (place / marker).exists()), None)
-
-
-def _mat(path: Path) -> dict[str, Any]:
-    """The variables of a .mat file. Its reader raises whatever a broken one provokes."""
-    try:
-        return scipy.io.loadmat(path, squeeze_me=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path.name}: {error}") from None
-
-
 def _from_tfds(dataset: Dataset) -> Splits:
     if dataset.tfds is None:
-        raise _Absent("tensorflow-datasets has no form of it that is read here")
+        raise Absent("tensorflow-datasets has no form of it that is read here")
     builder, *splits = dataset.tfds
     parts: list[Images | None] = []
     for split in splits:
@@ -130,7 +98,7 @@ def _from_tfds(dataset: Dataset) -> Splits:
         try:
             source: TfdsSource = open_tfds(f"{PREFIX}{builder}:{split}")
         except InputError as error:
-            raise _Absent(str(error)) from None
+            raise Absent(str(error)) from None
         parts.append(Images(source, _labels_of(source, dataset.metric)))
     train, validation, test = parts
     assert train is not None
@@ -138,270 +106,44 @@ def _from_tfds(dataset: Dataset) -> Splits:
     return Splits(train, validation, test)
 
 
-def _labels_of(source: TfdsSource, metric: str) -> np.ndarray:
-    """Classes; for several an image ("map") one row each, 1 where the class is there.
-
-    Those of an image that are marked difficult count as not there, as in the original's lists.
-    """
-    if metric != "map":
-        labels = source.labels()
-        assert labels is not None
-        return labels
-    table = np.full((len(source), len(VOC_CLASSES)), -1)
-    for row, classes in zip(table, source.values("labels_no_difficult"), strict=True):
-        row[classes] = 1
-    return table
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-
-
-def _images(folder: Path, rows: Iterable[tuple[str, Any]]) -> Images:
-    """Files below a folder and their labels; InputError where one is missing."""
-    names, labels = zip(*rows, strict=True)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise InputError(f"{len(missing)} images are missing, as {folder / missing[0]}")
-    return Images(open_names(folder, names), np.array(labels))
-
-
-def _numbered(names: Iterable[str]) -> dict[str, int]:
-    return {name: number for number, name in enumerate(sorted(set(names)))}
-
-
-def _aircraft(folder: Path) -> Splits:
-    """FGVC-Aircraft 2013b by variant: images_variant_SPLIT.txt has `0034309 707-320`."""
-    data = folder / "data"
-    rows = {
-        split: [line.split(" ", 1) for line in _lines(data / f"images_variant_{split}.txt")]
-        for split in ("train", "val", "test")
-    }
-    number = _numbered(variant for _, variant in rows["train"])
-    return Splits(
-        *(
-            _images(data / "images", [(f"{name}.jpg", number[variant]) for name, variant in part])
-            for part in rows.values()
-        )
-    )
-
-
-def _caltech101(folder: Path) -> Splits:
-    """Folders of classes, the background's too; 30 draws of each with replacement, from the
-    generator and the seed of the protocol.
-    """
-    place = folder / "101_ObjectCategories"
-    rng = np.random.RandomState(0)
-    train, test = [], []
-    for number, kind in enumerate(sorted(path for path in place.iterdir() if path.is_dir())):
-        names = sorted(f"{kind.name}/{path.name}" for path in kind.glob("*.jpg"))
-        drawn = rng.choice(len(names), CALTECH_DRAWS)
-        train += [(names[at], number) for at in drawn]
-        test += [(name, number) for at, name in enumerate(names) if at not in set(drawn.tolist())]
-    return Splits(_images(place, train), None, _images(place, test))
-
-
-def _cars(folder: Path) -> Splits:
-    """Stanford Cars: annotations in .mat files, with the test set's labels."""
-
-    def part(place: str, annotations: str) -> Images:
-        annotated = _mat(folder / annotations)["annotations"]
-        rows = [(str(row["fname"]), int(row["class"]) - 1) for row in np.atleast_1d(annotated)]
-        return _images(folder / place, rows)
-
-    test = "cars_test_annos_withlabels.mat"
-    if not (folder / test).is_file():
-        test = f"devkit/{test}"
-    return Splits(part("cars_train", "devkit/cars_train_annos.mat"), None, part("cars_test", test))
-
-
-def _cifar(files: dict[str, Sequence[str]], labels: int) -> Callable[[Path], Splits]:
-    """The binary version: for each image `labels` bytes, of which the last is the class, then
-    planes of red, green and blue.
-    """
-
-    def part(folder: Path, names: Sequence[str]) -> Images:
-        size = labels + int(np.prod(_CIFAR))
-        whole = b"".join((folder / name).read_bytes() for name in names)
-        if len(whole) % size or not whole:
-            raise InputError(f"{names[0]}: expected a multiple of {size} bytes, found {len(whole)}")
-        rows = np.frombuffer(whole, np.uint8).reshape(-1, size)
-        pixels = rows[:, labels:].reshape(-1, *_CIFAR).transpose(0, 2, 3, 1)
-        source = MemorySource(list(pixels), [f"image {number}" for number in range(len(rows))])
-        return Images(source, rows[:, labels - 1].astype(np.int64))
-
-    def read(folder: Path) -> Splits:
-        return Splits(part(folder, files["train"]), None, part(folder, files["test"]))
-
-    return read
-
-
-def _dtd(folder: Path) -> Splits:
-    """Describable Textures, its first partition: lists of `banded/banded_0002.jpg`."""
-    rows = {part: _lines(folder / f"labels/{part}1.txt") for part in ("train", "val", "test")}
-    number = _numbered(name.split("/")[0] for name in rows["train"])
-    return Splits(
-        *(
-            _images(folder / "images", [(name, number[name.split("/")[0]]) for name in part])
-            for part in rows.values()
-        )
-    )
-
-
-def _flowers(folder: Path) -> Splits:
-    """Oxford Flowers 102: labels and splits in .mat files, by the number of the image from 1."""
-    labels = np.ravel(_mat(folder / "imagelabels.mat")["labels"])
-    ids = _mat(folder / "setid.mat")
-    return Splits(
-        *(
-            _images(
-                folder / "jpg",
-                [(f"image_{at:05}.jpg", int(labels[at - 1]) - 1) for at in np.ravel(ids[part])],
-            )
-            for part in ("trnid", "valid", "tstid")
-        )
-    )
-
-
-def _food(folder: Path) -> Splits:
-    """Food-101: lists of `apple_pie/1005649`."""
-    rows = {part: _lines(folder / f"meta/{part}.txt") for part in ("train", "test")}
-    number = _numbered(name.split("/")[0] for name in rows["train"])
-    train, test = (
-        _images(folder / "images", [(f"{name}.jpg", number[name.split("/")[0]]) for name in part])
-        for part in rows.values()
-    )
-    return Splits(train, None, test)
-
-
-def _pets(folder: Path) -> Splits:
-    """Oxford-IIIT Pets: lists of `Abyssinian_100 1 1 1`, the class from 1 second."""
-
-    def part(name: str) -> Images:
-        rows = [line.split() for line in _lines(folder / f"annotations/{name}.txt")]
-        rows = [row for row in rows if not row[0].startswith("#")]
-        return _images(folder / "images", [(f"{row[0]}.jpg", int(row[1]) - 1) for row in rows])
-
-    return Splits(part("trainval"), None, part("test"))
-
-
-def _sun397(folder: Path) -> Splits:
-    """SUN397, its first partition: lists of `/a/abbey/sun_aaa.jpg`, the class is the folder."""
-    rows = {
-        part: [line.lstrip("/") for line in _lines(folder / f"{part}_01.txt")]
-        for part in ("Training", "Testing")
-    }
-    number = _numbered(name.rpartition("/")[0] for name in rows["Training"])
-    train, test = (
-        _images(folder, [(name, number[name.rpartition("/")[0]]) for name in part])
-        for part in rows.values()
-    )
-    return Splits(train, None, test)
-
-
-def _voc2007(folder: Path) -> Splits:
-    """PASCAL VOC 2007: CLASS_SPLIT.txt has `000005 -1`; where there are none, from the XML of each
-    image.
-    """
-    lists = folder / "ImageSets/Main"
-
-    def part(split: str) -> Images:
-        names = [line.split()[0] for line in _lines(lists / f"{split}.txt")]
-        if all((lists / f"{kind}_{split}.txt").is_file() for kind in VOC_CLASSES):
-            columns = []
-            for kind in VOC_CLASSES:
-                values = dict(line.split() for line in _lines(lists / f"{kind}_{split}.txt"))
-                columns.append([int(values[name]) for name in names])
-            labels = np.array(columns).T
-        else:
-            labels = np.array([_shown(folder / f"Annotations/{name}.xml") for name in names])
-        rows = zip((f"{name}.jpg" for name in names), labels.tolist(), strict=True)
-        return _images(folder / "JPEGImages", rows)
-
-    return Splits(part("train"), part("val"), part("test"))
-
-
-def _shown(path: Path) -> list[int]:
-    """Reads an annotation. Returns for each class 1 where it is shown, 0 where only difficult to
-    see, else -1.
-    """
-    text = path.read_text()
-    if re.search(r"<!(DOCTYPE|ENTITY)", text):
-        raise ValueError(f"{path.name} declares entities")
-    shown = dict.fromkeys(VOC_CLASSES, -1)
-    for element in ElementTree.fromstring(text).iter("object"):
-        kind, difficult = (
-            element.findtext("name", ""),
-            element.findtext("difficult", "0").strip() == "1",
-        )
-        shown[kind.strip()] = max(shown[kind.strip()], 0 if difficult else 1)
-    return list(shown.values())
-
-
-def _cub(folder: Path) -> Splits:
-    """CUB-200-2011: lists by the number of the image."""
-    names, kinds, first = (
-        dict(line.split(" ", 1) for line in _lines(folder / file))
-        for file in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-    )
-    train, test = (
-        _images(
-            folder / "images",
-            [(name, int(kinds[at]) - 1) for at, name in names.items() if first[at] == side],
-        )
-        for side in ("1", "0")
-    )
-    return Splits(train, None, test)
-
-
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
-_CIFAR10: dict[str, Sequence[str]] = {
-    "train": [f"data_batch_{n}.bin" for n in range(1, 6)],
-    "test": ["test_batch.bin"],
-}
-_CIFAR100: dict[str, Sequence[str]] = {"train": ["train.bin"], "test": ["test.bin"]}
 DATASETS = {
-    "aircraft": Dataset("data/images_variant_train.txt", "mean_per_class", _aircraft, None),
+    "aircraft": Dataset("data/images_variant_train.txt", "mean_per_class", aircraft, None),
     "caltech101": Dataset(
-        "101_ObjectCategories", "mean_per_class", _caltech101, ("caltech101", "train", None, "test")
+        "101_ObjectCategories", "mean_per_class", caltech101, ("caltech101", "train", None, "test")
     ),
     "cars": Dataset(
-        "devkit/cars_train_annos.mat", "accuracy", _cars, ("cars196", "train", None, "test")
+        "devkit/cars_train_annos.mat", "accuracy", cars, ("cars196", "train", None, "test")
     ),
     "cifar10": Dataset(
-        "data_batch_1.bin", "accuracy", _cifar(_CIFAR10, 1), ("cifar10", "train", None, "test")
+        "data_batch_1.bin", "accuracy", cifar(_CIFAR10, 1), ("cifar10", "train", None, "test")
     ),
     "cifar100": Dataset(
-        "train.bin", "accuracy", _cifar(_CIFAR100, 2), ("cifar100", "train", None, "test")
+        "train.bin", "accuracy", cifar(_CIFAR100, 2), ("cifar100", "train", None, "test")
     ),
-    "dtd": Dataset("labels/train1.txt", "accuracy", _dtd, ("dtd", "train", "validation", "test")),
+    "dtd": Dataset("labels/train1.txt", "accuracy", dtd, ("dtd", "train", "validation", "test")),
     "flowers": Dataset(
         "setid.mat",
         "mean_per_class",
-        _flowers,
+        flowers,
         ("oxford_flowers102", "train", "validation", "test"),
     ),
-    "food": Dataset("meta/train.txt", "accuracy", _food, ("food101", "train", None, "validation")),
+    "food": Dataset("meta/train.txt", "accuracy", food, ("food101", "train", None, "validation")),
     "pets": Dataset(
         "annotations/trainval.txt",
         "mean_per_class",
-        _pets,
+        pets,
         ("oxford_iiit_pet", "train", None, "test"),
     ),
     "sun397": Dataset(
         "Training_01.txt",
         "accuracy",
-        _sun397,
+        sun397,
         ("sun397/standard-part1-120k", "train", None, "test"),
     ),
     "voc2007": Dataset(
-        "ImageSets/Main/train.txt", "map", _voc2007, ("voc/2007", "train", "validation", "test")
+        "ImageSets/Main/train.txt", "map", voc2007, ("voc/2007", "train", "validation", "test")
     ),
     "cub": Dataset(
-        "train_test_split.txt", "accuracy", _cub, ("caltech_birds2011", "train", None, "test")
+        "train_test_split.txt", "accuracy", cub, ("caltech_birds2011", "train", None, "test")
     ),
 }

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from proteus_jax.data.datasets.fine_grained import DATASETS, Images, Splits, find_datasets
+from proteus_jax.data.datasets.fine_grained import DATASETS, find_datasets
+from proteus_jax.data.datasets.fine_grained_layouts import Images, Splits
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about
 from proteus_jax.evaluation.classifiers import logistic_regression

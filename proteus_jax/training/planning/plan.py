@@ -19,9 +19,8 @@ from proteus_jax.data.sources import skimage
 from proteus_jax.data.throughput import views_per_second
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
-from proteus_jax.methods.teacher import Teacher
 from proteus_jax.models.config import ViTSpec
-from proteus_jax.models.functional import StudentFunction, stored_shapes
+from proteus_jax.models.functional import stored_shapes
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
@@ -37,6 +36,7 @@ from proteus_jax.training.builder import (
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import open_split
 from proteus_jax.training.planning.floors import Floor, nearest
+from proteus_jax.training.planning.memory import estimate_memory
 from proteus_jax.training.planning.topology import Topology, local_topology, named_topology
 from proteus_jax.weights.fetch import obtain_teacher, teacher_spec
 from proteus_jax.weights.model_dir import load_card
@@ -60,24 +60,6 @@ class Settings(NamedTuple):
     mfu: float | None = None
     price: float | None = None
     hlo: Path | None = None
-
-
-class Memory(NamedTuple):
-    """Bytes a device, by what they hold."""
-
-    student: float
-    gradients: float
-    optimizer: float
-    average: float
-    teacher: float
-    activations: float
-    teacher_activations: float
-    images: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(self)
 
 
 def plan(config: TrainConfig, settings: Settings) -> Iterator[str]:
@@ -147,16 +129,6 @@ def _elements(tree: Any) -> float:
     return float(sum(array.size for array in jax.tree.leaves(tree)))
 
 
-def _bytes(tree: Any, parts: int = 1) -> float:
-    """Bytes of a tree on one device, where large arrays are split into `parts`."""
-    return float(
-        sum(
-            array.size * array.dtype.itemsize / (parts if array.size >= sharding.SMALL else 1)
-            for array in jax.tree.leaves(tree)
-        )
-    )
-
-
 def _sizes(assembly: Assembly) -> Iterator[str]:
     shapes = [student.shapes for student in assembly.students.values()]
     yield f"trainable parameters: {sum(map(_elements, shapes)) / 1e6:.2f} M"
@@ -166,60 +138,8 @@ def _sizes(assembly: Assembly) -> Iterator[str]:
     yield f"teacher parameters: {teachers / 1e6:.2f} M"
 
 
-def memory(config: TrainConfig, assembly: Assembly, devices: int, batch: int) -> Memory:
-    """The memory of a device that trains with a global batch on so many devices."""
-    state, parts = assembly.state_shapes(), config.fsdp
-    images = batch / devices / config.grad_accum_steps
-    rows = images * (1.0 + assembly.method.masked_share)
-    side = config.data.crop
-    kept = [_kept(student, side, rows) for student in assembly.students.values()]
-    teacher_memory = [_teaching(each, side, images, parts) for each in assembly.teachers.values()]
-    largest = max([side, *(each.side or 0 for each in assembly.teachers.values())])
-    params = _bytes(state.params, parts)
-    return Memory(
-        student=params,
-        gradients=params * (2 if config.grad_accum_steps > 1 else 1),
-        optimizer=_bytes(state.optimizer, parts),
-        average=_bytes(state.ema, parts),
-        teacher=sum(weights for weights, _ in teacher_memory),
-        activations=max(kept),
-        # They look one after the other.
-        teacher_activations=max(working for _, working in teacher_memory),
-        images=batch / devices * largest**2 * 3 * (1 + 4),
-    )
-
-
-def _teaching(teacher: Teacher, crop: int, images: float, parts: int) -> tuple[float, float]:
-    """Bytes of a teacher's weights, and of what one of its blocks works with: scores and their
-    exponentials, or the feed-forward layer.
-    """
-    spec, precision = teacher.backbone.spec, teacher.backbone.dtype
-    tokens = _tokens(spec, teacher.side or crop)
-    scores = images * spec.heads * tokens**2 * (4 + precision.itemsize)
-    scores *= teacher.backbone.attention == "xla"
-    wide = images * tokens * spec.hidden * 2 * (4 + precision.itemsize)
-    return _bytes(teacher.backbone.shapes, parts) / 4 * precision.itemsize, max(scores, wide)
-
-
-def _tokens(spec: ViTSpec, side: int) -> int:
-    return spec.prefix + (side // spec.patch_size) ** 2
-
-
-def _kept(student: StudentFunction, side: int, rows: float) -> float:
-    """Bytes that a student's blocks leave for the backward pass, and what one works with."""
-    spec, itemsize = student.spec, student.dtype.itemsize
-    tokens, width = _tokens(spec, side), spec.width
-    stream = rows * tokens * width * 4
-    # Queries, keys, values, what they attend to, what that adds to the stream, the hidden layer.
-    block = rows * tokens * (5 * width + spec.hidden) * itemsize
-    scores = rows * spec.heads * tokens**2 * (2 * 4 + 2 * itemsize)
-    working = 2 * stream + (scores if student.attention == "xla" else 0)
-    each = stream if student.remat == "blocks" else stream + block
-    return spec.depth * each + block + working
-
-
 def _memory_lines(config: TrainConfig, assembly: Assembly, topology: Topology) -> Iterator[str]:
-    needed = memory(config, assembly, topology.devices, config.batch)
+    needed = estimate_memory(config, assembly, topology.devices, config.batch)
     yield f"memory a device: {needed.total / GB:.2f} GB"
     for name, value in needed._asdict().items():
         yield f"memory a device, {name.replace('_', ' ')}: {value / GB:.3f} GB"
@@ -231,7 +151,7 @@ def _memory_lines(config: TrainConfig, assembly: Assembly, topology: Topology) -
     unit = config.batch_unit(topology.devices)
 
     def fits(units: int) -> bool:
-        return memory(config, assembly, topology.devices, units * unit).total <= limit
+        return estimate_memory(config, assembly, topology.devices, units * unit).total <= limit
 
     units = 0
     for power in reversed(range(20)):

@@ -8,7 +8,6 @@ behind them. The pickle is read by `inert_pickle`: no object in it is built.
 import io
 import math
 import mmap
-import pickle
 import struct
 import zipfile
 import zlib
@@ -16,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from proteus_jax.errors import InputError, refusing
 from proteus_jax.weights.convert import inert_pickle
 from proteus_jax.weights.convert.inert_pickle import Global
+from proteus_jax.weights.convert.torch_dtypes import BY_NAME, BY_STORAGE
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # A tensor may repeat its storage (expanded ones do), and an archive may be compressed: but what a
@@ -29,44 +28,6 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 GROWTH, ALLOWANCE = 16, 1 << 26
 MOST_DIMENSIONS = 32
 LONGEST_PICKLE = 1 << 28
-
-_BY_STORAGE: dict[str, Any] = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-    "ComplexFloatStorage": np.complex64,
-    "ComplexDoubleStorage": np.complex128,
-    "UntypedStorage": np.uint8,
-}
-_BY_NAME: dict[str, Any] = {
-    "uint16": np.uint16,
-    "uint32": np.uint32,
-    "uint64": np.uint64,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-}
 
 
 class Storage(NamedTuple):
@@ -224,9 +185,9 @@ class TorchFile:
         """
         kind, storage, key, _place, _count, *view = identity
         name = storage.name.lstrip("_")
-        if kind != "storage" or name not in _BY_STORAGE:
+        if kind != "storage" or name not in BY_STORAGE:
             raise ValueError(f"a storage of the unknown type {storage}")
-        dtype = np.dtype(_BY_STORAGE[name])
+        dtype = np.dtype(BY_STORAGE[name])
         key = str(key)
         self._dtypes.setdefault(key, dtype)
         start = view[0][1] if view and view[0] is not None else 0
@@ -289,9 +250,9 @@ def _typed_tensor(
     """A tensor of a dtype that has no storage class of its own; opaque where numpy has no such
     dtype.
     """
-    if not isinstance(dtype, Global) or dtype.name not in _BY_NAME:
+    if not isinstance(dtype, Global) or dtype.name not in BY_NAME:
         return inert_pickle.Opaque(f"a tensor of {dtype}")
-    kind = np.dtype(_BY_NAME[dtype.name])
+    kind = np.dtype(BY_NAME[dtype.name])
     return _tensor(storage, offset, shape, strides, gradient, hooks, metadata, dtype=kind)
 
 
@@ -316,51 +277,3 @@ def _swapped(array: np.ndarray) -> np.ndarray:
     """The same numbers from bytes in the other order."""
     width = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
     return array.view(f"u{width}").byteswap().view(array.dtype) if width > 1 else array
-
-
-def save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes float32 arrays as `torch.save` writes a state dict, for `torch.load` of any version
-    since 1.6 and with weights_only.
-    """
-    root = path.stem
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        _write(archive, f"{root}/data.pkl", _description(arrays))
-        _write(archive, f"{root}/byteorder", b"little")
-        for key, array in enumerate(arrays.values()):
-            _write(archive, f"{root}/data/{key}", np.ascontiguousarray(array, "<f4").tobytes())
-        _write(archive, f"{root}/version", b"3\n")
-
-
-def _write(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """A member whose bytes begin at a multiple of 64, so that PyTorch can map them into memory."""
-    member = zipfile.ZipInfo(name)
-    assert archive.fp is not None
-    padding = -(archive.fp.tell() + 30 + len(name.encode()) + 4) % 64
-    member.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
-    archive.writestr(member, content)
-
-
-def _description(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle of {name: tensor}, by its opcodes: `pickle` itself would import PyTorch."""
-    parts = [pickle.PROTO + b"\2", pickle.EMPTY_DICT, pickle.MARK]
-    for key, (name, array) in enumerate(arrays.items()):
-        steps = np.empty(array.shape, np.int8).strides
-        storage = [
-            *(pickle.MARK, _pickled("storage"), _named("torch", "FloatStorage")),
-            *(_pickled(str(key)), _pickled("cpu"), _pickled(int(array.size))),
-            *(pickle.TUPLE, pickle.BINPERSID),
-        ]
-        parts += [_pickled(name), _named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK]
-        parts += [*storage, _pickled(0), _pickled(array.shape), _pickled(steps), pickle.NEWFALSE]
-        parts += [_named("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE]
-        parts += [pickle.TUPLE, pickle.REDUCE]
-    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])
-
-
-def _pickled(value: str | int | tuple[int, ...]) -> bytes:
-    """The opcodes that make a value, without the frame around them."""
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def _named(module: str, name: str) -> bytes:
-    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
