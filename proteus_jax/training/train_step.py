@@ -52,6 +52,9 @@ class TrainStep:
     `skipped_in_a_row`, int32.
     """
 
+    # By which profiles and compiled programs know it.
+    __name__ = "train_step"
+
     method: Method
     teachers: Mapping[str, Teacher]
     students: Mapping[str, StudentFunction]
