@@ -21,7 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     # base.add_teacher(config, "clip", "clip_vitb16") adds another.
     config.teachers = ml_collections.ConfigDict({"teacher": _teacher("dinov2_vitb14")})
     teachers: Any = config.teachers
-    # The primary teacher: teachers.teacher.source, in short.
+    # The primary teacher: a known name, hf:ORG/NAME, a path or an address
+    # (teachers.teacher.source).
     config.teacher = teachers.teacher.get_ref("source")
     # Students: names of proteus_jax/models/config.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
@@ -31,10 +32,10 @@ def get_config() -> ml_collections.ConfigDict:
     # The model that is copied. It is as wide as the student and has as many blocks or a multiple,
     # of which every second, third ... is taken; its other choices are the student's too.
     config.init.source = ""
-    # The start of every random number of the run.
+    # Random seed of the run.
     config.seed = 0
 
-    # Images of a step, over all devices and hosts; even where patches are masked.
+    # Images of a step, over all devices and hosts; an even number if patches are masked.
     config.batch = 1024
     # Length of training in passes over the images. A run, a finished one too, may be given another:
     # the learning rate follows the new length from there on.
@@ -42,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Length of training in steps, in place of epochs where it is given.
     config.steps = config_dict.placeholder(int)
 
-    # Peak learning rate. Where none is given: 5e-4 for each 512 images of the batch.
+    # Peak learning rate; None takes 5e-4 for each 512 images of the batch.
     config.learning_rate = config_dict.placeholder(float)
     config.optimizer = ml_collections.ConfigDict()
     # The optimizer: adamw.
@@ -53,12 +54,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = config_dict.placeholder(int)
     # Weight decay on matrices and tables; vectors and biases have none.
     config.optimizer.weight_decay = 0.05
-    # Dtype of the mean of the gradients: float32 or bfloat16, which is half the memory.
+    # Dtype of AdamW's first moment: float32, or bfloat16, which halves its memory.
     config.optimizer.mu_dtype = "float32"
     # Decay of an average of the backbone's weights (the paper's: 0.99996); 0 keeps none. It is
     # saved and exported beside them.
     config.ema_decay = 0.0
-    # Stochastic depth of the last block, growing from 0; the paper's runs have none.
+    # Stochastic depth rate of the last block, rising from 0 at the first; the paper's runs have
+    # none.
     config.drop_path = 0.0
 
     config.method = ml_collections.ConfigDict()
@@ -82,56 +84,55 @@ def get_config() -> ml_collections.ConfigDict:
     config.teacher_precision = "auto"
     # Devices that share one copy of parameters and optimizer; 1 keeps a whole copy on each.
     config.fsdp = 1
-    # Parts that a batch goes through in, one after the other: less memory for the same update.
+    # Gradient accumulation: parts of a batch, one after the other; less memory for the same update.
     config.grad_accum_steps = 1
     # What the student's backward pass computes again: off or blocks. Off keeps what matmuls made;
     # blocks keeps only what enters a block, a fraction of the memory for a third more of the
     # student's arithmetic.
     config.remat = "off"
-    # Attention's implementation: auto, xla, pallas (TPUs) or cudnn (GPUs, in 16 bits). Auto takes
-    # the fastest that the platform has.
+    # Attention's implementation: auto (the fastest here), xla, pallas (TPUs) or cudnn (GPUs, 16
+    # bits).
     config.attention = "auto"
-    # Hosts that a run must find, where given; it stops at once where it finds more or fewer.
+    # Required number of hosts, where given; a run that finds another number stops at once.
     config.hosts = config_dict.placeholder(int)
-    # Devices of each host that it must find, where given.
+    # Required number of devices of each host, where given.
     config.devices = config_dict.placeholder(int)
 
     config.data = ml_collections.ConfigDict()
-    # Where the images are, several places apart by commas. A place is a folder, searched to its
-    # bottom; a text file of paths; one image; tar, parquet or ArrayRecord files (as
+    # Where the images are: one place, or several separated by commas. A place is a folder, searched
+    # to its bottom; a text file of paths; one image; tar, parquet or ArrayRecord files (as
     # DIR/train-*.parquet, or their folder); tfds:NAME; gs:// and s3:// (docs/data.md says which);
     # what --doctor wrote; or "scikit-image": the nineteen pictures of that wheel. No labels are
     # needed.
     config.data.root = ()
-    # Shares of several places in the mixture. Where none are given, each has as much as it has
-    # images.
+    # Shares of several places in the mixture; none for shares by their numbers of images.
     config.data.weights = ()
     config.data.subset = ml_collections.ConfigDict()
     # Share of the classes that is trained on.
     config.data.subset.classes = 1.0
     # Share of the images of each of these classes.
     config.data.subset.images = 1.0
-    # Images of an epoch; where none is given, as many as there are.
+    # Number of images that count as one epoch; where none is given, as many as there are.
     config.data.epoch = config_dict.placeholder(int)
-    # Views of an image in a row, each augmented on its own; an epoch is as long as without.
+    # Consecutive augmented views of each image; the length of an epoch is unchanged.
     config.data.repeated_aug = 3
     # Side of the training crops in pixels, a multiple of the patch size (14).
     config.data.crop = 224
     config.data.randaugment = ml_collections.ConfigDict()
-    # RandAugment's operations an image; 0 does without.
+    # RandAugment: operations per image; 0 turns it off.
     config.data.randaugment.operations = 2
-    # Their magnitude, from 0 to 10.
+    # RandAugment: magnitude of the operations, from 0 to 10.
     config.data.randaugment.magnitude = 9.0
-    # The standard deviation of the magnitude.
+    # RandAugment: standard deviation of the magnitude.
     config.data.randaugment.deviation = 0.5
-    # The probability of each operation to be applied.
+    # RandAugment: probability of each operation to be applied.
     config.data.randaugment.probability = 0.5
-    # Share of the images that get a box of noise.
+    # Random erasing: share of the images that get a box of noise.
     config.data.erasing = 0.25
-    # Processes that decode and augment. Where none is given: the host's cores less two, and none on
-    # a host of four cores or fewer.
+    # Processes that decode and augment; None takes the host's cores less two, and none on a host of
+    # four cores or fewer.
     config.data.workers = config_dict.placeholder(int)
-    # Threads that do it where there are no such processes.
+    # Threads that decode and augment where there are no worker processes.
     config.data.threads = 4
     # A run stops when a larger share of the images than this cannot be read.
     config.data.max_corrupt_fraction = 0.1
@@ -142,7 +143,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.held_out.minimum = 16
     # The largest number of images that is held out.
     config.data.held_out.maximum = 1024
-    # At least so many fixed views of what is held out are compared with the teacher.
+    # The least number of fixed views of held-out images that are compared with the teacher.
     config.data.held_out.views = 128
 
     config.eval = ml_collections.ConfigDict()
@@ -150,7 +151,7 @@ def get_config() -> ml_collections.ConfigDict:
     # (or val/), one folder a class in each; one folder a class; tfds:NAME; or "scikit-image": which
     # of its pictures a tile is of, where data.root names them too.
     config.eval.root = ""
-    # Protocols that measure on them, of proteus_jax/evaluation/protocols/.
+    # Protocols that measure on eval.root, of proteus_jax/evaluation/protocols/.
     config.eval.protocols = ("knn", "ridge")
 
     # Steps between two rows of metrics.jsonl.
@@ -165,8 +166,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep_checkpoints = 3
     # Steps between two checkpoints that are kept for ever, where given.
     config.keep_every = config_dict.placeholder(int)
-    # Saves in a row that may fail, as where the disk is full, before a run stops; 0 stops at the
-    # first.
+    # Saves in a row that may fail, e.g. on a full disk, before a run stops; 0 stops at the first.
     config.max_failed_saves = 3
     # Seconds from a request to stop (SIGTERM, Ctrl-C) after which a run ends, saved or not.
     config.preemption_timeout_s = 300.0
@@ -192,18 +192,18 @@ def _teacher(source: str) -> Any:
     teacher: Any = ml_collections.ConfigDict()
     # The model: a known name (python convert_weights.py list), a directory or an address.
     teacher.source = source
-    # Channel statistics of its images: native (those it was trained with), imagenet, clip or half.
+    # Channel statistics of its images: native (its own), imagenet, clip or half (mean and std 0.5).
     # The students see the primary teacher's.
     teacher.normalization = "native"
-    # Side of its images in pixels, where not data.crop: a multiple of its patch size.
+    # Side of its images in pixels, if different from data.crop; a multiple of its patch size.
     teacher.image_size = config_dict.placeholder(int)
     # Whether its tokens are brought to mean 0 and deviation 1 in every channel first.
     teacher.standardize = False
     teacher.loss_weights = ml_collections.ConfigDict()
-    # Factor of its token loss, where not method.loss_weights.token.
+    # Factor of its token loss; defaults to method.loss_weights.token.
     teacher.loss_weights.token = config_dict.placeholder(float)
-    # Factor of its feature loss, where not method.loss_weights.feature.
+    # Factor of its feature loss; defaults to method.loss_weights.feature.
     teacher.loss_weights.feature = config_dict.placeholder(float)
-    # Factor of its patch loss, where not method.loss_weights.patch.
+    # Factor of its patch loss; defaults to method.loss_weights.patch.
     teacher.loss_weights.patch = config_dict.placeholder(float)
     return teacher

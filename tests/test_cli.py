@@ -31,10 +31,7 @@ def test_the_help_has_every_field(command: str, capsys: pytest.CaptureFixture[st
             assert lines[number + 1].strip()
     if command == "train":
         assert "--config.batch=16" in lines
-        assert (
-            "    Images of a step, over all devices and hosts; even where patches are masked"
-            in lines
-        )
+        assert "    Random seed of the run" in lines
 
 
 def test_every_field_has_a_comment_of_its_own() -> None:
@@ -57,6 +54,16 @@ def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith(f"{proteus_jax.__version__}\n")
     for command in CONFIGURED | OTHERS:
         assert f"\n  proteus {command} " in text
+
+
+def test_the_help_of_a_configuration_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fields that no base describes are shown; a wrong name is an error in words."""
+    own = ROOT / "tests" / "toy_configs" / "direction.py"
+    assert app.main(["train", f"--config={own}", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "--config.method.temperature=0.5" in lines
+    assert app.main(["train", "--config=vitb15", "--help"]) == 2
+    assert "no such file: vitb15" in capsys.readouterr().err
 
 
 def test_a_configuration_has_a_name() -> None:

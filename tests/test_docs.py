@@ -12,6 +12,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 FIELDS = {field for base in ("base", "eval/base") for field in config.fields_of(base)}
 # What a page may write in the place of a name.
 EXAMPLES = {"FIELD", "method.temperature", "nonsense", "configs/eval/norm.py"}
+EXAMPLES |= {"methods/direction.py", "evaluation/protocols/norm.py"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -63,6 +63,7 @@ def test_a_method_a_source_and_a_protocol(tiny_teacher: Path, tmp_path: Path) ->
     other = with_toys(tmp_path, *odd, "--config.method.temperature=1", "--config.steps=4")
     assert other.returncode == 2
     assert "method.temperature: the checkpoint has 0.5, this run has 1.0" in other.stderr
+    assert "method.temperature: 0.5 until now" not in other.stderr
     arguments = (
         *("evaluate", "--config=eval/norm", f"--config.model={tmp_path / 'run' / 'student'}"),
         *("--config.data.root=stripes:6", f"--workdir={tmp_path / 'norm'}"),

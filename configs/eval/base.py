@@ -17,7 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     """
     config: Any = ml_collections.ConfigDict()
 
-    # The protocol: knn, ridge, linear, finegrained, robustness or analysis.
+    # The protocol, of proteus_jax/evaluation/protocols/: knn, ridge, linear, finegrained,
+    # robustness or analysis.
     config.protocol = "knn"
     # What is evaluated: whatever proteus_jax.load takes.
     config.model = ""
@@ -38,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.crop = 224
     # Processes that decode. Where none is given: the host's cores less two.
     config.data.workers = config_dict.placeholder(int)
-    # Threads that do it where there are no such processes.
+    # Threads that decode where there are no worker processes.
     config.data.threads = 4
 
     config.knn = ml_collections.ConfigDict()

@@ -8,7 +8,7 @@ import proteus_jax
 from proteus_jax.cli.arguments import Arguments, parse
 from proteus_jax.cli.commands import CONFIGURED, OTHERS
 from proteus_jax.cli.ending import end, end_at_a_signal, ending
-from proteus_jax.errors import InputError
+from proteus_jax.errors import InputError, exit_code
 from proteus_jax.runtime import process
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.download import go_offline
@@ -22,10 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_other(command, given[1:])
     rest = given[1:] if command else given
     if {"--help", "-h"} & set(rest):
-        from proteus_jax.cli import usage
-
-        print(usage.of(command, rest))
-        return 0
+        return _help(command, rest)
     if rest == ["--version"]:
         print(proteus_jax.__version__)
         return 0
@@ -33,6 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(watched=True)
     end_at_a_signal(console)
     return ending(lambda: run(rest, console, command), console)
+
+
+def _help(command: str, arguments: list[str]) -> int:
+    from proteus_jax.cli import usage
+
+    try:
+        print(usage.of(command, arguments))
+    except InputError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return exit_code(error)
+    return 0
 
 
 def script() -> None:

@@ -1,21 +1,23 @@
-"""Distils a teacher into a student, or goes on with it.
+"""Distills a teacher into a student, or resumes a run.
 
     proteus train --config=quickstart --workdir=runs/quickstart [--config.FIELD=VALUE ...]
     proteus train --config=vitb14 --prepare [--config.FIELD=VALUE ...]
     proteus train --replay=WORKDIR/dump/step_N
 
---config is a file, or the name of one of this package's configurations. --prepare fetches and
-converts the teacher and lists the images, and needs no accelerator: once, before the hosts of a run
-begin. --replay makes a step again of which training diverged, and says what of it is not finite.
---profile writes a trace of a few steps to WORKDIR/profile, for TensorBoard or Perfetto. --offline
-fetches nothing, neither teachers nor pictures, and says what is missing.
+--config is a file, or the name of one of this package's configurations; with --help it shows that
+file's values. --workdir is the folder of the run: metrics, checkpoints, the student; the same
+command resumes what lies there. --prepare fetches and converts the teacher and lists the images,
+and needs no accelerator: run it once before starting the hosts. --replay makes the step again at
+which training diverged, and reports which values are not finite. --profile writes a trace of a few
+steps to WORKDIR/profile, for TensorBoard or Perfetto. --offline fetches nothing, neither teachers
+nor pictures, and says what is missing.
 
 On several hosts the same command runs on each. Under SLURM and on TPU pods they find each other;
 elsewhere --hosts=N --host=I --coordinator=ADDRESS:PORT say how (ADDRESS is host 0's, which also
 listens on PORT + 1). --wait=SECONDS is how long they wait for each other (600).
 
-Exit codes: 0 done; 2 the input was wrong, and nothing was written, or memory does not suffice;
-3 training diverged; 75 interrupted: the same command goes on.
+Exit codes: 0 done; 2 the input was wrong, and nothing was written, or the run does not fit in
+memory; 3 training diverged; 75 interrupted: run the same command to resume.
 """
 
 import json

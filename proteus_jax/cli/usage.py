@@ -39,12 +39,15 @@ def _configuration(arguments: Sequence[str]) -> str | None:
 
 
 def _fields(base: str, named: str) -> Iterator[str]:
-    values, meanings = config.values_of(named), field_meanings(base)
-    for field in sorted(values, key=lambda field: list(meanings).index(_described(field))):
+    values = config.values_of(named)
+    # A file may have fields of its own, with comments like those of the base.
+    meanings = field_meanings(base) | field_meanings(named)
+    order = {field: number for number, field in enumerate(meanings)}
+    for field in sorted(values, key=lambda field: order.get(_described(field), len(order))):
         value = values[field]
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         yield f"--config.{field}={'None' if shown is None else shown}"
-        yield f"    {meanings[_described(field)]}"
+        yield f"    {meanings.get(_described(field)) or 'a field of this configuration'}"
 
 
 def _described(field: str) -> str:
@@ -63,7 +66,8 @@ def field_meanings(base: str) -> dict[str, str]:
         elif field:
             above = "" if field[1] == "config" else "teachers.teacher."
             sentence = " ".join(comment).partition(". ")[0].rstrip(".")
-            meanings[above + field[2]] = sentence
+            if sentence:
+                meanings[above + field[2]] = sentence
             comment = []
         elif not line.strip().startswith("config."):
             comment = []

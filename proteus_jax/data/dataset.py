@@ -57,13 +57,21 @@ def _open_split(root: str, held_out: HeldOut) -> Split:
     if root == skimage.NAME:
         return skimage.open_pictures()
     single = root.lower().endswith(decode.SUFFIXES) and not remote_fs.is_remote(root)
-    if single and not os.path.isdir(remote_fs.local(root)):
+    if single and _scheme(root) not in SCHEMES and not os.path.isdir(remote_fs.local(root)):
         return _single_image(root)
     source, skipped = open_source(root)
     try:
         return split(source, held_out, skipped=skipped)
     except InputError as error:
         raise InputError([f"{root}: {problem}" for problem in error.problems]) from None
+
+
+def _scheme(root: str) -> str:
+    """What stands before the first colon of a place, in small letters; nothing where there is
+    none.
+    """
+    scheme, colon, _ = root.partition(":")
+    return scheme.lower() if colon else ""
 
 
 def _single_image(root: str) -> Split:
@@ -81,9 +89,8 @@ def open_source(root: str) -> tuple[Source, tuple[str, ...]]:
     name = root.lower()
     if root == skimage.NAME:
         return open_folder(str(skimage.obtain_pictures()))
-    scheme, colon, _ = name.partition(":")
-    if colon and scheme in SCHEMES:
-        return SCHEMES[scheme](root), ()
+    if _scheme(root) in SCHEMES:
+        return SCHEMES[_scheme(root)](root), ()
     if not remote_fs.is_remote(root) and os.path.isdir(remote_fs.local(root)):
         return _open_directory(root)
     if name.endswith(_COMPRESSED):

@@ -142,7 +142,7 @@ def compare_facts(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Diff
         f"--config.{field}: {_short(before)} until now, {_short(after)} from here on"
         f"{_rule(field, given)}"
         for field, (before, after) in _different(*own).items()
-        if not (refused and _within(field, IDENTITY))
+        if field not in refused and not (refused and _within(field, IDENTITY))
     ]
     return Differences(lines, allowed)
 
