@@ -5,9 +5,10 @@ from pathlib import Path
 
 import fsspec
 
+from proteus_jax.runtime import workdir
 from proteus_jax.runtime.console import waiting
 from proteus_jax.runtime.filesystem import why_unwritable
-from proteus_jax.runtime.workdir import SCHEMES, is_remote
+from proteus_jax.runtime.workdir import is_remote
 
 EXTRA = "gcs"
 
@@ -16,8 +17,9 @@ def why_no_workdir(text: str) -> str | None:
     """Why a run cannot lie there; None where it can. Nothing is made."""
     if not is_remote(text):
         return why_unwritable(Path(text).expanduser())
-    if text.partition("://")[0] not in SCHEMES:
-        return f"expected a folder or an address on {', '.join(SCHEMES)}://, found {text}"
+    schemes = workdir.SCHEMES
+    if text.partition("://")[0] not in schemes:
+        return f"expected a folder or an address on {', '.join(schemes)}://, found {text}"
     try:
         with waiting(f"asking for {text}"):
             system, root = fsspec.url_to_fs(text.rstrip("/"))
