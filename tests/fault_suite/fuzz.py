@@ -107,7 +107,7 @@ SPOILT = (
         "student = 5",
         "student = ('a', 1)",
         "data = 3",
-        "loss = None",
+        "method = None",
     ),
     *("data.root = 7", "data.root = (1, 2)", "data.crop = 2.5", "teachers = 5", "seed = -1"),
     *("teachers = {'a': 1}", "precision = 8", "eval = 'x'", "teacher = ()", "epochs = 'many'"),
