@@ -1,7 +1,7 @@
 """One measurement of accelerator.py in a process of its own: a job as JSON in, results as JSON out.
 
 MFU counts the work that the method needs (proteus_jax/models/flops.py), whatever was really
-computed.
+computed. All jobs stand in one file, longer than others here: it is what the process runs.
 """
 
 import dataclasses

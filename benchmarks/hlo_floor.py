@@ -14,6 +14,8 @@ estimate: with the compiler's own cycles in place of the peak. Right for matmuls
 
 An attention kernel counts with its arguments, its results and the matmuls of attention: two for
 each pair of tokens forward, five backward.
+
+Longer than other files here: the reader of the text and what it counts mean nothing apart.
 """
 
 import math

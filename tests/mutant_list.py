@@ -32,8 +32,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/cli/train.py",
-        'about = versions() | {"configuration": json.dumps(configuration.as_json)}',
-        "about = versions()",
+        'common = {"configuration": json.dumps(configuration.as_json)}',
+        "common: dict[str, str] = {}",
         "hosts with different configurations train together",
         ("test_main.py::test_what_all_hosts_must_have_in_common",),
     ),

@@ -630,6 +630,12 @@ def test_two_processes_evaluate_as_one_does(
         assert [code for code, _, _ in ends] == [0] * count, ends
         found.append(json.loads((workdir / "results.json").read_text()))
     assert_close_results(*found)
+    if protocol == "linear":
+        # Both find the probe that they have saved.
+        ends = ended(started(2, 2, interleaved(evaluated), tmp_path / "cache"))
+        assert [code for code, _, _ in ends] == [0, 0], ends
+        assert "the probe goes on from step" in ends[0][1]
+        assert_close_results(found[1], json.loads((workdir / "results.json").read_text()))
 
 
 def assert_close_results(one: Any, other: Any) -> None:

@@ -178,15 +178,23 @@ def test_a_probe_that_is_stopped_goes_on_where_it_was(
     whole = heads("whole", quiet())
     asked = quiet()
     asked.made = True
-    with pytest.raises(Interrupted, match="interrupted at step 1 of 5 of the probe; the same"):
+    with pytest.raises(Interrupted, match="at step 1 of 5 of the probe; the same"):
         heads("stopped", asked)
     resumed = heads("stopped", quiet())
     assert heard.lines.count("the probe goes on from step 1") == 1
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed))
+    # A save that was killed leaves a part, which is in nobody's way.
+    part = tmp_path / "stopped" / "5.orbax-checkpoint-tmp-0"
+    part.mkdir()
     # Its end is kept too: nothing is trained again.
     again = heads("stopped", quiet())
     assert "the probe goes on from step 5" in heard.lines
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
+    assert not part.exists()
+    asked = quiet()
+    asked.made = True
+    with pytest.raises(Interrupted, match="goes on from step 5"):
+        heads("stopped", asked)
     other = heads("stopped", quiet(), probe._replace(rates=(0.01, 0.02, 0.03)))
     assert "the probe that was saved here is of something else: begun anew" in heard.lines
     assert not bool((other[0]["weight"] == whole[0]["weight"]).all())

@@ -32,7 +32,8 @@ from proteus_jax.weights.convert.families import FAMILIES
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden
 from proteus_jax.weights.fetch import copy_model, obtain_teacher
-from proteus_jax.weights.model_dir import NO_LICENCE, ModelCard, load_card, update_card
+from proteus_jax.weights.model_card import description
+from proteus_jax.weights.model_dir import NO_LICENCE, load_card, update_card
 from proteus_jax.weights.registry import TEACHERS
 
 DIFFERENT, WRONG_INPUT = 1, 2
@@ -167,7 +168,8 @@ def _import(options: argparse.Namespace) -> int:
             normalisation=STATISTICS[options.normalization] if options.normalization else None,
             licence=options.license,
         )
-    _describe(directory, load_card(directory))
+    for line in description(directory, load_card(directory)):
+        print(line)
     return 0
 
 
@@ -176,24 +178,6 @@ def _source(text: str) -> Path:
         return _path(text)
     except argparse.ArgumentTypeError as error:
         raise InputError(str(error)) from None
-
-
-def _describe(directory: Path, card: ModelCard) -> None:
-    spec = card.spec
-    print(
-        f"{directory}: {card.family}, {spec.depth} blocks, {spec.width} wide, {spec.heads} heads, "
-        f"{spec.feed_forward}, patch {spec.patch_size}, "
-        f"{'rotary positions' if spec.positions == 'rotary' else 'table'} {spec.grid} x "
-        f"{spec.grid}, {spec.registers} registers"
-    )
-    mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in card.normalisation)
-    print(f"image statistics: mean {mean}; deviation {deviation}")
-    if "stored_as" in card.source:
-        print(f"stored as {card.source['stored_as']}, widened to float32")
-    if "left_out" in card.source:
-        print(f"left out, of no use to a backbone: {', '.join(card.source['left_out'])}")
-    if card.absent:
-        print(f"absent in the source, zeros here: {', '.join(card.absent)}")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -11,12 +11,11 @@ Exit codes: 0 done; 2 the input was wrong, and nothing was written; 75 interrupt
 
 import json
 
-from proteus_jax.cli.arguments import Arguments, process_info
-from proteus_jax.cli.versions import versions
+from proteus_jax.cli.arguments import Arguments
+from proteus_jax.cli.hosts import all_hosts
 from proteus_jax.errors import InputError, fitting
 from proteus_jax.evaluation import runner
 from proteus_jax.evaluation.config import EvalConfig
-from proteus_jax.runtime import distributed
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.workdir import opened_workdir
 
@@ -32,12 +31,9 @@ def run(configuration: EvalConfig, read: Arguments, problems: list[str], console
         runner.prepare(configuration, problems)
         console.line("ready: images and models are here")
         return 0
-    place, seconds = process_info(read.place, problems)
-    about = versions() | {"configuration": json.dumps(configuration.as_json)}
     workdir = read.paths.get("--workdir") or "."
-    with distributed.initialize_distributed(
-        place, about, timeout=seconds, progress=console.progress, say=console.error
-    ):
+    common = {"configuration": json.dumps(configuration.as_json)}
+    with all_hosts(read, problems, console, common):
         inputs = runner.open_inputs(configuration, workdir, problems)
         with opened_workdir(workdir) as folder, fitting(LESS):
             return runner.run(configuration, inputs, folder, console)

@@ -22,10 +22,9 @@ memory; 3 training diverged; 75 interrupted: run the same command to resume.
 
 import json
 
-from proteus_jax.cli.arguments import Arguments, process_info
-from proteus_jax.cli.versions import versions
+from proteus_jax.cli.arguments import Arguments
+from proteus_jax.cli.hosts import all_hosts
 from proteus_jax.errors import fitting
-from proteus_jax.runtime import distributed
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.workdir import opened_workdir
 from proteus_jax.training import runner
@@ -45,12 +44,9 @@ def run(configuration: TrainConfig, read: Arguments, problems: list[str], consol
         prepare(configuration, problems)
         console.line("ready: images and models are here")
         return 0
-    place, seconds = process_info(read.place, problems)
-    about = versions() | {"configuration": json.dumps(configuration.as_json)}
     workdir = read.paths.get("--workdir") or "."
-    with distributed.initialize_distributed(
-        place, about, timeout=seconds, progress=console.progress, say=console.error
-    ) as group:
+    common = {"configuration": json.dumps(configuration.as_json)}
+    with all_hosts(read, problems, console, common) as group:
         inputs = open_inputs(configuration, workdir, problems)
         profile = "--profile" in read.flags
         with opened_workdir(workdir) as folder, fitting(LESS):

@@ -59,7 +59,7 @@ def field_meanings(base: str) -> dict[str, str]:
     """Returns what each field means, in one line: the first sentence of its comment."""
     meanings: dict[str, str] = {}
     comment: list[str] = []
-    for line in config.find_file(base).read_text().splitlines():
+    for line in config.find_file(base).read_text("utf-8").splitlines():
         field = _FIELD.match(line)
         if line.startswith("    # "):
             comment.append(line.removeprefix("    # "))

@@ -47,7 +47,8 @@ class FeatureTable(NamedTuple):
 class FrozenBackbone:
     """A backbone with weights on the devices that do not change while it is measured.
 
-    `remembers` keeps the last features of each set of images, for protocols that ask for the same.
+    `remembers` keeps the features of each set of images until `forget`, for protocols that ask for
+    the same.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class FrozenBackbone:
         """Takes other weights, as of a later step; what is compiled stays."""
         self.params, self._tables = params, {}
         return self
+
+    def forget(self) -> None:
+        """Lets go of the features that it remembers."""
+        self._tables = {}
 
     def with_statistics(self, normalisation: Normalization) -> "FrozenBackbone":
         """Makes the same backbone for images of other channel statistics."""

@@ -68,7 +68,7 @@ def train_probe(
     A checkpoint that was made with other `facts` is of another probe, and is not gone on from.
     Interrupted where somebody asks it to stop.
     """
-    saving, stop = context.saving, StopSignal()
+    saving, manager, stop = context.saving, None, StopSignal()
     hooks: list[Hook] = [_Showing(context.progress, steps, what)]
     state = jax.jit(init, out_shardings=sharding.replicated(context.mesh))()
     step = 0
@@ -95,13 +95,15 @@ def train_probe(
             progress=context.progress,
         )
         loop.run(batches(step))
-    if loop.step < steps:
-        raise stop.failure or Interrupted(
-            f"interrupted at step {loop.step} of {steps} of the probe; the same command goes on "
-            "from here"
-        )
-    if saving is not None:
-        saving.handler.waits = False
+        if saving is not None and manager is not None:
+            manager.wait()
+            # From here on there is no step that a request to stop could wait for.
+            saving.handler.waits = False
+            if loop.step < steps or saving.handler.made:
+                raise stop.failure or Interrupted(
+                    f"interrupted at step {loop.step} of {steps} of the probe; the same command "
+                    f"goes on from {manager.resume_point()}"
+                )
     return loop.state
 
 
@@ -129,22 +131,36 @@ def _resumed(
     manager: CheckpointManager, saving: Saving, state: Any, facts: dict[str, Any], mesh: Mesh
 ) -> tuple[Any, int]:
     """The state and the step of the newest checkpoint, where it is of the same probe."""
-    step, same = -1, True
-    if jax.process_index() == 0:
-        try:
-            newest = manager.latest()
-            step = -1 if newest.step is None else newest.step
-            same = step < 0 or manager.facts(step) == facts
-        except InputError:
-            same = False
-        if not same:
-            saving.console.line("the probe that was saved here is of something else: begun anew")
-            manager.forget()
-            step = -1
-    step = collectives.broadcast_from_rank0(step)
+    step = collectives.broadcast_from_rank0(_newest_step(manager, saving))
     if step < 0:
         return state, 0
+    # All hosts read them together.
+    if manager.facts(step) != facts:
+        saving.console.line("the probe that was saved here is of something else: begun anew")
+        if jax.process_index() == 0:
+            manager.forget()
+        # Nobody saves before it is gone.
+        collectives.broadcast_from_rank0(0)
+        return state, 0
+    manager.resumed(step)
     saving.console.line(f"the probe goes on from step {step}")
     places = jax.tree.map(lambda _: sharding.replicated(mesh), _items(state))
     items = manager.restore(step, jax.eval_shape(lambda: _items(state)), places)
     return {"heads": items[PARAMS], **items[PROGRESS]}, step
+
+
+def _newest_step(manager: CheckpointManager, saving: Saving) -> int:
+    """The step of the newest checkpoint that is whole, -1 where there is none, looked for on the
+    first host; what is damaged or unfinished is put out of the way of the next save.
+    """
+    if jax.process_index():
+        return -1
+    try:
+        newest = manager.latest()
+    except InputError as error:
+        # A probe can be trained again, other than a run.
+        saving.console.line(f"{error}: the probe is begun anew")
+        manager.forget()
+        return -1
+    manager.quarantine(newest)
+    return -1 if newest.step is None else newest.step

@@ -128,6 +128,7 @@ class OnlineEvaluation:
             results = each.protocol.measure(context, each.data)
             scores = each.protocol.scores(results)
             values |= {f"{each.protocol.name}_{key}": value for key, value in scores.items()}
+        frozen.forget()
         return values
 
     def _context(self, each: Evaluation, name: str, frozen: FrozenBackbone, step: int) -> Context:

@@ -4,7 +4,7 @@ What happens in an iteration, and in which order, is proteus_jax.engine.loop's.
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import jax
 
@@ -184,8 +184,8 @@ class Trainer:
             threads=pool.threads,
         )
 
-    def _row_written(self, step: int):
-        """What is told with a row of a run that begins at a step."""
+    def _row_written(self, step: int) -> Callable[[Written], None]:
+        """Makes what hears of each row of a run that begins at a step."""
         first = step + 2 * max(self._config.log_every, 5)
         notice = InputBoundWarning(str(self._pool), first, self._console.line)
 

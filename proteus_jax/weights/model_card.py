@@ -1,6 +1,7 @@
-"""A student's README.md, beside its weights."""
+"""Words about a model: an imported one in lines, and a student's README.md."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from proteus_jax.weights.model_dir import ModelCard
@@ -26,6 +27,25 @@ def licence_of(cards: Mapping[str, ModelCard], start: ModelCard | None = None) -
         "" if start is None else f"; and that of the weights it started from: {start.licence}"
     )
     return f"that of {teachers_text}: {licences}{start_text}"
+
+
+def description(directory: Path, card: ModelCard) -> Iterator[str]:
+    """Describes an imported model in lines: what it is, and what is to be known of its source."""
+    spec = card.spec
+    yield (
+        f"{directory}: {card.family}, {spec.depth} blocks, {spec.width} wide, {spec.heads} heads, "
+        f"{spec.feed_forward}, patch {spec.patch_size}, "
+        f"{'rotary positions' if spec.positions == 'rotary' else 'table'} {spec.grid} x "
+        f"{spec.grid}, {spec.registers} registers"
+    )
+    mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in card.normalisation)
+    yield f"image statistics: mean {mean}; deviation {deviation}"
+    if "stored_as" in card.source:
+        yield f"stored as {card.source['stored_as']}, widened to float32"
+    if "left_out" in card.source:
+        yield f"left out, of no use to a backbone: {', '.join(card.source['left_out'])}"
+    if card.absent:
+        yield f"absent in the source, zeros here: {', '.join(card.absent)}"
 
 
 def text_of(

@@ -18,7 +18,6 @@ from proteus_jax.data.transforms.resize import shifted, warped
 MAXIMUM = 10.0
 # What comes in from outside the image: the mean color of ImageNet.
 FILL = (124, 116, 104)
-_LEVELS = np.arange(256)
 # OpenCV rounds, halves to even; less this much before it cuts, and whole levels stay.
 _CUT = 0.499
 # ITU-R 601-2, as Pillow converts to gray.
