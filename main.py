@@ -1,4 +1,4 @@
-"""Distils a teacher into a student, and evaluates models: `proteus train`, `evaluate`, `plan` and
+"""Distills a teacher into a student, and evaluates models: `proteus train`, `evaluate`, `plan` and
 `doctor` in one, from the repository.
 
     python main.py --config=configs/vitb14.py --workdir=runs/vitb14 [--config.FIELD=VALUE ...]

@@ -281,7 +281,7 @@ def test_wrong_arguments(tmp_path: Path, photographs: Path, tiny_teacher: Path) 
         result = finish([*script, *arguments], tmp_path)
         assert result.returncode == 2
         assert result.stderr.splitlines()[1:] == [f"  {complaint}" for complaint in complaints]
-    assert finish([*script, "--help"], tmp_path).stdout.startswith("Distils vision")
+    assert finish([*script, "--help"], tmp_path).stdout.startswith("Distills vision")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Distils vision foundation models into small ViTs, and evaluates them.
+"""Distills vision foundation models into small ViTs, and evaluates them.
 
     proteus COMMAND [ARGUMENTS]
     proteus COMMAND --help
@@ -22,7 +22,7 @@ class Command(NamedTuple):
 
 
 CONFIGURED = {
-    "train": Command("distil a teacher into a student, or go on with it"),
+    "train": Command("distill a teacher into a student, or go on with it"),
     "evaluate": Command("measure a model"),
     "plan": Command("what a run needs and costs, from sizes alone", ("--plan",)),
     "doctor": Command("look at all images; with --devices, at all devices", ("--doctor",)),

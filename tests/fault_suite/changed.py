@@ -23,7 +23,7 @@ REFUSED = {
     "--config.method.loss_weights.patch=0.5": "method.teacher.patch: the checkpoint has 1.0",
     "--config.ema_decay=0.9": "averaged: the checkpoint has false, this run has true (refused)",
     "--config.data.repeated_aug=2": "repeated_aug: the checkpoint has 1, this run has 2 (refused)",
-    "--config.teachers.teacher.normalization=clip": "normalisation: the checkpoint has",
+    "--config.teachers.teacher.normalization=clip": "normalization: the checkpoint has",
     "--config.optimizer.mu_dtype=bfloat16": "mu_dtype: the checkpoint has",
 }
 ALLOWED = {
@@ -179,5 +179,5 @@ def _moved(bench: Bench) -> None:
     more.append(f"--config.teacher={bench.root / 'moved teacher'}")
     result = bench.run(bench.command(workdir, *more))
     assert result.returncode == 0, result.stderr
-    assert "--config.teacher: " in result.stdout
+    assert "--config.teachers.teacher.source: " in result.stdout
     assert rows(workdir) == rows(bench.undisturbed)
