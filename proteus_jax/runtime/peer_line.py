@@ -9,7 +9,7 @@ from typing import Any
 LONGEST_LINE = 65536
 
 
-class _Line:
+class Line:
     """Messages over one connection."""
 
     def __init__(self, connection: socket.socket):
@@ -52,6 +52,7 @@ class _Line:
             self._connection.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
+        """Ends the connection; whoever waits on the other side hears of it."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

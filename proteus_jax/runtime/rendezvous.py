@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from proteus_jax.errors import InputError, Interrupted
 from proteus_jax.runtime.cluster_env import ProcessInfo
-from proteus_jax.runtime.peer_line import _Line
+from proteus_jax.runtime.peer_line import Line
 
 ALIVE_EVERY = 5.0
 # A host that says nothing for so long is lost: a machine that vanishes closes no connection.
@@ -34,7 +34,7 @@ PARTING = 2.0
 class _Peer(NamedTuple):
     host: int
     name: str
-    line: _Line
+    line: Line
 
     def __str__(self) -> str:
         return f"host {self.host} ({self.name})"
@@ -171,7 +171,7 @@ def _receive(place: ProcessInfo, about: Mapping[str, str], timeout: float) -> li
                 reason = _who_came(place, peers, timeout)
                 _refuse(peers.values(), missing=reason)
                 raise Interrupted(reason) from None
-            line = _Line(connection)
+            line = Line(connection)
             try:
                 hello, peer = _greet(line)
             except (OSError, ValueError, KeyError, TypeError):
@@ -207,7 +207,7 @@ def _listen(place: ProcessInfo, deadline: float) -> socket.socket:
             time.sleep(0.5)
 
 
-def _greet(line: _Line) -> tuple[dict[str, Any], _Peer]:
+def _greet(line: Line) -> tuple[dict[str, Any], _Peer]:
     hello = line.hear(HELLO_TIMEOUT)
     if hello is None:
         raise ValueError("nothing said")
@@ -262,7 +262,7 @@ def _join(place: ProcessInfo, about: Mapping[str, str], timeout: float) -> _Peer
             reason = str(error)
             time.sleep(0.5)
             continue
-        line = _Line(connection)
+        line = Line(connection)
         try:
             name = socket.gethostname()
             line.say(host=place.host, hosts=place.hosts, name=name, about=dict(about))

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from proteus_jax.data.datasets.fine_grained_layouts import (
-    _CIFAR10,
-    _CIFAR100,
+    CIFAR10,
+    CIFAR100,
     Absent,
     Images,
     Splits,
-    _folder,
-    _labels_of,
     aircraft,
     caltech101,
     cars,
     cifar,
     cub,
     dtd,
+    find_folder,
     flowers,
     food,
+    labels_of,
     pets,
     sun397,
     voc2007,
@@ -57,7 +57,7 @@ def find_datasets(root: str, names: Sequence[str]) -> tuple[dict[str, Splits], d
             if root.lower() == PREFIX:
                 splits[name] = _not_empty(_from_tfds(dataset))
                 continue
-            folder = _folder(Path(root).expanduser() / name, dataset.marker)
+            folder = find_folder(Path(root).expanduser() / name, dataset.marker)
             if folder is None:
                 absent[name] = f"no {dataset.marker} below {root}/{name}"
             else:
@@ -99,7 +99,7 @@ def _from_tfds(dataset: Dataset) -> Splits:
             source: TfdsSource = open_tfds(f"{PREFIX}{builder}:{split}")
         except InputError as error:
             raise Absent(str(error)) from None
-        parts.append(Images(source, _labels_of(source, dataset.metric)))
+        parts.append(Images(source, labels_of(source, dataset.metric)))
     train, validation, test = parts
     assert train is not None
     assert test is not None
@@ -115,10 +115,10 @@ DATASETS = {
         "devkit/cars_train_annos.mat", "accuracy", cars, ("cars196", "train", None, "test")
     ),
     "cifar10": Dataset(
-        "data_batch_1.bin", "accuracy", cifar(_CIFAR10, 1), ("cifar10", "train", None, "test")
+        "data_batch_1.bin", "accuracy", cifar(CIFAR10, 1), ("cifar10", "train", None, "test")
     ),
     "cifar100": Dataset(
-        "train.bin", "accuracy", cifar(_CIFAR100, 2), ("cifar100", "train", None, "test")
+        "train.bin", "accuracy", cifar(CIFAR100, 2), ("cifar100", "train", None, "test")
     ),
     "dtd": Dataset("labels/train1.txt", "accuracy", dtd, ("dtd", "train", "validation", "test")),
     "flowers": Dataset(

@@ -45,7 +45,7 @@ class Absent(Exception):
     """A data set that is not there, which is no fault."""
 
 
-def _folder(base: Path, marker: str) -> Path | None:
+def find_folder(base: Path, marker: str) -> Path | None:
     """Finds the folder of the marker: the folder itself or one or two (VOCdevkit/VOC2007) inside
     it.
     """
@@ -63,7 +63,7 @@ def _mat(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def _labels_of(source: TfdsSource, metric: str) -> np.ndarray:
+def labels_of(source: TfdsSource, metric: str) -> np.ndarray:
     """Classes; for several an image ("map") one row each, 1 where the class is there.
 
     Those of an image that are marked difficult count as not there, as in the original's lists.
@@ -286,10 +286,10 @@ VOC_CLASSES = (
 )
 
 
-_CIFAR10: dict[str, Sequence[str]] = {
+CIFAR10: dict[str, Sequence[str]] = {
     "train": [f"data_batch_{n}.bin" for n in range(1, 6)],
     "test": ["test_batch.bin"],
 }
 
 
-_CIFAR100: dict[str, Sequence[str]] = {"train": ["train.bin"], "test": ["test.bin"]}
+CIFAR100: dict[str, Sequence[str]] = {"train": ["train.bin"], "test": ["test.bin"]}
