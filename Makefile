@@ -50,9 +50,8 @@ pythons:
 		python$$version --version 2>/dev/null || { echo "no python$$version here"; continue; }; \
 		python$$version -m venv .venv/py$$version && \
 		.venv/py$$version/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt && \
-		.venv/py$$version/bin/python -m pytest -n 2 -m "not slow" tests/test_plain.py tests/test_models.py \
-			tests/test_sources.py tests/test_pipeline.py tests/test_config.py tests/test_convert.py \
-			tests/test_workers.py tests/test_reliability.py || exit 1; \
+		.venv/py$$version/bin/python -m pytest -n 2 -m "not slow" tests/models tests/data tests/methods \
+			tests/checkpoint tests/test_config.py tests/weights/test_convert.py || exit 1; \
 	done
 
 # All that is too long for every change; the budget is two hours on two cores.

@@ -29,6 +29,11 @@ FAILED = 1
 DEADLINE = 900
 
 
+def located(name: str) -> Path | None:
+    """A file of tests, whose name is one of its own in all folders."""
+    return next((ROOT / "tests").rglob(name), None)
+
+
 def broken(mutant: Mutant) -> str:
     """Why an entry cannot be tried, or nothing."""
     file = ROOT / mutant.file
@@ -37,8 +42,8 @@ def broken(mutant: Mutant) -> str:
         return f"its text is {count} times in {mutant.file}"
     for test in mutant.tests:
         name, _, function = test.partition("::")
-        path = ROOT / "tests" / name
-        if not path.is_file() or f"def {function.partition('[')[0]}" not in path.read_text():
+        path = located(name)
+        if path is None or f"def {function.partition('[')[0]}" not in path.read_text():
             return f"there is no {test}"
     return ""
 
@@ -69,7 +74,11 @@ def seen(mutant: Mutant, copy: Path, programs: Path) -> tuple[int, str]:
         # What only its files would see is not seen by who does not have them.
         "PROTEUS_JAX_REFERENCE": "",
     }
-    tests = [f"tests/{test}" for test in mutant.tests]
+    tests = [
+        f"{path.relative_to(ROOT)}{test[len(path.name) :]}"
+        for test in mutant.tests
+        if (path := located(test.partition("::")[0]))
+    ]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     file.write_text(whole.replace(mutant.text, mutant.replacement))
     try:

@@ -8,15 +8,9 @@ from pathlib import Path
 import golden
 import numpy as np
 import pytest
+from small import reference
 
 HERE = Path(__file__).parent / "data" / "vit_dinov2_native.npz"
-REFERENCE = os.environ.get("PROTEUS_JAX_REFERENCE")
-
-
-def reference(*names: str) -> Path:
-    if not REFERENCE or not Path(REFERENCE).is_dir():
-        pytest.skip("PROTEUS_JAX_REFERENCE names no folder of golden files")
-    return Path(REFERENCE).joinpath(*names)
 
 
 def assert_passes(checks: list[golden.Check], least: int) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import compiler
-from test_hosts import free_port
+from commands import free_port
 
 from fault_suite.account import Fault
 from fault_suite.bench import RICH, STEPS, Bench, rows, until

@@ -2,7 +2,7 @@
 
 OpenCV's linear resize is fast and aliases. A short filter before it, the one that brings the two
 together nearest to Pillow's kernel, leaves a mean difference of half a level (of 255) on
-photographs and of less than two on the roughest textures (tests/test_augment.py).
+photographs and of less than two on the roughest textures (tests/data/test_augment.py).
 """
 
 import functools

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import TINY
-from test_families import of_spec
+from small import of_spec
 
 import proteus_jax
 from proteus_jax.cli import convert

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import compiler
 import numpy as np
 import pytest
 import warm
+from commands import STEPS, STUDENT, assert_same_run, command, environment, finish
 from conftest import ROOT, Heard, photograph
 from PIL import Image
 
@@ -26,44 +26,6 @@ from proteus_jax.errors import Interrupted
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.runtime.workdir import LOCK
 from proteus_jax.weights import state_dict
-
-STEPS, STUDENT = 12, "vit_tiny_2blocks"
-
-
-def environment(tmp_path: Path) -> dict[str, str]:
-    """One device, an empty home, no cache, and no network to speak of."""
-    return os.environ | {
-        "XLA_FLAGS": compiler.FLAGS,
-        "HOME": str(tmp_path),
-        "PROTEUS_JAX_CACHE": str(tmp_path / "cache"),
-        "PIP_NO_INDEX": "1",
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_FIND_LINKS": "",
-    }
-
-
-def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        str(ROOT / "main.py"),
-        f"--config={ROOT / 'configs' / 'quickstart.py'}",
-        f"--workdir={workdir}",
-        f"--config.data.root={photographs}",
-        f"--config.teacher={teacher}",
-        # What a run is does not depend on its depth, what it takes does.
-        f"--config.student={STUDENT}",
-        f"--config.steps={STEPS}",
-        "--config.optimizer.warmup_steps=2",
-        "--config.batch=4",
-        "--config.data.crop=28",
-        "--config.checkpoint_every=2",
-        "--config.eval_every=6",
-        *more,
-    ]
-
-
-def finish(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
-    return warm.run(arguments, tmp_path, environment(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +40,6 @@ def finished(
         result = finish(command(folder / "run", photographs, tiny_teacher), folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "run", result
-
-
-def losses(workdir: Path) -> list[dict]:
-    """The rows without what depends on the clock."""
-    clock = ("images_per_second", "images_per_second_per_device", "data_wait")
-    return [
-        {key: value for key, value in row.items() if key not in clock}
-        for row in read_metrics(workdir)
-    ]
 
 
 def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
@@ -140,12 +93,6 @@ def test_a_finished_run_is_not_run_again(
     # What the starts before said is kept.
     assert log
     assert (workdir / "log.txt").read_text().startswith(log)
-
-
-def assert_same_run(workdir: Path, expected: Path) -> None:
-    assert losses(workdir) == losses(expected)
-    weights = "student/model.safetensors"
-    assert (workdir / weights).read_bytes() == (expected / weights).read_bytes()
 
 
 def wait_for_checkpoint(workdir: Path, process: subprocess.Popen, step: int) -> None:

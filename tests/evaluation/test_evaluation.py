@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, evaluation_config
+from commands import command, evaluate, finish
+from conftest import evaluation_config
 from PIL import Image
-from test_linear import context_for
-from test_main import command, finish
+from small import context_for
 
 import proteus_jax
 from proteus_jax.data.datasets.labeled import LabeledDataset, TrainTestSplit
@@ -25,23 +25,6 @@ from proteus_jax.evaluation.runner import _check_place
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
-
-
-def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: str) -> list[str]:
-    import sys
-
-    return [
-        sys.executable,
-        str(ROOT / "main.py"),
-        f"--config={ROOT / 'configs' / 'eval' / f'{protocol}.py'}",
-        f"--config.model={model}",
-        f"--config.data.root={root}",
-        f"--workdir={workdir}",
-        "--config.data.resize=32",
-        "--config.data.crop=28",
-        "--config.batch=16",
-        *more,
-    ]
 
 
 def test_neighbours_from_the_command_line(

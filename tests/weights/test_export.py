@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.numpy
-from test_families import TIMM, of_spec
-from test_golden import reference
+from small import TIMM, of_spec, reference
 
 from proteus_jax.cli import convert
 from proteus_jax.data import decode

@@ -1,38 +1,17 @@
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import pytest
 from conftest import Heard
-from tensorboardX.proto import event_pb2
+from small import events, scalars
 
 from proteus_jax.engine.metrics_logger import MetricsLogger
 from proteus_jax.runtime.console import duration
 from proteus_jax.runtime.metric_writer import MetricsWriter, NoMetrics, read_metrics
 
-messages: Any = event_pb2  # its classes are made at run time
-
 LOSSES = ("loss", "token_loss", "feature_loss", "patch_loss")
-
-
-def events(path: Path) -> Iterator[Any]:
-    """Of one file, record by record."""
-    content, position = path.read_bytes(), 0
-    while position < len(content):
-        length = int.from_bytes(content[position : position + 8], "little")
-        yield messages.Event.FromString(content[position + 12 : position + 12 + length])
-        position += length + 16
-
-
-def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """Every scalar of the event files, read record by record."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        for event in events(path):
-            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
-    return found
 
 
 def test_rows_and_events(tmp_path: Path) -> None:

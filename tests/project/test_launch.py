@@ -10,9 +10,8 @@ from pathlib import Path
 
 import compiler
 import pytest
+from commands import UNMEASURED, command, until
 from conftest import ROOT
-from test_hosts import UNMEASURED, until
-from test_main import command
 
 from proteus_jax.runtime.metric_writer import read_metrics
 

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.io
+from commands import evaluate as command_line
+from commands import finish
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, balanced_accuracy_score
-from test_evaluation import evaluate as command_line
-from test_linear import context_for
-from test_main import finish
-from test_probes import clusters
+from small import clusters, context_for
 
 from proteus_jax.data import decode
 from proteus_jax.data.datasets.fine_grained import DATASETS, find_datasets

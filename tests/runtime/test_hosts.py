@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import warm
+from commands import UNMEASURED, command, environment, free_port, losses, until
 from conftest import ROOT, photograph
 from PIL import Image
-from test_main import command, environment, losses
 
 from proteus_jax.cli.arguments import process_info
 from proteus_jax.errors import InputError, Interrupted
@@ -42,7 +42,6 @@ STEPS = 6
 GLOO = re.compile(
     r"\[Gloo\] Rank|is connected to|peer ranks(?:\.| is ?:)?|Expected number of connected"
 )
-UNMEASURED = ("--config.data.held_out.share=0",)
 SLURM = {
     "SLURM_JOB_ID": "77",
     "SLURM_PROCID": "3",
@@ -50,19 +49,6 @@ SLURM = {
     "SLURM_NNODES": "4",
     "SLURM_STEP_NODELIST": "gpu[007-010],other1",
 }
-
-
-def free_port() -> int:
-    """A port whose neighbour is free as well."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
 
 
 def test_places() -> None:
@@ -689,13 +675,6 @@ def assert_close_losses(found: list[dict], expected: list[dict], steps: int = ST
         for key in ("loss", "token_loss", "feature_loss", "patch_loss"):
             if key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=tolerance), (step, key)
-
-
-def until(condition, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_signal_to_one_stops_both_and_one_alone_goes_on(

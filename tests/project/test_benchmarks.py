@@ -11,8 +11,8 @@ from typing import Any
 
 import compiler
 import pytest
+from commands import until
 from conftest import ROOT
-from test_hosts import until
 
 
 def loaded(name: str) -> Any:

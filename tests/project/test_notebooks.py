@@ -7,8 +7,8 @@ from typing import Any
 
 import compiler
 import pytest
+from commands import command, finish
 from conftest import ROOT
-from test_main import command, finish
 
 nbformat = pytest.importorskip("nbformat", reason="needs requirements-dev.txt")
 nbclient = pytest.importorskip("nbclient", reason="needs requirements-dev.txt")

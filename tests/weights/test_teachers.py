@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_families import of_spec
+from small import of_spec
 
 import proteus_jax
 from proteus_jax.errors import InputError

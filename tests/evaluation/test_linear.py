@@ -9,26 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Heard, evaluation_config
+from conftest import Heard
+from small import RATES, context_for
 
 from proteus_jax.data.datasets.labeled import LabeledDataset, open_pair
 from proteus_jax.data.sources.base import MemorySource
-from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, Interrupted, Unreadable
 from proteus_jax.evaluation import linear_training
 from proteus_jax.evaluation.classifiers import linear_heads
 from proteus_jax.evaluation.classifiers.linear_heads import Kind, Probe, Tokens
-from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
-from proteus_jax.evaluation.protocol import Context, Saving
+from proteus_jax.evaluation.protocol import Saving
 from proteus_jax.evaluation.protocols import linear
-from proteus_jax.evaluation.results import weights_digest
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
-RATES = (1e-3, 0.1, 3.0)
 KINDS = tuple(Kind(n, pooled) for n in (1, 2) for pooled in (False, True))
 
 
@@ -92,34 +89,6 @@ def test_every_head_is_trained_as_if_alone(rng: np.random.Generator) -> None:
             np.testing.assert_allclose(
                 logits[:, column], inputs[0] @ weight + bias, rtol=2e-4, atol=2e-5
             )
-
-
-def context_for(
-    folder: Path, model: Model, workdir: Path, **changes: Any
-) -> tuple[Context, list[str]]:
-    settings = {
-        "epochs": 6.0,
-        "learning_rates": RATES,
-        "blocks": (1, 2),
-        "held_out": 0.2,
-        "cache": False,
-    }
-    fields = {"batch": 16, "model": "m", "data.root": folder, "data.crop": 28, "data.resize": 32}
-    own = {f"linear.{name}": value for name, value in (settings | changes).items()}
-    config = evaluation_config("linear", fields | own)
-    mesh, said = sharding.make_mesh(), []
-    context = Context(
-        config=config,
-        frozen=freeze(model, mesh),
-        digest=lambda: weights_digest(model.params),
-        mesh=mesh,
-        workdir=workdir,
-        view=CenterCrop(32, 28),
-        reading=LoaderConfig(16),
-        say=said.append,
-        progress=lambda _: None,
-    )
-    return context, said
 
 
 def test_a_probe_learns_and_names_both_choices(

@@ -7,15 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from small import PLAIN, TIMM, of_spec
 
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import CLIP as CLIP_CHOICES
-from proteus_jax.models.config import SYNCLR, ViTSpec
-from proteus_jax.models.functional import BackboneFunction
+from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
@@ -125,22 +124,6 @@ def test_the_visual_tower_of_a_whole_model(
     found, facts = read_model(tmp_path / "theirs")
     assert (found.family, found.spec.activation) == (family, activation)
     assert facts["prefix"] == "vision_model."
-
-
-def of_spec(spec: ViTSpec, seed: int = 0) -> dict[str, Any]:
-    """Canonical arrays, none constant."""
-    rng = np.random.default_rng(seed)
-    arrays = state_dict.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
-    return {
-        name: (array + rng.normal(0, 0.2, array.shape)).astype(np.float32)
-        for name, array in arrays.items()
-    }
-
-
-PLAIN = ViTSpec(width=32, depth=2, heads=2, patch_size=8, grid=4, **SYNCLR)
-TIMM = dataclasses.replace(
-    PLAIN, interpolate_offset=0.0, interpolate_antialias=True, mask_deviation=0.0
-)
 
 
 def test_average_pooling(tmp_path: Path, pixels: np.ndarray) -> None:

@@ -4,20 +4,12 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
+from small import clusters
 
 from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
 from proteus_jax.evaluation.classifiers import knn, ridge
 from proteus_jax.evaluation.protocols import fine_grained
 from proteus_jax.runtime import sharding
-
-
-def clusters(
-    rng: np.random.Generator, count: int, width: int = 12, classes: int = 4
-) -> tuple[np.ndarray, np.ndarray]:
-    labels = rng.integers(0, classes, count)
-    labels[:classes] = np.arange(classes)
-    centers = np.random.default_rng(9).normal(size=(classes, width))
-    return (centers[labels] + rng.normal(size=(count, width))).astype(np.float32), labels
 
 
 def voted(train, labels, test, k: int, temperature: float) -> np.ndarray:

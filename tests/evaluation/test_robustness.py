@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import command, finish
+from commands import evaluate as command_line
 from conftest import TINY, write_classes
-from test_evaluation import evaluate as command_line
-from test_linear import context_for
-from test_main import command, finish
+from small import context_for
 
 import proteus_jax
 from proteus_jax.cli.table import main as table

@@ -19,8 +19,8 @@ import fsspec
 import numpy as np
 import pytest
 import warm
+from commands import assert_same_run, command
 from conftest import ROOT
-from test_main import assert_same_run, command
 
 import proteus_jax
 from proteus_jax.config import Override, load

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from test_probes import clusters
+from small import clusters
 
 from proteus_jax.evaluation.classifiers import logistic_regression
 

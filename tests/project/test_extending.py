@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import toys
+from commands import command, environment
 from conftest import ROOT, TINY
 from safetensors.numpy import save_file
-from test_families import of_spec
-from test_main import command, environment
+from small import of_spec
 
 from proteus_jax import configs
 from proteus_jax.data.sources.registry import SCHEMES
