@@ -32,7 +32,7 @@ def recipe(
         students=students,
         optimizer=optimizer,
         schedule=schedule,
-        normalisation=IMAGENET,
+        normalization=IMAGENET,
         ema_decay=0.0,
         seed=0,
         erasing=erasing,

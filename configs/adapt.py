@@ -2,7 +2,7 @@
 images are: --config.data.root=DIR
 
 The student starts from the released weights. Length and rate are this project's own choice: a tenth
-of the paper's epochs at a fifth of its rate, as little has to be learnt anew.
+of the paper's epochs at a fifth of its rate, as little has to be learned anew.
 """
 
 from typing import Any

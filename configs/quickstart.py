@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.erasing = 0.0
     config.data.workers = 0
     config.data.threads = 2
-    # Which picture a tile is of, by nearest neighbours.
+    # Which picture a tile is of, by nearest neighbors.
     config.eval.root = "scikit-image"
     config.log_every = 1
     config.eval_every = 130

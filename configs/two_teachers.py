@@ -1,4 +1,4 @@
-"""ViT-B/16 from DINOv2-L and CLIP-L at once, tokens standardised, with heads for each; say where
+"""ViT-B/16 from DINOv2-L and CLIP-L at once, tokens standardized, with heads for each; say where
 the images are: --config.data.root=DIR
 
 The teachers have patches of 14 px, the student of 16: what they say of patches is resampled to its

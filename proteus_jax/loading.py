@@ -83,13 +83,13 @@ def _run_config(workdir: Path) -> dict[str, Any]:
 class Heads(NamedTuple):
     """A student with its heads, as the newest checkpoint of its run has it, and the statistics of
     the images that it saw. `statistics` has the moments of the teachers whose tokens were
-    standardised, `facts` what the run must agree with.
+    standardized, `facts` what the run must agree with.
     """
 
     student: StudentFunction
     params: Params
     step: int
-    normalisation: Normalization
+    normalization: Normalization
     statistics: dict[str, RunningMoments]
     facts: dict[str, Any]
 
@@ -107,7 +107,7 @@ class Heads(NamedTuple):
         """Predicts each teacher's tokens of uint8 images [B, H, W, 3]: class token [B, T] and
         patches [B, N, T], in the teacher's own scale.
         """
-        outputs = self.student(self.params, self.normalisation(jnp.asarray(images))).by_teacher
+        outputs = self.student(self.params, self.normalization(jnp.asarray(images))).by_teacher
         nothing = jnp.zeros((len(images), 0, 1))
         features = {
             name: Features(each.token, each.feature, nothing) for name, each in outputs.items()
@@ -171,8 +171,8 @@ def _from_checkpoint(workdir: Path) -> Model:
     card = ModelCard(
         spec=heads.student.spec,
         family=next(iter(heads.facts["card"]["families"].values())),
-        normalisation=heads.normalisation,
-        licence=heads.facts["card"]["licence"],
+        normalization=heads.normalization,
+        license=heads.facts["card"]["licence"],
         source={
             "run": str(workdir),
             "step": heads.step,

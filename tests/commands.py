@@ -93,7 +93,7 @@ def evaluate(protocol: str, model: object, root: object, workdir: Path, *more: s
 
 
 def free_port() -> int:
-    """A port whose neighbour is free as well."""
+    """A port whose neighbor is free as well."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

@@ -129,7 +129,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random ViT as a model directory."""
     directory = tmp_path_factory.mktemp("models") / "teacher"
     params = BackboneFunction(TINY).init(jax.random.key(1))
-    save_model(directory, params, ModelCard(spec=TINY, licence="none"))
+    save_model(directory, params, ModelCard(spec=TINY, license="none"))
     return directory
 
 
@@ -147,9 +147,9 @@ def write_classes(
 
 
 @pytest.fixture(scope="session")
-def labelled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, fourteen images each to train on, five to test on."""
-    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(4)
+    folder, rng = tmp_path_factory.mktemp("labeled"), np.random.default_rng(4)
     write_classes(folder / "train", rng, 14)
     write_classes(folder / "test", rng, 5)
     return folder

@@ -80,8 +80,8 @@ def check_file(path: Path, weights: Path | None = None) -> list[Check]:
                 raise InputError(
                     f"{path}: the model is not in this file: give its weights with --weights"
                 )
-            normalise = Normalization(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
-            images = normalise(jnp.asarray(arrays["image_uint8"]))
+            normalize = Normalization(tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()))
+            images = normalize(jnp.asarray(arrays["image_uint8"]))
             return list(_check_backbone(arrays, read_weights(weights).arrays, images, {}))
         if "meta/family" not in arrays:
             raise InputError(f"{path}: expected a file of golden outputs, found no meta/family")
@@ -167,7 +167,7 @@ def _outputs(
 
     @jax.jit
     def run(params: Params) -> tuple[Features, Features, tuple[Features, ...]]:
-        (raw,) = backbone.intermediates(params, images, (depth - 1,), mask, normalise=False)
+        (raw,) = backbone.intermediates(params, images, (depth - 1,), mask, normalize=False)
         return (
             backbone(params, images, mask),
             raw,

@@ -25,8 +25,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/cli/convert.py",
-        "licence=options.license,",
-        "licence=NO_LICENCE,",
+        "license=options.license,",
+        "license=NO_LICENSE,",
         "--licence is read and lost",
         ("test_convert.py::test_statistics_that_are_asked_for_count",),
     ),
@@ -88,8 +88,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/training/builder.py",
-        "            seed=config.seed,\n            standardise",
-        "            seed=0,\n            standardise",
+        "            seed=config.seed,\n            standardize",
+        "            seed=0,\n            standardize",
         "every seed starts from the same student",
         ("test_assembly.py::test_what_the_step_is_made_of",),
     ),
@@ -284,8 +284,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/weights/convert/export_formats.py",
-        '"image_std": list(card.normalisation.std)',
-        '"image_std": list(card.normalisation.mean)',
+        '"image_std": list(card.normalization.std)',
+        '"image_std": list(card.normalization.mean)',
         "transformers normalizes images for an exported model by wrong deviations",
         ("test_export.py::test_what_transformers_is_told_of_images",),
     ),
@@ -347,8 +347,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/weights/convert/import_weights.py",
-        "normalisation=normalisation or detected.normalisation",
-        "normalisation=detected.normalisation",
+        "normalization=normalization or detected.normalization",
+        "normalization=detected.normalization",
         "statistics that are asked for, or known of a release, are dropped for the family's",
         ("test_convert.py::test_statistics_that_are_asked_for_count",),
     ),
@@ -948,8 +948,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/evaluation/feature_extraction.py",
-        "return FrozenBackbone(backbone, params, normalisation or model.card.normalisation, mesh)",
-        "return FrozenBackbone(backbone, params, model.card.normalisation, mesh)",
+        "return FrozenBackbone(backbone, params, normalization or model.card.normalization, mesh)",
+        "return FrozenBackbone(backbone, params, model.card.normalization, mesh)",
         "statistics that are asked for are ignored: the model's own are taken",
         ("test_features.py::test_a_pass_equals_the_model_image_by_image",),
     ),
@@ -1014,14 +1014,14 @@ MUTANTS = [
         "padded[: len(queries)] = unit(queries)",
         "padded[: len(queries)] = queries",
         "queries are not normalized",
-        ("test_probes.py::test_neighbours_are_scikit_learns",),
+        ("test_probes.py::test_neighbors_are_scikit_learns",),
     ),
     Mutant(
         "proteus_jax/evaluation/classifiers/knn.py",
         "for k in sorted(used):",
         "for k in used:",
         "numbers of neighbors that are not given in rising order are counted wrongly",
-        ("test_probes.py::test_neighbours_are_scikit_learns",),
+        ("test_probes.py::test_neighbors_are_scikit_learns",),
     ),
     Mutant(
         "proteus_jax/evaluation/protocols/ridge.py",
@@ -1133,7 +1133,7 @@ MUTANTS = [
         "(query, *nearest[query])",
         "(query, *nearest[queries.index(query)])",
         "beside a view stand the neighbors of another one",
-        ("test_report.py::test_beside_a_view_stand_its_own_neighbours",),
+        ("test_report.py::test_beside_a_view_stand_its_own_neighbors",),
     ),
     Mutant(
         "proteus_jax/evaluation/reporting/figures.py",
@@ -1168,7 +1168,7 @@ MUTANTS = [
         "if right > best_right:",
         "if right >= best_right:",
         "of regularizers that are as good the smallest is taken",
-        ("test_probes.py::test_of_regularisers_that_are_as_good_the_largest_is_taken",),
+        ("test_probes.py::test_of_regularizers_that_are_as_good_the_largest_is_taken",),
     ),
     Mutant(
         "proteus_jax/evaluation/classifiers/ridge.py",
@@ -1228,10 +1228,10 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/evaluation/reporting/snapshots.py",
-        "_draw_neighbours(scene, student.own,",
-        "_draw_neighbours(scene, student.token,",
+        "_draw_neighbors(scene, student.own,",
+        "_draw_neighbors(scene, student.token,",
         "the student's neighbors are drawn by its head's answers",
-        ("test_report.py::test_neighbours_are_drawn_by_the_students_own_tokens",),
+        ("test_report.py::test_neighbors_are_drawn_by_the_students_own_tokens",),
     ),
     Mutant(
         "proteus_jax/evaluation/protocols/robustness.py",
@@ -1832,7 +1832,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/models/vit.py",
-        'if normalise and spec.final_norm == "class":',
+        'if normalize and spec.final_norm == "class":',
         'if spec.final_norm == "class":',
         "CLIP's intermediate class tokens are normalized where a caller asked for none",
         ("test_plain.py::test_what_blocks_give_before_and_after_the_last_norm",),
@@ -2203,8 +2203,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/methods/teacher.py",
-        "pixels = renormalize(pixels, normalisation, teacher.normalisation)",
-        "pixels = renormalize(pixels, teacher.normalisation, normalisation)",
+        "pixels = renormalize(pixels, normalization, teacher.normalization)",
+        "pixels = renormalize(pixels, teacher.normalization, normalization)",
         "a teacher sees images of statistics turned round",
         ("test_updates.py::test_three_updates_written_out",),
     ),

@@ -145,7 +145,7 @@ def training() -> tuple[Any, Any, Any, Any]:
         for name, backbone in backbones.items()
     }
     teachers = {
-        name: Teacher(backbones[name], statistics, standardise=standard)
+        name: Teacher(backbones[name], statistics, standardize=standard)
         for name, (_, statistics, _, standard) in TEACHERS.items()
     }
     weights = {name: LossWeights(*factors) for name, (_, _, factors, _) in TEACHERS.items()}
@@ -156,11 +156,11 @@ def training() -> tuple[Any, Any, Any, Any]:
         students=students,
         optimizer=optimizer,
         schedule=lambda count: RATE + 0.0 * count,
-        normalisation=IMAGENET,
+        normalization=IMAGENET,
         ema_decay=DECAY,
         seed=SEED,
     )
-    state = init_state(students, optimizer, ema=True, seed=1, standardise={"odd": 12})
+    state = init_state(students, optimizer, ema=True, seed=1, standardize={"odd": 12})
     state = state._replace(params=shuffled(state.params, seed=13))
     state = state._replace(ema={name: values["backbone"] for name, values in state.params.items()})
     return students, params, jax.jit(step), state

@@ -34,7 +34,7 @@ def test_every_config_builds(name: str) -> None:
     settings: Any = loaded
     assert faults == []
     known = {
-        name: Known(TEACHERS[each.source].spec, TEACHERS[each.source].normalisation)
+        name: Known(TEACHERS[each.source].spec, TEACHERS[each.source].normalization)
         for name, each in settings.teachers.items()
     }
     start = TEACHERS[settings.init.source].spec if settings.init.source else None

@@ -1,4 +1,4 @@
-"""A student beside its teacher: alignment of all layers, rank, neighbours, errors."""
+"""A student beside its teacher: alignment of all layers, rank, neighbors, errors."""
 
 from typing import Any
 

@@ -43,9 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.threads = 4
 
     config.knn = ml_collections.ConfigDict()
-    # Numbers of neighbours; those above the number of training images are left out.
+    # Numbers of neighbors; those above the number of training images are left out.
     config.knn.neighbours = (10, 20, 100, 200)
-    # A neighbour's vote is exp(cosine / temperature).
+    # A neighbor's vote is exp(cosine / temperature).
     config.knn.temperature = 0.07
 
     config.linear = ml_collections.ConfigDict()

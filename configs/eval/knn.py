@@ -1,4 +1,4 @@
-"""Weighted k nearest neighbours of class tokens: no training, DINOv2's constants."""
+"""Weighted k nearest neighbors of class tokens: no training, DINOv2's constants."""
 
 from typing import Any
 

@@ -33,7 +33,7 @@ from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden
 from proteus_jax.weights.fetch import copy_model, obtain_teacher
 from proteus_jax.weights.model_card import description
-from proteus_jax.weights.model_dir import NO_LICENCE, load_card, update_card
+from proteus_jax.weights.model_dir import NO_LICENSE, load_card, update_card
 from proteus_jax.weights.registry import TEACHERS
 
 DIFFERENT, WRONG_INPUT = 1, 2
@@ -99,7 +99,7 @@ def _add_import(commands: Any) -> None:
         help="channel statistics, where not the family's own",
     )
     command.add_argument(
-        "--license", "--licence", default=NO_LICENCE, help="of the weights, for the card"
+        "--license", "--licence", default=NO_LICENSE, help="of the weights, for the card"
     )
     command.set_defaults(run=_import)
 
@@ -165,8 +165,8 @@ def _import(options: argparse.Namespace) -> int:
             heads=options.heads,
             prefix=options.prefix,
             family=options.family,
-            normalisation=STATISTICS[options.normalization] if options.normalization else None,
-            licence=options.license,
+            normalization=STATISTICS[options.normalization] if options.normalization else None,
+            license=options.license,
         )
     for line in description(directory, load_card(directory)):
         print(line)
@@ -273,8 +273,8 @@ def _list(_: argparse.Namespace) -> int:
         source = ", or ".join(filter(None, sources))
         facts = [
             f"{known.family}, patch {known.spec.patch_size}, {known.side} px, statistics of "
-            f"{statistics[known.normalisation]}",
-            known.licence,
+            f"{statistics[known.normalization]}",
+            known.license,
         ]
         if known.wheel or known.sha256:
             facts.append(f"sha256 {known.wheel.sha256 if known.wheel else known.sha256 + '...'}")

@@ -72,7 +72,7 @@ class _Jpeg:
 
     def _decode(self, reduction: int, rows: int) -> np.ndarray:
         data, strict = self._data, True
-        # Two rows more, as colors of neighbouring rows are mixed.
+        # Two rows more, as colors of neighboring rows are mixed.
         rows = -(-(rows + 2) // _MCU) * _MCU
         if rows < self.height and self._frame and _ends(data):
             # A decoder stops at the height that the header tells; that data follow is no error

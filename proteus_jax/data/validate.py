@@ -26,8 +26,8 @@ TINY = 32
 ALIKE = 3
 # Of an image with less contrast than this the perceptual hash says nothing.
 _FLAT = 4.0
-# How many neighbours in the order of their hashes an image is compared with.
-_NEIGHBOURS = 32
+# How many neighbors in the order of their hashes an image is compared with.
+_NEIGHBORS = 32
 _SIDES = (0, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
 ODD = ("CMYK", "16 bits", "animated", "turned by EXIF", "tiny", "alpha or palette")
 _EXIF_ORIENTATION = 0x0112
@@ -208,7 +208,7 @@ def _alike(looks: np.ndarray, indices: np.ndarray) -> list[list[int]]:
             values = (values << turn) | (values >> (np.uint64(64) - turn))
         order = np.argsort(values, kind="stable")
         ordered, places = values[order], indices[order]
-        for step in range(1, min(_NEIGHBOURS, len(ordered) - 1) + 1):
+        for step in range(1, min(_NEIGHBORS, len(ordered) - 1) + 1):
             near = np.bitwise_count(ordered[step:] ^ ordered[:-step]) <= ALIKE
             for one, other in zip(places[step:][near], places[:-step][near], strict=True):
                 low, high = sorted((first(int(one)), first(int(other))))

@@ -20,7 +20,7 @@ from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime import sharding
 from proteus_jax.weights.feature_extractor import Model
 
-# (backbone, parameters, normalised images [b, h, w, 3]) -> arrays whose first axis is the batch's.
+# (backbone, parameters, normalized images [b, h, w, 3]) -> arrays whose first axis is the batch's.
 Function = Callable[[BackboneFunction, Params, jax.Array], Any]
 # What `compiled_pass` makes.
 Compiled = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
@@ -55,12 +55,12 @@ class FrozenBackbone:
         self,
         backbone: BackboneFunction,
         params: Params,
-        normalisation: Normalization,
+        normalization: Normalization,
         mesh: Mesh,
         *,
         remembers: bool = False,
     ):
-        self.backbone, self.params, self.normalisation = backbone, params, normalisation
+        self.backbone, self.params, self.normalization = backbone, params, normalization
         self.mesh, self._remembers = mesh, remembers
         self._compiled: dict[Function, Compiled] = {}
         self._tables: dict[tuple, FeatureTable] = {}
@@ -79,9 +79,9 @@ class FrozenBackbone:
         """Lets go of the features that it remembers."""
         self._tables = {}
 
-    def with_statistics(self, normalisation: Normalization) -> "FrozenBackbone":
+    def with_statistics(self, normalization: Normalization) -> "FrozenBackbone":
         """Makes the same backbone for images of other channel statistics."""
-        return FrozenBackbone(self.backbone, self.params, normalisation, self.mesh)
+        return FrozenBackbone(self.backbone, self.params, normalization, self.mesh)
 
     def table(
         self,
@@ -101,7 +101,7 @@ class FrozenBackbone:
             return self._tables[key]
         if function not in self._compiled:
             self._compiled[function] = compiled_pass(
-                lambda params, images: function(self.backbone, params, self.normalisation(images)),
+                lambda params, images: function(self.backbone, params, self.normalization(images)),
                 self.mesh,
             )
         compiled = self._compiled[function]
@@ -117,14 +117,14 @@ def freeze(
     model: Model,
     mesh: Mesh,
     dtype: DTypeLike = jnp.float32,
-    normalisation: Normalization | None = None,
+    normalization: Normalization | None = None,
 ) -> FrozenBackbone:
     """Places a model on the devices, its matmuls in `dtype`, with the statistics that it was
     trained with where no others are given.
     """
     backbone = BackboneFunction(model.spec, dtype, fastest_attention(model.spec, dtype))
     params = sharding.place_tree(in_precision(jax.tree.map(np.asarray, model.params), dtype), mesh)
-    return FrozenBackbone(backbone, params, normalisation or model.card.normalisation, mesh)
+    return FrozenBackbone(backbone, params, normalization or model.card.normalization, mesh)
 
 
 def compiled_pass(function: Callable[[Any, jax.Array], Any], mesh: Mesh) -> Compiled:

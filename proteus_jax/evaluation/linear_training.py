@@ -70,7 +70,7 @@ class RandomCrops:
         frozen = context.frozen
 
         def train(state: Params, params: Params, images: jax.Array, labels: jax.Array):
-            pixels = frozen.normalisation(images)
+            pixels = frozen.normalization(images)
             return _updated(probe, state, tokens(frozen.backbone, params, pixels), labels)
 
         compiled = jax.jit(

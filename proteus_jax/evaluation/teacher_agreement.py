@@ -1,4 +1,4 @@
-"""How far a student has come towards its teacher, on images it was never trained on, without
+"""How far a student has come toward its teacher, on images it was never trained on, without
 labels.
 
 Tokens of one model share a large mean, so that a constant already has a raw cosine of 0.6 to 0.8
@@ -15,17 +15,17 @@ import numpy as np
 from proteus_jax.evaluation.cka import linear_cka
 from proteus_jax.models.vit import Features
 
-NEIGHBOURS = 5
+NEIGHBORS = 5
 
 
 class Agreement(NamedTuple):
-    """Centered cosine of class and of patch tokens, -1 to 1; the share of nearest neighbours in
+    """Centered cosine of class and of patch tokens, -1 to 1; the share of nearest neighbors in
     common and the linear CKA of class tokens, 0 to 1.
     """
 
     cls: float
     patch: float
-    neighbours: float
+    neighbors: float
     cka: float
 
 
@@ -83,7 +83,7 @@ def student_tokens(
 
 def measure(student: StudentTokens, target: TeacherTokens) -> Agreement:
     """The agreement of a student: through its heads for the cosines, with its own class tokens for
-    neighbours and CKA.
+    neighbors and CKA.
     """
     width = student.feature.shape[-1]
     return Agreement(
@@ -91,7 +91,7 @@ def measure(student: StudentTokens, target: TeacherTokens) -> Agreement:
         patch=centered_cosine(
             student.feature.reshape(-1, width), target.patches.reshape(-1, width)
         ),
-        neighbours=neighbour_overlap(student.own, target.cls, NEIGHBOURS),
+        neighbors=neighbor_overlap(student.own, target.cls, NEIGHBORS),
         cka=linear_cka(student.own, target.cls),
     )
 
@@ -105,26 +105,26 @@ def centered_cosine(student: np.ndarray, teacher: np.ndarray) -> float:
     return float(cosines.mean(dtype=np.float64))
 
 
-def neighbour_overlap(student: np.ndarray, teacher: np.ndarray, neighbours: int) -> float:
+def neighbor_overlap(student: np.ndarray, teacher: np.ndarray, neighbors: int) -> float:
     """Mean share of each view's nearest others by cosine that both models agree on; class tokens
     [M, D].
     """
-    neighbours = min(neighbours, len(student) - 1)
-    if neighbours < 1:
+    neighbors = min(neighbors, len(student) - 1)
+    if neighbors < 1:
         return 1.0
-    ours, theirs = nearest(student, neighbours), nearest(teacher, neighbours)
+    ours, theirs = nearest(student, neighbors), nearest(teacher, neighbors)
     shared = [len(np.intersect1d(a, b)) for a, b in zip(ours, theirs, strict=True)]
-    return float(np.mean(shared) / neighbours)
+    return float(np.mean(shared) / neighbors)
 
 
-def nearest(tokens: np.ndarray, neighbours: int) -> np.ndarray:
-    """Indices [M, neighbours] of each row's nearest others by cosine, the nearest first."""
+def nearest(tokens: np.ndarray, neighbors: int) -> np.ndarray:
+    """Indices [M, neighbors] of each row's nearest others by cosine, the nearest first."""
     unit = tokens / np.maximum(
         np.linalg.norm(tokens, axis=1, keepdims=True), np.finfo(np.float32).tiny
     )
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :neighbours]
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :neighbors]
 
 
 def _batches(views: np.ndarray, batch: int) -> list[np.ndarray]:

@@ -1,5 +1,5 @@
 """A teacher's tokens with mean 0 and deviation 1 in every channel: teachers of different scales can
-then be learnt from at once.
+then be learned from at once.
 
 Running statistics in the manner of UNIC (arXiv 2408.05088): class tokens and patches apart.
 """
@@ -70,7 +70,7 @@ def standardize(features: Features, moments: RunningMoments) -> Features:
 
 
 def unstandardize(features: Features, moments: RunningMoments) -> Features:
-    """The inverse: standardised tokens in the teacher's own scale."""
+    """The inverse: standardized tokens in the teacher's own scale."""
     return Features(
         _unstandardize(features.cls, moments.cls, moments.cls_square),
         _unstandardize(features.patches, moments.patches, moments.patches_square),

@@ -15,29 +15,29 @@ from proteus_jax.models.vit import Features
 class Teacher(NamedTuple):
     """A frozen teacher: backbone, input normalization and resolution.
 
-    `side` is None where it sees images of the students' size. With `standardise` its tokens are
+    `side` is None where it sees images of the students' size. With `standardize` its tokens are
     brought to mean 0 and deviation 1 before students learn them.
     """
 
     backbone: BackboneFunction
-    normalisation: Normalization
+    normalization: Normalization
     side: int | None = None
-    standardise: bool = False
+    standardize: bool = False
 
 
 def teacher_features(
     teacher: Teacher,
     params: Params,
     pixels: Float[Array, "b h w 3"],
-    normalisation: Normalization,
+    normalization: Normalization,
     crop: int,
     grid: int,
 ) -> Features:
-    """A teacher's features, without gradient, of images that have a student's `normalisation`:
+    """A teacher's features, without gradient, of images that have a student's `normalization`:
     at the teacher's own size and statistics, its patches on the students' `grid`.
     """
     pixels = resize_images(pixels, teacher.side or crop)
-    pixels = renormalize(pixels, normalisation, teacher.normalisation)
+    pixels = renormalize(pixels, normalization, teacher.normalization)
     return resize_patch_grid(jax.lax.stop_gradient(teacher.backbone(params, pixels)), grid)
 
 

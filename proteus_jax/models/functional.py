@@ -77,7 +77,7 @@ class _Functional:
 
 
 class BackboneFunction(_Functional):
-    """A ViT: (params, normalised images [B, H, W, 3]) -> Features. Matmuls run in `dtype`,
+    """A ViT: (params, normalized images [B, H, W, 3]) -> Features. Matmuls run in `dtype`,
     attention is one of attention.IMPLEMENTATIONS.
     """
 
@@ -100,10 +100,10 @@ class BackboneFunction(_Functional):
         blocks: Sequence[int],
         mask: jax.Array | None = None,
         *,
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> tuple[Features, ...]:
         """See VisionTransformer.intermediates."""
-        return self._module(params).intermediates(images, blocks, mask, normalise=normalise)
+        return self._module(params).intermediates(images, blocks, mask, normalize=normalize)
 
     def block_tokens(
         self,

@@ -23,7 +23,7 @@ class Normalization(NamedTuple):
                 type(value) in (int, float) and least <= value <= 1e3 for value in values
             ):
                 raise ValueError(
-                    "normalisation should be three means and three deviations above 0, found "
+                    "normalization should be three means and three deviations above 0, found "
                     f"{str(mean)[:60]} and {str(std)[:60]}"
                 )
         red, green, blue = map(float, mean)

@@ -47,7 +47,7 @@ def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> n
     nearest = np.floor(position).astype(int)
     matrix = np.zeros((target, source))
     for tap in range(-1, 3):
-        # Edges are clamped, not renormalised: a tap outside lands on the border row.
+        # Edges are clamped, not renormalized: a tap outside lands on the border row.
         index = np.clip(nearest + tap, 0, source - 1)
         np.add.at(
             matrix, (np.arange(target)[:, None], index), _cubic(position - nearest - tap, -0.75)

@@ -116,7 +116,7 @@ class VisionTransformer(nnx.Module):
         remat: str = "off",
         training: bool = False,
     ) -> Features:
-        """Features of normalised images, the patches under `mask` replaced by the mask token.
+        """Features of normalized images, the patches under `mask` replaced by the mask token.
 
         `drop_path` is the rate of the last block, growing linearly from 0 at the first; it needs a
         `key`. `remat` says what the backward pass makes again, see REMAT; `training` that there
@@ -127,7 +127,7 @@ class VisionTransformer(nnx.Module):
         keep = self._keep(drop_path, key, images.shape[0])
         rotation = self._rotation(images)
         tokens, _ = self._run_blocks(tokens, (), keep, remat, rotation, training=training)
-        return self._features(tokens, normalise=True)
+        return self._features(tokens, normalize=True)
 
     def intermediates(
         self,
@@ -135,13 +135,13 @@ class VisionTransformer(nnx.Module):
         blocks: Sequence[int],
         mask: Bool[Array, "b n"] | None = None,
         *,
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> tuple[Features, ...]:
         """The outputs of the given blocks (0 is the first), each through the final LayerNorm unless
         told not to.
         """
         outputs = self.block_tokens(images, blocks, mask)
-        return tuple(self._features(outputs[i], normalise=normalise) for i in range(len(blocks)))
+        return tuple(self._features(outputs[i], normalize=normalize) for i in range(len(blocks)))
 
     def block_tokens(
         self,
@@ -166,7 +166,7 @@ class VisionTransformer(nnx.Module):
         spec, tokens, rotation = self.spec, self._embed(images, None), self._rotation(images)
         if not spec.class_token:
             tokens, _ = self._run_blocks(tokens, (), None, "off", rotation)
-            patches = self._features(tokens, normalise=True).patches
+            patches = self._features(tokens, normalize=True).patches
             if spec.pooling == "attention":
                 return self.pool.attention(patches)
             batch, count, _ = patches.shape
@@ -263,9 +263,9 @@ class VisionTransformer(nnx.Module):
         (tokens, outputs), _ = jax.lax.scan(rematted, (tokens, outputs), layers)
         return tokens, outputs[: len(wanted)]
 
-    def _features(self, tokens: jax.Array, *, normalise: bool) -> Features:
+    def _features(self, tokens: jax.Array, *, normalize: bool) -> Features:
         spec = self.spec
-        if normalise and spec.final_norm == "tokens":
+        if normalize and spec.final_norm == "tokens":
             tokens = self.norm(tokens)
         registers = tokens[:, int(spec.class_token) : spec.prefix]
         patches = tokens[:, spec.prefix :]
@@ -275,6 +275,6 @@ class VisionTransformer(nnx.Module):
             cls = jnp.mean(patches.astype(jnp.float32), axis=1).astype(tokens.dtype)
         else:
             cls = self.pool(patches)
-        if normalise and spec.final_norm == "class":
+        if normalize and spec.final_norm == "class":
             cls = self.norm(cls)
         return Features(cls, patches, registers)

@@ -48,7 +48,7 @@ class Assembly(NamedTuple):
     teachers: dict[str, Teacher]
     students: dict[str, StudentFunction]
     # Of the images that students see.
-    normalisation: Normalization
+    normalization: Normalization
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
     # What there is to say of how it came out.
@@ -100,7 +100,7 @@ class Known(NamedTuple):
     """The facts about a model that are known before its weights."""
 
     spec: ViTSpec
-    normalisation: Normalization
+    normalization: Normalization
 
 
 def assemble(
@@ -122,7 +122,7 @@ def assemble(
     schedule = warmup_cosine(peak, steps.warmup, steps.total)
     optimizer = adamw(schedule, config.optimizer.weight_decay, jnp.dtype(config.optimizer.mu_dtype))
     # Students see images as the primary teacher does.
-    normalisation = built[PRIMARY].normalisation
+    normalization = built[PRIMARY].normalization
     method = config.make_method()
     step = TrainStep(
         method=method,
@@ -130,13 +130,13 @@ def assemble(
         students=students,
         optimizer=optimizer,
         schedule=schedule,
-        normalisation=normalisation,
+        normalization=normalization,
         ema_decay=config.ema_decay,
         seed=config.seed,
         erasing=config.data.erasing,
         grad_accum_steps=config.grad_accum_steps,
     )
-    standardized = {name: widths[name] for name, each in built.items() if each.standardise}
+    standardized = {name: widths[name] for name, each in built.items() if each.standardize}
 
     def init() -> TrainState:
         return init_state(
@@ -144,11 +144,11 @@ def assemble(
             optimizer,
             ema=config.ema_decay > 0,
             seed=config.seed,
-            standardise=standardized,
+            standardize=standardized,
         )
 
     all_remarks = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
-    return Assembly(method, built, students, normalisation, init, step, all_remarks)
+    return Assembly(method, built, students, normalization, init, step, all_remarks)
 
 
 def _attention(
@@ -179,7 +179,7 @@ def _teachers(
                 dtype,
                 attention(spec, dtype),
             ),
-            given.statistics(known[name].normalisation),
+            given.statistics(known[name].normalization),
             given.image_size,
             given.standardize,
         )

@@ -26,7 +26,7 @@ PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
 class Evaluator:
-    """The held-out views, the labelled images, and what the teacher says of them."""
+    """The held-out views, the labeled images, and what the teacher says of them."""
 
     def __init__(self, experiment: Experiment, workdir: Path, console: Console):
         self.experiment, self.config = experiment, experiment.config
@@ -55,7 +55,7 @@ class Evaluator:
 
     def measure(self, step: int, state: TrainState) -> dict[str, float]:
         """All there is to measure, by key, the student's name first; pictures are drawn meanwhile.
-        Empty where nothing is held out and no labelled images are given.
+        Empty where nothing is held out and no labeled images are given.
         """
         values = {}
         if self.views is not None:
@@ -88,7 +88,7 @@ class Evaluator:
             if self._says_patches:
                 values[f"{name}/agreement_patch"] = agreement.patch
             values |= {
-                f"{name}/neighbour_overlap": agreement.neighbours,
+                f"{name}/neighbour_overlap": agreement.neighbors,
                 f"{name}/cka": agreement.cka,
             }
             values |= self._agreement_of_average(name, state, views)
@@ -113,7 +113,7 @@ class Evaluator:
         )
         agreement = teacher_agreement.measure(tokens, self._target)
         return {
-            f"{name}/{AVERAGE}neighbour_overlap": agreement.neighbours,
+            f"{name}/{AVERAGE}neighbour_overlap": agreement.neighbors,
             f"{name}/{AVERAGE}cka": agreement.cka,
         }
 

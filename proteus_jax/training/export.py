@@ -48,8 +48,8 @@ def _card(experiment: Experiment, name: str, step: int) -> ModelCard:
     return ModelCard(
         spec=experiment.students[name].spec,
         family=experiment.facts["card"]["families"][name],
-        normalisation=experiment.normalisation,
-        licence=experiment.facts["card"]["licence"],
+        normalization=experiment.normalization,
+        license=experiment.facts["card"]["licence"],
         source={
             "student": name,
             "teacher": sources[PRIMARY],

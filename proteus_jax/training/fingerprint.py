@@ -13,7 +13,7 @@ from proteus_jax.training.builder import (
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.resume import CARD, CONFIGURATION
-from proteus_jax.weights.model_card import licence_of
+from proteus_jax.weights.model_card import license_of
 from proteus_jax.weights.model_dir import WEIGHTS, ModelCard
 
 
@@ -24,7 +24,7 @@ def teacher_facts(assembly: Assembly, directories: Mapping[str, Path]) -> dict[s
             "weights": sha256(directories[name] / WEIGHTS),
             # Its grid follows the crop, which is a fact of its own.
             "spec": {**each.backbone.spec.to_json(), "grid": None},
-            "normalization": _listed(each.normalisation),
+            "normalization": _listed(each.normalization),
             "side": each.side,
         }
         for name, each in assembly.teachers.items()
@@ -54,7 +54,7 @@ def fingerprint(
         "student": list(config.student),
         "student_specs": {name: each.spec.to_json() for name, each in assembly.students.items()},
         "start": None if inputs.start is None else sha256(inputs.start / WEIGHTS),
-        "normalization": _listed(assembly.normalisation),
+        "normalization": _listed(assembly.normalization),
         "method": {"name": config.method.name, **assembly.method.fingerprint()},
         "teachers": teacher_facts(assembly, inputs.teachers),
         "teacher_widths": {
@@ -64,10 +64,10 @@ def fingerprint(
         "averaged": config.ema_decay > 0,
         CONFIGURATION: config.as_json,
         CARD: {
-            "licence": licence_of(cards, start),
+            "licence": license_of(cards, start),
             "families": {name: _family(name, start) for name in config.student},
         },
-        "standardized": [name for name, each in assembly.teachers.items() if each.standardise],
+        "standardized": [name for name, each in assembly.teachers.items() if each.standardize],
     }
 
 
@@ -80,5 +80,5 @@ def _family(student: str, start: ModelCard | None) -> str:
     return next((family for family in ("synclr", "clip") if family in student.split("_")), "dinov2")
 
 
-def _listed(normalisation: Normalization) -> list[list[float]]:
-    return [list(part) for part in normalisation]
+def _listed(normalization: Normalization) -> list[list[float]]:
+    return [list(part) for part in normalization]

@@ -32,7 +32,7 @@ def frozen_backbones(
     """Makes the backbones of the primary teacher and of each student for the protocols of
     evaluation; a student's has no weights yet.
     """
-    statistics = assembly.normalisation
+    statistics = assembly.normalization
     students = {
         name: FrozenBackbone(student.backbone, {}, statistics, mesh, remembers=True)
         for name, student in assembly.students.items()
@@ -47,7 +47,7 @@ def evaluation_functions(
 ) -> tuple[Callable, Callable, Callable]:
     """First teacher and students as functions from a host batch to host arrays."""
     crop, grid = config.data.crop, common_grid_size(assembly.students)
-    teacher, normalise = assembly.teachers[PRIMARY], assembly.normalisation
+    teacher, normalize = assembly.teachers[PRIMARY], assembly.normalization
 
     def compiled(function: Callable, **options: Any) -> Callable:
         whole = sharding.replicated(mesh)
@@ -55,7 +55,7 @@ def evaluation_functions(
 
     @compiled
     def teacher_pass(params: Params, images: jax.Array) -> Features:
-        return teacher_features(teacher, params, normalise(images), normalise, crop, grid)
+        return teacher_features(teacher, params, normalize(images), normalize, crop, grid)
 
     def in_its_scale(features: Features, statistics: dict[str, RunningMoments]) -> Features:
         return unstandardize(features, statistics[PRIMARY]) if PRIMARY in statistics else features
@@ -64,7 +64,7 @@ def evaluation_functions(
     def student_pass(
         name: str, params: Params, statistics: Any, images: jax.Array
     ) -> StudentOutputs:
-        output = assembly.students[name](params, resize_images(normalise(images), crop))
+        output = assembly.students[name](params, resize_images(normalize(images), crop))
         answered = output.by_teacher[PRIMARY]
         spoken = in_its_scale(
             Features(answered.token, answered.feature, output.features.registers), statistics
@@ -75,7 +75,7 @@ def evaluation_functions(
     def masked_pass(
         name: str, params: Params, statistics: Any, images: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        pixels = resize_images(normalise(images), crop)
+        pixels = resize_images(normalize(images), crop)
         answered = assembly.students[name](params, pixels, pixels, mask).by_teacher[PRIMARY]
         assert answered.patch is not None
         spoken = Features(answered.token, answered.patch, answered.patch[:, :0])

@@ -216,7 +216,7 @@ def _assembled(config: TrainConfig, images: int) -> tuple[Assembly, dict]:
     start = None
     if config.init.source:
         start = load_card(obtain_teacher(config.init.source)).spec
-    known = {name: Known(card.spec, card.normalisation) for name, card in cards.items()}
+    known = {name: Known(card.spec, card.normalization) for name, card in cards.items()}
     steps = schedule_of(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories
 
@@ -249,15 +249,15 @@ def _not_finite(
         patches = jnp.isfinite(features.patches).all((1, 2))
         return patches & jnp.isfinite(features.cls).all(1)
 
-    normalise, grid = assembly.normalisation, common_grid_size(assembly.students)
+    normalize, grid = assembly.normalization, common_grid_size(assembly.students)
 
     @jax.jit
     @functools.partial(sharding.traced_on, mesh)
     def look(params: dict[str, Any], students: dict[str, Any], images: jax.Array) -> dict:
-        pixels = normalise(images)
+        pixels = normalize(images)
         seen = {
             name: finite(
-                teacher_features(teacher, params[name], pixels, normalise, config.data.crop, grid)
+                teacher_features(teacher, params[name], pixels, normalize, config.data.crop, grid)
             )
             for name, teacher in assembly.teachers.items()
         }

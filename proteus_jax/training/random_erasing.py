@@ -18,7 +18,7 @@ ATTEMPTS = 10
 def random_erasing(
     key: jax.Array, images: Float[Array, "b h w 3"], probability: float
 ) -> Float[Array, "b h w 3"]:
-    """Normalised images, each with a chance of one box of normal noise: area uniform in AREA,
+    """Normalized images, each with a chance of one box of normal noise: area uniform in AREA,
     aspect ratio log-uniform in RATIO, place uniform.
 
     An image none of whose ATTEMPTS at a box fits stays as it is.

@@ -68,7 +68,7 @@ class Experiment:
     cards: dict[str, ModelCard]
     teacher_params: dict[str, Params]
     # Statistics and side of the images that are made for a step.
-    normalisation: Normalization
+    normalization: Normalization
     side: int
     students: dict[str, StudentFunction]
     # Names of the losses in a row of metrics, the primary teacher's first.
@@ -103,7 +103,7 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
     start = None if inputs.start is None else load_card(inputs.start)
     assembly = assemble(
         config,
-        {name: Known(card.spec, card.normalisation) for name, card in cards.items()},
+        {name: Known(card.spec, card.normalization) for name, card in cards.items()},
         steps,
         jax.default_backend(),
         start.spec if start else None,
@@ -132,7 +132,7 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
         facts=fingerprint(config, inputs, assembly, cards, start),
         cards=cards,
         teacher_params=teacher_params,
-        normalisation=assembly.normalisation,
+        normalization=assembly.normalization,
         side=config.image_size,
         students=assembly.students,
         loss_names=assembly.method.loss_names,

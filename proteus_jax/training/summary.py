@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import proteus_jax
-from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS
+from proteus_jax.evaluation.teacher_agreement import NEIGHBORS
 from proteus_jax.methods.config import NATIVE, TeacherConfig
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.metric_writer import read_metrics
@@ -84,7 +84,7 @@ def print_summary(
     for name, directory in zip(experiment.students, directories, strict=True):
         prefix = f"{name}/" if len(directories) > 1 else ""
         console.line()
-        console.line(f"what {name} learnt")
+        console.line(f"what {name} learned")
         for text in _score_lines(rows, prefix, experiment.loss_names):
             console.line("  " + text)
         console.line(f"it lies in {directory}; to use it:")
@@ -111,9 +111,9 @@ def _score_lines(rows: list[dict[str, Any]], prefix: str, losses: Sequence[str])
         labels = {
             "agreement_class": "centered cosine, class token",
             "agreement_patch": "centered cosine, patch tokens",
-            "neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours",
+            "neighbour_overlap": f"share of {NEIGHBORS} nearest neighbors",
             "cka": "linear CKA, class token",
-            "ema_neighbour_overlap": f"share of {NEIGHBOURS} nearest neighbours, average",
+            "ema_neighbour_overlap": f"share of {NEIGHBORS} nearest neighbors, average",
             "ema_cka": "linear CKA, class token, average",
         }
         for key, label in labels.items():
@@ -125,8 +125,8 @@ def _score_lines(rows: list[dict[str, Any]], prefix: str, losses: Sequence[str])
 
 
 def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
-    """Percent right on labelled images, student and teacher side by side."""
-    labels = {"knn_top1": "nearest neighbours", "ridge_top1": "ridge probe"}
+    """Percent right on labeled images, student and teacher side by side."""
+    labels = {"knn_top1": "nearest neighbors", "ridge_top1": "ridge probe"}
     named = dict.fromkeys(key for row in rows for key in row if key.startswith("teacher_"))
     for key in (each.removeprefix("teacher_") for each in named if "balanced" not in each):
         measured = [row for row in rows if prefix + key in row]

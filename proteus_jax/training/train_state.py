@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     """All that a checkpoint keeps. Teachers are not in it; `ema` is None where it is off.
 
     Params, optimizer and averages are dicts by student name; `statistics` has the running moments
-    of each teacher whose tokens are standardised. `skipped` counts the updates that were not made,
+    of each teacher whose tokens are standardized. `skipped` counts the updates that were not made,
     as a loss or gradient was not finite: int32, all of them and those in a row until now.
     """
 
@@ -46,10 +46,10 @@ def init_state(
     *,
     ema: bool,
     seed: int,
-    standardise: Mapping[str, int] | None = None,
+    standardize: Mapping[str, int] | None = None,
 ) -> TrainState:
     """Step 0: every student from the same seed, so that one among several equals one alone.
-    `standardise` has the widths of the teachers whose tokens are.
+    `standardize` has the widths of the teachers whose tokens are.
     """
     key = jax.random.key(seed)
     params = {name: student.init(key) for name, student in students.items()}
@@ -59,7 +59,7 @@ def init_state(
         params=params,
         optimizer={name: optimizer.init(values) for name, values in params.items()},
         ema=averages if ema else None,
-        statistics={name: init_moments(width) for name, width in (standardise or {}).items()},
+        statistics={name: init_moments(width) for name, width in (standardize or {}).items()},
         skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )
 

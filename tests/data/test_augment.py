@@ -25,7 +25,7 @@ from proteus_jax.training.random_erasing import random_erasing
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Rougher than a photograph: edges, and noise between neighbours."""
+    """Rougher than a photograph: edges, and noise between neighbors."""
     smooth = photograph(rng, height, width).astype(float)
     return (smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
 
@@ -138,7 +138,7 @@ def test_half_of_the_views_are_flipped() -> None:
 
 @pytest.mark.parametrize("scale", [0.3, 0.9, 1.0, 1.3, 1.8, 2.6, 3.9, 5.5])
 def test_resized_as_by_pillow(rng: np.random.Generator, scale: float) -> None:
-    """Half a level on a photograph, and within two where neighbours differ by noise."""
+    """Half a level on a photograph, and within two where neighbors differ by noise."""
     side = round(112 * scale)
     assert (
         mean_difference(

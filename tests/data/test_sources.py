@@ -621,13 +621,13 @@ def test_overlapping_roots_never_train_on_what_one_holds_out(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sub = sorted(path for path in photographs.iterdir() if path.is_dir())[1]
-    favourites = tmp_path / "favourites.txt"
-    favourites.write_text("\n".join(map(str, sorted(photographs.rglob("*.png"))[:6])))
+    favorites = tmp_path / "favourites.txt"
+    favorites.write_text("\n".join(map(str, sorted(photographs.rglob("*.png"))[:6])))
     for small in (True, False):
         if not small:
             monkeypatch.setattr(folders, "SMALL", 1)
         split = open_images(
-            [str(photographs), str(sub), str(favourites)], held_out=HeldOut(0.1, 2, 9)
+            [str(photographs), str(sub), str(favorites)], held_out=HeldOut(0.1, 2, 9)
         )
         assert split.held_out is not None
         out, kept = (
@@ -762,11 +762,11 @@ def test_another_listing_is_noticed_in_a_worker(
     monkeypatch.setattr(folders, "SMALL", 10)
     for path in photographs.rglob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    travelling = pickle.dumps(open_source(str(tmp_path))[0])
+    traveling = pickle.dumps(open_source(str(tmp_path))[0])
     (tmp_path / "one more.png").write_bytes((tmp_path / "image 1.png").read_bytes())
     open_source(str(tmp_path))
     with pytest.raises(InputError, match="listed anew while a run was starting"):
-        pickle.loads(travelling)
+        pickle.loads(traveling)
 
 
 def test_copies_of_one_image_cannot_be_held_out(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -816,7 +816,7 @@ def test_subsets(tmp_path: Path, rng: np.random.Generator) -> None:
 
 
 def test_quickstarts_pictures(cache: Path, rng: np.random.Generator) -> None:
-    """Left three quarters to train on; labelled, each tile is of the picture that it was cut from.
+    """Left three quarters to train on; labeled, each tile is of the picture that it was cut from.
     A spoilt one is named with its remedy.
     """
     folder = cache / "pictures"

@@ -4,14 +4,14 @@ import pytest
 
 from proteus_jax.evaluation.reporting.figures import CELL, GAP, HEADING, agreement_picture
 from proteus_jax.evaluation.teacher_agreement import (
-    NEIGHBOURS,
+    NEIGHBORS,
     Agreement,
     StudentOutputs,
     StudentTokens,
     TeacherTokens,
     centered_cosine,
     measure,
-    neighbour_overlap,
+    neighbor_overlap,
     student_tokens,
     teacher_tokens,
 )
@@ -38,7 +38,7 @@ def test_a_student_at_the_mean_itself_is_no_division_by_zero() -> None:
     assert centered_cosine(np.zeros((2, 2), np.float32), teacher) == 0.0
 
 
-def test_neighbours_written_out(rng: np.random.Generator) -> None:
+def test_neighbors_written_out(rng: np.random.Generator) -> None:
     ours, theirs = rng.normal(size=(2, 30, 8)).astype(np.float32)
 
     def nearest(tokens: np.ndarray, row: int) -> set[int]:
@@ -46,13 +46,13 @@ def test_neighbours_written_out(rng: np.random.Generator) -> None:
         return set(np.argsort(-cosine)[:6]) - {row}
 
     expected = np.mean([len(nearest(ours, i) & nearest(theirs, i)) / 5 for i in range(30)])
-    assert neighbour_overlap(ours, theirs, 5) == pytest.approx(expected)
-    assert neighbour_overlap(theirs, 3 * theirs, 5) == 1.0
-    assert neighbour_overlap(ours[:3], theirs[:3], 5) == 1.0
+    assert neighbor_overlap(ours, theirs, 5) == pytest.approx(expected)
+    assert neighbor_overlap(theirs, 3 * theirs, 5) == 1.0
+    assert neighbor_overlap(ours[:3], theirs[:3], 5) == 1.0
 
 
 def test_what_is_measured_of_which_tokens(rng: np.random.Generator) -> None:
-    """Cosines through the heads; neighbours and CKA of the student's own class tokens, which have a
+    """Cosines through the heads; neighbors and CKA of the student's own class tokens, which have a
     width of their own.
     """
     token, feature, own = (
@@ -81,9 +81,9 @@ def test_what_is_measured_of_which_tokens(rng: np.random.Generator) -> None:
         for tokens in (own, target.cls):
             similarity = tokens @ tokens[row] / np.linalg.norm(tokens, axis=1)
             similarity[row] = -np.inf
-            nearest.append(set(np.argsort(-similarity)[:NEIGHBOURS].tolist()))
-        shared.append(len(nearest[0] & nearest[1]) / NEIGHBOURS)
-    assert found.neighbours == pytest.approx(np.mean(shared))
+            nearest.append(set(np.argsort(-similarity)[:NEIGHBORS].tolist()))
+        shared.append(len(nearest[0] & nearest[1]) / NEIGHBORS)
+    assert found.neighbors == pytest.approx(np.mean(shared))
 
 
 def test_each_batch_gives_what_it_is_asked_for(rng: np.random.Generator) -> None:

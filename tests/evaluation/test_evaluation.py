@@ -18,7 +18,7 @@ from proteus_jax.data.sources.base import MemorySource
 from proteus_jax.evaluation import per_class
 from proteus_jax.evaluation.classifiers import knn
 from proteus_jax.evaluation.feature_extraction import FeatureTable
-from proteus_jax.evaluation.protocols import knn as neighbours
+from proteus_jax.evaluation.protocols import knn as neighbors
 from proteus_jax.evaluation.protocols import ridge
 from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.runner import _check_place
@@ -27,11 +27,11 @@ from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 
-def test_neighbours_from_the_command_line(
-    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+def test_neighbors_from_the_command_line(
+    tiny_teacher: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "knn"
-    result = finish(evaluate("knn", tiny_teacher, labelled_folder, workdir), tmp_path)
+    result = finish(evaluate("knn", tiny_teacher, labeled_folder, workdir), tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads((workdir / "results.json").read_text())
     assert found["protocol"] == "knn"
@@ -44,7 +44,7 @@ def test_neighbours_from_the_command_line(
     assert len(found["model"]["weights_sha256"]) == 64
 
 
-def test_what_is_wrong_is_said_at_once(labelled_folder: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_at_once(labeled_folder: Path, tmp_path: Path) -> None:
     arguments = evaluate("linear", tmp_path / "none", tmp_path / "no photos", tmp_path / "run")
     result = finish([*arguments, "--config.knn.neighbours=0", "--config.linear.epochs=x"], tmp_path)
     assert result.returncode == 2
@@ -86,10 +86,10 @@ def test_scores_where_an_image_is_broken(
     part = LabeledDataset(MemorySource([], []), labels, ("a", "b"))
     kept = np.array([0, 2, 3, 4, 5])
     rows = np.where(labels[kept, None] == 0, [[1.0, 0.1]], [[-1.0, 0.1]]).astype(np.float32)
-    monkeypatch.setattr(neighbours, "class_tokens", lambda *_: FeatureTable(rows, kept, 1))
-    monkeypatch.setattr(neighbours, "images_on_both_sides", lambda _: "")
+    monkeypatch.setattr(neighbors, "class_tokens", lambda *_: FeatureTable(rows, kept, 1))
+    monkeypatch.setattr(neighbors, "images_on_both_sides", lambda _: "")
     context, _ = context_for(tmp_path, Model(*load_model(tiny_teacher)), tmp_path)
-    for protocol in (neighbours.PROTOCOL, ridge.PROTOCOL):
+    for protocol in (neighbors.PROTOCOL, ridge.PROTOCOL):
         config = evaluation_config(protocol.name, {"model": "m"})
         context = context._replace(config=config)
         results = protocol.measure(context, TrainTestSplit(part, part, "test"))
@@ -109,13 +109,13 @@ def test_classes_are_shown_of_the_best_number_of_neighbors(
     labels = np.array([0, 0, 1, 1])
     part = LabeledDataset(MemorySource([], []), labels, ("a", "b"))
     tokens = FeatureTable(np.arange(8.0).reshape(4, 2), np.arange(4), 0)
-    monkeypatch.setattr(neighbours, "class_tokens", lambda *_: tokens)
-    monkeypatch.setattr(neighbours, "images_on_both_sides", lambda _: "")
+    monkeypatch.setattr(neighbors, "class_tokens", lambda *_: tokens)
+    monkeypatch.setattr(neighbors, "images_on_both_sides", lambda _: "")
     answers = {1: [1, 1, 1, 0], 2: [0, 0, 1, 0], 3: [0, 1, 1, 0]}
     monkeypatch.setattr(
         knn, "predictions", lambda *_, **__: {k: np.array(v) for k, v in answers.items()}
     )
-    found = neighbours.measure(context, TrainTestSplit(part, part, "test"))
+    found = neighbors.measure(context, TrainTestSplit(part, part, "test"))
     assert found["top1"] == {"1": 25.0, "2": 75.0, "3": 50.0}
     assert {name: row["top1"] for name, row in found["per_class"].items()} == {
         "a": 100.0,
@@ -129,25 +129,25 @@ def test_balanced_accuracy_is_of_the_classes_that_are_there() -> None:
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(
-    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+    tiny_teacher: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     card = (tiny_teacher / "config.json").read_text()
-    result = finish(evaluate("knn", tiny_teacher, labelled_folder, tiny_teacher), tmp_path)
+    result = finish(evaluate("knn", tiny_teacher, labeled_folder, tiny_teacher), tmp_path)
     assert result.returncode == 2
     assert "holds a model or a run (model.safetensors); give another folder" in result.stderr
     assert (tiny_teacher / "config.json").read_text() == card
     workdir = tmp_path / "linear"
     workdir.mkdir()
     (workdir / "results.json").write_text('{"protocol": "linear, frozen crops"}')
-    result = finish(evaluate("knn", tiny_teacher, labelled_folder, workdir), tmp_path)
+    result = finish(evaluate("knn", tiny_teacher, labeled_folder, workdir), tmp_path)
     assert result.returncode == 2
     assert "holds the results of linear, frozen crops; give another folder" in result.stderr
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    result = finish(evaluate("knn", tmp_path / "run", labelled_folder, tmp_path / "x"), tmp_path)
+    result = finish(evaluate("knn", tmp_path / "run", labeled_folder, tmp_path / "x"), tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     (tmp_path / "run" / "config.json").write_text('{"protocol": "knn"}')
-    result = finish(evaluate("knn", tmp_path / "run", labelled_folder, tmp_path / "x"), tmp_path)
+    result = finish(evaluate("knn", tmp_path / "run", labeled_folder, tmp_path / "x"), tmp_path)
     assert result.returncode == 2
     assert "expected the configuration of a run: KeyError('student')" in result.stderr
 
@@ -162,11 +162,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     ],
 )
 def test_refusals(
-    change: str, words: str, tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+    change: str, words: str, tiny_teacher: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     changes = [change, "--config.data.resize=28"] if "crop" in change else [change]
     result = finish(
-        [*evaluate("knn", tiny_teacher, labelled_folder, tmp_path / "run"), *changes], tmp_path
+        [*evaluate("knn", tiny_teacher, labeled_folder, tmp_path / "run"), *changes], tmp_path
     )
     assert result.returncode == 2, result.stdout
     assert words in result.stderr
@@ -176,7 +176,7 @@ def test_refusals(
 def test_classes_of_unequal_size_and_images_on_both_sides(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    """All that is learnt is the larger class; some test images are learnt from."""
+    """All that is learned is the larger class; some test images are learned from."""
     rng = np.random.default_rng(0)
     for split, many in (("train", 36), ("test", 18)):
         for name, count in (("healthy", many), ("rare", 2)):
@@ -208,10 +208,10 @@ def test_classes_of_unequal_size_and_images_on_both_sides(
 
 
 def test_a_run_says_what_student_and_teacher_are_worth(
-    tiny_teacher: Path, photographs: Path, labelled_folder: Path, tmp_path: Path
+    tiny_teacher: Path, photographs: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     arguments = command(tmp_path / "run", photographs, tiny_teacher)
-    more = (f"--config.eval.root={labelled_folder}", "--config.steps=3", "--config.eval_every=2")
+    more = (f"--config.eval.root={labeled_folder}", "--config.steps=3", "--config.eval_every=2")
     several = ("--config.student=vit_tiny_1blocks,vit_small_1blocks",)
     protocols = ("--config.eval.protocols=knn,ridge,linear",)
     result = finish([*arguments, *more, *several, *protocols], tmp_path)
@@ -225,14 +225,14 @@ def test_a_run_says_what_student_and_teacher_are_worth(
         assert 0 <= measured[-1][f"{name}/linear_top1"] <= 100
         assert (tmp_path / "run" / "evaluation" / "linear" / name / "head.npz").is_file()
         assert len(list((tmp_path / "run" / "report" / name).glob("errors-*.png"))) == 3
-    assert "nearest neighbours: student " in result.stdout
+    assert "nearest neighbors: student " in result.stdout
     page = (tmp_path / "run" / "report.html").read_text()
     assert "step 3 of 3" in page
     # The teacher does not change, and what it is worth is what the protocol says as well.
     assert len({row["teacher_knn_top1"] for row in measured}) == 1
     finish(
         [
-            *evaluate("knn", tiny_teacher, labelled_folder, tmp_path / "knn"),
+            *evaluate("knn", tiny_teacher, labeled_folder, tmp_path / "knn"),
             "--config.knn.neighbours=20",
         ],
         tmp_path,
@@ -242,7 +242,7 @@ def test_a_run_says_what_student_and_teacher_are_worth(
     wrong = finish([*arguments, "--config.eval.root=/nowhere"], tmp_path)
     assert wrong.returncode == 2
     assert "--config.eval.root: /nowhere: no such folder" in wrong.stderr
-    more = (f"--config.eval.root={labelled_folder}", "--config.eval.protocols=knn,robustness")
+    more = (f"--config.eval.root={labeled_folder}", "--config.eval.protocols=knn,robustness")
     wrong = finish([*arguments, *more], tmp_path)
     assert wrong.returncode == 2
     assert "--config.eval.protocols: robustness: --config.robustness.head: exp" in wrong.stderr

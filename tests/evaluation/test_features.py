@@ -101,8 +101,8 @@ def test_a_pass_equals_the_model_image_by_image(
     assert some.numbers.tolist() == [7, 2]
     assert some.unreadable == 0
     # By other statistics than the model's own, where a protocol says so.
-    clip = freeze(model, sharding.make_mesh(), normalisation=CLIP)
-    assert model.card.normalisation != CLIP
+    clip = freeze(model, sharding.make_mesh(), normalization=CLIP)
+    assert model.card.normalization != CLIP
     params = jax.tree.map(jnp.asarray, model.params)
     expected = BackboneFunction(model.spec)(params, CLIP(jnp.asarray(views))).cls
     for way in (clip, freeze(model, sharding.make_mesh()).with_statistics(CLIP)):
@@ -118,7 +118,7 @@ def test_what_is_remembered_is_of_the_same_weights(
     sources = [MemorySource([photograph(rng, 32, 32)], [str(number)]) for number in range(2)]
     made = freeze(model, sharding.make_mesh())
     frozen = FrozenBackbone(
-        made.backbone, made.params, made.normalisation, made.mesh, remembers=True
+        made.backbone, made.params, made.normalization, made.mesh, remembers=True
     )
     first = frozen.table(class_token, sources[0], VIEW, LoaderConfig(8))
     assert frozen.table(class_token, sources[0], VIEW, LoaderConfig(8)) is first
@@ -137,13 +137,13 @@ def test_weights_are_kept_in_the_dtype_of_the_matmuls(tiny_teacher: Path) -> Non
     assert linear["bias"].dtype == jnp.float32
 
 
-def test_pairs_of_folders(labelled_folder: Path) -> None:
-    pair = open_pair(str(labelled_folder))
+def test_pairs_of_folders(labeled_folder: Path) -> None:
+    pair = open_pair(str(labeled_folder))
     assert pair.train.classes == pair.test.classes == CLASSES
     assert np.bincount(pair.train.labels).tolist() == [14, 14, 14]
     assert np.bincount(pair.test.labels).tolist() == [5, 5, 5]
     assert pair.test_name == "test"
-    whole = open_pair(str(labelled_folder / "train"))
+    whole = open_pair(str(labeled_folder / "train"))
     assert np.bincount(whole.test.labels).tolist() == [2, 2, 2]
     assert np.bincount(whole.train.labels).tolist() == [12, 12, 12]
     names = {whole.train.source.name(n) for n in range(36)}
@@ -159,13 +159,13 @@ def test_labels_follow_names_not_places(tmp_path: Path, rng: np.random.Generator
 
 
 def test_addresses_and_lists_and_a_test_set_without_classes(
-    labelled_folder: Path, tmp_path: Path, rng: np.random.Generator
+    labeled_folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    remote = open_pair(f"file://{labelled_folder}")
+    remote = open_pair(f"file://{labeled_folder}")
     assert remote.train.classes == CLASSES
     assert len(remote.test.labels) == 15
     listed = tmp_path / "list.txt"
-    listed.write_text("\n".join(map(str, sorted(labelled_folder.glob("train/*/*.png")))))
+    listed.write_text("\n".join(map(str, sorted(labeled_folder.glob("train/*/*.png")))))
     assert open_labeled(str(listed)).classes == CLASSES
     for split in ("train", "val"):
         write_classes(tmp_path / "flat" / split, rng, 2, ("a", "b"))

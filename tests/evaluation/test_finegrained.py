@@ -373,9 +373,9 @@ def test_what_is_missing_and_what_is_wrong(tmp_path: Path) -> None:
     assert len(error.value.problems) == 4
 
 
-def refit(learnt: Features, tested: Features, decay: float) -> LogisticRegression:
+def refit(learned: Features, tested: Features, decay: float) -> LogisticRegression:
     return LogisticRegression(C=1 / decay, tol=1e-10, max_iter=5000).fit(
-        learnt.rows.astype(np.float64), learnt.labels
+        learned.rows.astype(np.float64), learned.labels
     )
 
 
@@ -388,9 +388,9 @@ def test_the_protocol_by_scikit_learn(
     train, validation, test = (Features(*clusters(rng, n)) for n in (80, 60, 200))
     found = evaluate(train, validation, test, "mean_per_class")
 
-    def scaled(learnt: Features, tested: Features) -> tuple[Features, Features]:
-        mean, deviation = learnt.rows.mean(axis=0), learnt.rows.std(axis=0)
-        return Features((learnt.rows - mean) / deviation, learnt.labels), Features(
+    def scaled(learned: Features, tested: Features) -> tuple[Features, Features]:
+        mean, deviation = learned.rows.mean(axis=0), learned.rows.std(axis=0)
+        return Features((learned.rows - mean) / deviation, learned.labels), Features(
             (tested.rows - mean) / deviation, tested.labels
         )
 
@@ -411,7 +411,7 @@ def test_the_protocol_by_scikit_learn(
 def test_what_is_difficult_to_see_counts_as_absent(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Labels of 1, -1 and 0 (VOC's difficult objects), learnt from and scored."""
+    """Labels of 1, -1 and 0 (VOC's difficult objects), learned from and scored."""
     monkeypatch.setattr(fine_grained, "DECAYS", np.array([1.0]))
 
     def drawn(count: int) -> Features:
@@ -449,7 +449,7 @@ def test_of_values_of_c_that_are_as_good_the_largest_is_taken(
     rows = (rng.normal(size=(50, 3)) * 0.1 + np.array([[-5.0], [5.0]])[labels]).astype(np.float32)
     found = evaluate(Features(rows, labels), None, Features(rows, labels), "accuracy")
     assert found == (100.0, pytest.approx(1e3), 100.0)
-    # A class that only those drawn for validation show is not learnt before C is chosen.
+    # A class that only those drawn for validation show is not learned before C is chosen.
     order = np.arange(50)
     np.random.RandomState(0).shuffle(order)
     assert len(order[:10]) == int(50 * fine_grained.VALIDATION)
@@ -470,7 +470,7 @@ def test_images_are_resized_to_the_crop(
     def table(
         frozen: FrozenBackbone, _: Any, source: Any, view: CenterCrop, *rest: Any, **more: Any
     ):
-        seen.append((view, frozen.normalisation))
+        seen.append((view, frozen.normalization))
         return FeatureTable(np.random.default_rng(0).normal(size=(len(source), 3)), np.arange(6), 0)
 
     monkeypatch.setattr(FrozenBackbone, "table", table)

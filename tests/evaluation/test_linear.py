@@ -92,11 +92,11 @@ def test_every_head_is_trained_as_if_alone(rng: np.random.Generator) -> None:
 
 
 def test_a_probe_learns_and_names_both_choices(
-    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+    tiny_teacher: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     model = Model(*load_model(tiny_teacher))
-    context, said = context_for(labelled_folder, model, tmp_path)
-    pair = open_pair(str(labelled_folder))
+    context, said = context_for(labeled_folder, model, tmp_path)
+    pair = open_pair(str(labeled_folder))
     found = linear.measure(context, pair)
     assert found["protocol"] == "linear"
     assert len(found["top1"]) == len(found["held_out_top1"]) == 12
@@ -112,7 +112,7 @@ def test_a_probe_learns_and_names_both_choices(
 
 
 class Shades(MemorySource):
-    """Greys, one of which cannot be read: the fourth of fourteen images of three classes."""
+    """Grays, one of which cannot be read: the fourth of fourteen images of three classes."""
 
     def __init__(self):
         pixels = [np.full((32, 32, 3), 15 * number, np.uint8) for number in range(14)]
@@ -126,17 +126,17 @@ class Shades(MemorySource):
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_probe_that_is_stopped_goes_on_where_it_was(
-    cache: bool, tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+    cache: bool, tiny_teacher: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     """To the same heads, bit for bit; what was saved of another probe is not gone on from."""
     model = Model(*load_model(tiny_teacher))
-    pair = open_pair(str(labelled_folder))
+    pair = open_pair(str(labeled_folder))
     probe = Probe(KINDS, RATES, len(pair.train.classes), steps=5, batch=16)
     tokens = functools.partial(linear_heads.last_tokens, blocks=2)
     heard = Heard()
 
     def heads(where: str, handler: PreemptionHandler, probe: Probe = probe) -> list[Any]:
-        context, _ = context_for(labelled_folder, model, tmp_path, cache=cache)
+        context, _ = context_for(labeled_folder, model, tmp_path, cache=cache)
         saving = Saving(str(tmp_path / where), heard, handler)
         context = context._replace(saving=saving)
         return linear_training.train_heads(context, probe, tokens, pair.train)
@@ -172,7 +172,7 @@ def test_a_probe_that_is_stopped_goes_on_where_it_was(
 LABELS = np.array([0, 2, 1, 1, 0, 0, 2, 2, 1, 0, 1, 2, 0, 1])
 
 
-def greys(backbone: Any, params: Any, pixels: jax.Array) -> Tokens:
+def grays(backbone: Any, params: Any, pixels: jax.Array) -> Tokens:
     """In the place of a model's tokens: how bright an image is, from 0 to 13 with steps of 15."""
     scaled = pixels.mean(axis=(1, 2, 3)) * np.mean(IMAGENET.std) + np.mean(IMAGENET.mean)
     bright = scaled[:, None] * 255 / 15
@@ -184,7 +184,7 @@ def test_labels_follow_their_images_where_one_is_broken(
 ) -> None:
     """Learning from crops, from features just made and from those kept before, and testing."""
     model = Model(*load_model(tiny_teacher))
-    learnt = LabeledDataset(Shades(), LABELS, ("a", "b", "c"))
+    learned = LabeledDataset(Shades(), LABELS, ("a", "b", "c"))
     context, _ = context_for(tmp_path, model, tmp_path)
     probe = Probe(KINDS[:1], (0.1,), 3, steps=3, batch=16)
     seen: list[np.ndarray] = []
@@ -193,14 +193,14 @@ def test_labels_follow_their_images_where_one_is_broken(
         sharding, "place_batch", lambda array, mesh: seen.append(array) or place(array, mesh)
     )
     tokens_of = functools.partial(linear_heads.last_tokens, blocks=2)
-    linear_training.train_heads(context, probe, tokens_of, learnt)
+    linear_training.train_heads(context, probe, tokens_of, learned)
     assert len(seen) == 6
     for pixels, labels in zip(seen[::2], seen[1::2], strict=True):
         numbers = pixels[:, 0, 0, 0] // 15
         assert 3 not in numbers
         np.testing.assert_array_equal(labels, LABELS[numbers])
     for _ in range(2):
-        tokens, labels = linear_training._kept_features(context, greys, learnt)
+        tokens, labels = linear_training._kept_features(context, grays, learned)
         numbers = np.asarray(tokens.mean)[:, 0].round().astype(int)
         assert numbers.tolist() == [0, 1, 2, *range(4, 14)]
         np.testing.assert_array_equal(labels, LABELS[numbers])
@@ -209,23 +209,23 @@ def test_labels_follow_their_images_where_one_is_broken(
     others._pictures[5] = others._pictures[0]
     others.fingerprint = "another"
     darker = LabeledDataset(others, LABELS, ("a", "b", "c"))
-    tokens, _ = linear_training._kept_features(context, greys, darker)
+    tokens, _ = linear_training._kept_features(context, grays, darker)
     assert np.asarray(tokens.mean)[4, 0].round() == 0
     # A head that answers with the middle class.
     heads = [{"weight": jnp.zeros((1, 1, 3)), "bias": jnp.array([[0.0, 1.0, 0.0]])}]
-    found = linear._run_heads(context, probe, greys, learnt, heads, "test")
+    found = linear._run_heads(context, probe, grays, learned, heads, "test")
     assert found.unreadable == 1
     np.testing.assert_array_equal(found.labels, np.delete(LABELS, 3))
     np.testing.assert_array_equal(found.right[:, 0], np.delete(LABELS, 3) == 1)
 
 
 def test_the_head_that_is_kept_is_chosen_by_images_held_out(
-    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path
+    tiny_teacher: Path, labeled_folder: Path, tmp_path: Path
 ) -> None:
     """Of a test set whose classes have changed places, the best head is another."""
     model = Model(*load_model(tiny_teacher))
-    context, _ = context_for(labelled_folder, model, tmp_path)
-    pair = open_pair(str(labelled_folder))
+    context, _ = context_for(labeled_folder, model, tmp_path)
+    pair = open_pair(str(labeled_folder))
     moved = LabeledDataset(pair.test.source, (pair.test.labels + 1) % 3, pair.test.classes)
     found = linear.measure(context, pair._replace(test=moved))
     best = found["best"]
@@ -250,21 +250,21 @@ def test_the_head_that_is_kept_is_chosen_by_images_held_out(
     assert share == pytest.approx(best["held_out"]["top1"])
 
 
-def test_no_class_is_held_out_whole(labelled_folder: Path) -> None:
-    whole = open_pair(str(labelled_folder)).train
+def test_no_class_is_held_out_whole(labeled_folder: Path) -> None:
+    whole = open_pair(str(labeled_folder)).train
     few = whole.part(np.array([0, 1, 14, 28, 29]))
-    learnt, out = linear.hold_out(few, 0.9)
-    assert learnt.labels.tolist() == [0, 1, 2]
+    learned, out = linear.hold_out(few, 0.9)
+    assert learned.labels.tolist() == [0, 1, 2]
     assert out is not None
     assert sorted(out.labels.tolist()) == [0, 2]
 
 
 def test_kept_features_are_another_protocol_and_are_made_once(
-    tiny_teacher: Path, labelled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_teacher: Path, labeled_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model(*load_model(tiny_teacher))
-    pair = open_pair(str(labelled_folder))
-    context, _ = context_for(labelled_folder, model, tmp_path, cache=True, held_out=0.0)
+    pair = open_pair(str(labeled_folder))
+    context, _ = context_for(labeled_folder, model, tmp_path, cache=True, held_out=0.0)
     first = linear.measure(context, pair)
     assert first["protocol"] == "linear, frozen crops"
     assert list(first["best"]) == ["test"]

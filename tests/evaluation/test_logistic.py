@@ -12,7 +12,7 @@ from proteus_jax.evaluation.classifiers import logistic_regression
 DECAYS = np.logspace(-4, 4, 12)
 
 
-def standardised(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+def standardized(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
     features, labels = clusters(rng, count)
     return (features - features.mean(axis=0)) / features.std(axis=0), labels
 
@@ -29,8 +29,8 @@ def value(weights, biases, features, labels, decay: float) -> float:
 def reference():
     """scikit-learn's solution for each decay."""
     rng = np.random.default_rng(0)
-    features, labels = standardised(rng, 300)
-    test, _ = standardised(rng, 400)
+    features, labels = standardized(rng, 300)
+    test, _ = standardized(rng, 400)
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,7 +54,7 @@ def test_every_fit_is_scikit_learns(reference, dtype: str, close: float) -> None
 
 
 def test_several_labels_at_once_are_classifiers_of_their_own(rng: np.random.Generator) -> None:
-    features, classes = standardised(rng, 200)
+    features, classes = standardized(rng, 200)
     targets = np.eye(4)[classes]
     targets[:, 0] = np.maximum(targets[:, 0], targets[:, 1])
     found = logistic_regression.fit(features, targets, np.array([2.0]))

@@ -1,4 +1,4 @@
-"""Neighbours, ridge and similarity against scikit-learn and numpy."""
+"""Neighbors, ridge and similarity against scikit-learn and numpy."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def voted(train, labels, test, k: int, temperature: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fsdp", [1, 4])
-def test_neighbours_are_scikit_learns(
+def test_neighbors_are_scikit_learns(
     rng: np.random.Generator, fsdp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces: several chunks on each of eight devices, several rounds of queries."""
@@ -40,7 +40,7 @@ def test_neighbours_are_scikit_learns(
             train,
             labels,
             test,
-            neighbours=(10, 1, 20, 205, 206),
+            neighbors=(10, 1, 20, 205, 206),
             temperature=temperature,
             mesh=sharding.make_mesh(fsdp),
         )
@@ -50,11 +50,11 @@ def test_neighbours_are_scikit_learns(
             np.testing.assert_array_equal(predicted, expected)
 
 
-def test_more_neighbours_than_images(rng: np.random.Generator) -> None:
+def test_more_neighbors_than_images(rng: np.random.Generator) -> None:
     train, labels = clusters(rng, 5)
     mesh = sharding.make_mesh()
-    assert knn.predictions(train, labels, train, neighbours=(6,), temperature=1, mesh=mesh) == {}
-    found = knn.predictions(train, labels, train, neighbours=(1, 6), temperature=0.07, mesh=mesh)
+    assert knn.predictions(train, labels, train, neighbors=(6,), temperature=1, mesh=mesh) == {}
+    found = knn.predictions(train, labels, train, neighbors=(1, 6), temperature=0.07, mesh=mesh)
     assert list(found) == [1]
     np.testing.assert_array_equal(found[1], labels)
 
@@ -66,8 +66,8 @@ def test_ridge_is_scikit_learns_and_leaves_each_image_out_once(rng: np.random.Ge
     target = np.eye(4)[labels]
     scale = np.linalg.eigvalsh(standard.T @ standard).mean()
     right = {}
-    for regulariser in ridge.REGULARISERS:
-        alpha = regulariser * scale
+    for regularizer in ridge.REGULARIZERS:
+        alpha = regularizer * scale
         count = 0
         for out in range(60):
             kept = np.arange(60) != out
@@ -78,9 +78,9 @@ def test_ridge_is_scikit_learns_and_leaves_each_image_out_once(rng: np.random.Ge
             shifted[:, -1] *= 1e6
             model.fit(shifted[kept], target[kept])
             count += int(model.predict(shifted[out : out + 1]).argmax() == labels[out])
-        right[regulariser] = count
-    best = max(ridge.REGULARISERS[::-1], key=lambda regulariser: right[regulariser])
-    assert probe.regulariser == pytest.approx(best)
+        right[regularizer] = count
+    best = max(ridge.REGULARIZERS[::-1], key=lambda regularizer: right[regularizer])
+    assert probe.regularizer == pytest.approx(best)
     whole = Ridge(alpha=best * scale).fit(standard, target)
     np.testing.assert_allclose(probe.weights, whole.coef_.T, atol=1e-8)
     test, _ = clusters(rng, 50)
@@ -88,12 +88,12 @@ def test_ridge_is_scikit_learns_and_leaves_each_image_out_once(rng: np.random.Ge
     np.testing.assert_array_equal(probe(test), expected)
 
 
-def test_of_regularisers_that_are_as_good_the_largest_is_taken(rng: np.random.Generator) -> None:
+def test_of_regularizers_that_are_as_good_the_largest_is_taken(rng: np.random.Generator) -> None:
     """Two classes far apart: each is right with all of them."""
     labels = np.arange(40) % 2
     features = rng.normal(size=(40, 3)) * 0.1 + np.array([[-5.0], [5.0]])[labels]
     probe = ridge.fit(features, labels)
-    assert probe.regulariser == ridge.REGULARISERS.max() == pytest.approx(100)
+    assert probe.regularizer == ridge.REGULARIZERS.max() == pytest.approx(100)
     np.testing.assert_array_equal(probe(features), labels)
 
 

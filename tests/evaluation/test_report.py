@@ -15,7 +15,7 @@ from conftest import photograph
 from proteus_jax.evaluation.reporting import figures, snapshots
 from proteus_jax.evaluation.reporting.html_report import report, write_report
 from proteus_jax.evaluation.reporting.svg_chart import COLORS, Series, chart
-from proteus_jax.evaluation.teacher_agreement import NEIGHBOURS, StudentTokens, TeacherTokens
+from proteus_jax.evaluation.teacher_agreement import NEIGHBORS, StudentTokens, TeacherTokens
 from proteus_jax.training import summary
 
 STRANGE = '<script>alert("x")</script> & "photos"'
@@ -80,7 +80,7 @@ def test_it_needs_nothing_else_and_escapes_what_it_is_told(workdir: Path) -> Non
     page = Page(text)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "script" not in page.tags
-    # views, teacher, six moments of each kind, and neighbours by either
+    # views, teacher, six moments of each kind, and neighbors by either
     assert page.tags.count("img") == 2 + 6 + 6 + 2
     assert "step 0<" in text
     assert "step 8<" in text
@@ -115,13 +115,13 @@ def test_moments_stand_in_the_order_of_steps(tmp_path: Path, rng: np.random.Gene
     assert "<td>2.000</td><td>2.000</td>" in text
 
 
-def test_neighbours_are_drawn_by_the_students_own_tokens(
+def test_neighbors_are_drawn_by_the_students_own_tokens(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scene, drawn = small_scene(rng), []
-    sheet = figures.neighbour_sheet
+    sheet = figures.neighbor_sheet
     monkeypatch.setattr(
-        figures, "neighbour_sheet", lambda *each: drawn.append(each[2]) or sheet(*each)
+        figures, "neighbor_sheet", lambda *each: drawn.append(each[2]) or sheet(*each)
     )
     tokens = StudentTokens(scene.target.cls, scene.target.patches, rng.normal(size=(4, 3)))
     snapshots.draw_student(scene, "a", 1, tokens, None, tmp_path)
@@ -133,11 +133,11 @@ def test_neighbours_are_drawn_by_the_students_own_tokens(
     assert (drawn[0] != drawn[1]).any()
 
 
-def test_beside_a_view_stand_its_own_neighbours() -> None:
+def test_beside_a_view_stand_its_own_neighbors() -> None:
     views = np.stack([np.full((28, 28, 3), 60 * number, np.uint8) for number in range(4)])
     found = np.array([[1, 2], [0, 3], [3, 1], [2, 0]])
     side, gap = figures.CELL // 2, figures.GAP
-    sheet = np.asarray(figures.neighbour_sheet(views, [3, 1], found))
+    sheet = np.asarray(figures.neighbor_sheet(views, [3, 1], found))
     for row, shown in enumerate(((3, 2, 0), (1, 0, 3))):
         for column, number in enumerate(shown):
             top, left = row * (side + gap), column * (side + gap)
@@ -271,10 +271,10 @@ def test_what_is_said_at_the_end() -> None:
         ["patch loss", "7.000", "7.000"],
         ["on held-out views", "before", "after"],
         ["centered cosine, class token", "0.100", "0.700"],
-        [f"share of {NEIGHBOURS} nearest neighbours", "0.250", "0.500"],
+        [f"share of {NEIGHBORS} nearest neighbors", "0.250", "0.500"],
         ["linear CKA, class token", "0.500", "0.750"],
         [
-            "nearest neighbours: student 60.0 (balanced 40.0), average 61.5, teacher 80.0: 75% "
+            "nearest neighbors: student 60.0 (balanced 40.0), average 61.5, teacher 80.0: 75% "
             "(before 20.0)"
         ],
         ["ridge probe: student 45.0, teacher 50.0: 90% (before 10.0)"],

@@ -72,7 +72,7 @@ def predictions(
     answers = []
     for number in range(len(source)):
         view = CenterCrop(resize, 28)(open_image(source.read(number)))
-        first, last = of(params, card.normalisation(jax.numpy.asarray(view[None])))
+        first, last = of(params, card.normalization(jax.numpy.asarray(view[None])))
         seen = np.concatenate([first.cls[0], last.cls[0], last.patches[0].mean(axis=0)])
         scores = (seen @ found["weight"] + found["bias"])[shown]
         answers.append((shown[int(scores.argmax())], source.name(number).split("/")[0]))
@@ -175,7 +175,7 @@ def test_what_is_wrong_with_heads_and_sets(
 def other_model(folder: Path) -> Path:
     """Of the same sizes, with other weights."""
     params = BackboneFunction(TINY).init(jax.random.key(7))
-    save_model(folder / "other", params, ModelCard(spec=TINY, licence="none"))
+    save_model(folder / "other", params, ModelCard(spec=TINY, license="none"))
     return folder / "other"
 
 

@@ -30,7 +30,7 @@ def test_attention_written_out(spec: ViTSpec, rng: np.random.Generator) -> None:
     if spec.depth > 1:
         (before,) = jax.jit(
             lambda params, pixels: backbone.intermediates(
-                params, pixels, (spec.depth - 2,), normalise=False
+                params, pixels, (spec.depth - 2,), normalize=False
             )
         )(params, pixels)
         tokens = np.concatenate(

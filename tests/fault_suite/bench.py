@@ -76,7 +76,7 @@ class Bench:
     def write_teacher(self, folder: Path, *, seed: int) -> None:
         """A random ViT as a model directory."""
         params = BackboneFunction(TINY).init(jax.random.key(seed))
-        save_model(folder, params, ModelCard(spec=TINY, licence="none"))
+        save_model(folder, params, ModelCard(spec=TINY, license="none"))
 
     def environment(self, **more: str) -> dict[str, str]:
         """One device, this folder as home, and a cache of compiled programs of its own."""

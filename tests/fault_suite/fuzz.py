@@ -163,7 +163,7 @@ def _line(bench: Bench, fields: list[str], number: int, seed: int) -> None:
 
 
 def _write_classes(bench: Bench) -> None:
-    """Labelled images."""
+    """Labeled images."""
     for number, path in enumerate(sorted(bench.images.iterdir())):
         folder = bench.root / "classes" / "abc"[number % 3]
         folder.mkdir(parents=True, exist_ok=True)

@@ -54,20 +54,20 @@ def trained(
     widths = {name: teacher.backbone.spec.width for name, teacher in teachers.items()}
     students = {"small": StudentFunction(changes.pop("spec", SMALL), widths)}
     optimizer = adamw(1e-3)
-    normalisation = next(iter(teachers.values())).normalisation
+    normalization = next(iter(teachers.values())).normalization
     weights = {name: LossWeights() for name in teachers} | changes.pop("weights", {})
     step = TrainStep(
         method=Proteus(loss_weights=weights, mask_ratio=0.5),
         teachers=teachers, students=students, optimizer=optimizer,
         schedule=lambda updates: 1e-3 / (1 + updates),
-        normalisation=normalisation, ema_decay=0.0, seed=3, **changes,
+        normalization=normalization, ema_decay=0.0, seed=3, **changes,
     )  # fmt: skip
     params = {
         name: teacher.backbone.init(jax.random.key(number))
         for number, (name, teacher) in enumerate(teachers.items(), 1)
     }
-    scaled = {name: widths[name] for name, each in teachers.items() if each.standardise}
-    state = init_state(students, optimizer, ema=False, seed=3, standardise=scaled)
+    scaled = {name: widths[name] for name, each in teachers.items() if each.standardize}
+    state = init_state(students, optimizer, ema=False, seed=3, standardize=scaled)
     state = state._replace(
         step=jnp.int32(skipped), skipped=state.skipped._replace(total=jnp.int32(skipped))
     )
@@ -181,7 +181,7 @@ def test_several_teachers(images: np.ndarray) -> None:
     assert set(state.params["small"]["heads"]) == {"teacher", "other"}
 
 
-def test_standardised_tokens(images: np.ndarray) -> None:
+def test_standardized_tokens(images: np.ndarray) -> None:
     """Mean 0 and deviation 1 by the batch's own moments first, then by the running ones."""
     rng = np.random.default_rng(0)
     cls = jnp.asarray(rng.normal(5, 3, (64, 6)).astype(np.float32))
@@ -200,7 +200,7 @@ def test_standardised_tokens(images: np.ndarray) -> None:
         running = ema_update(jnp.asarray(step), running, batch_moments(features))
     np.testing.assert_allclose(running.cls, moments.cls, rtol=1e-5)
 
-    scaled = Teacher(BackboneFunction(TINY), IMAGENET, standardise=True)
+    scaled = Teacher(BackboneFunction(TINY), IMAGENET, standardize=True)
     state, rows, params = trained({"teacher": scaled}, images, steps=2)
     seen = tiny_features(params["teacher"], images)
     np.testing.assert_allclose(

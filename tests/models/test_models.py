@@ -301,7 +301,7 @@ def test_precision_table() -> None:
     half = in_precision(params["backbone"], jnp.bfloat16)
     assert half["blocks"]["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert half["blocks"]["attn"]["qkv"]["bias"].dtype == half["pos_embed"].dtype == jnp.float32
-    (stream,) = teacher.intermediates(half, pixels, (1,), normalise=False)
+    (stream,) = teacher.intermediates(half, pixels, (1,), normalize=False)
     assert stream.cls.dtype == jnp.float32
 
 

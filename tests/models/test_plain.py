@@ -109,7 +109,7 @@ def test_what_blocks_give_before_and_after_the_last_norm() -> None:
             one = jax.tree.map(lambda stacked, n=number: stacked[n], params["blocks"])
             tokens = plain.block(spec, tokens, one, (3, 3))
             after.append(tokens)
-        raw = backbone.intermediates(params, images, (2, 0), normalise=False)
+        raw = backbone.intermediates(params, images, (2, 0), normalize=False)
         normed = backbone.intermediates(params, images, (2, 0))
         for found, whole, tokens in zip(raw, normed, (after[2], after[0]), strict=True):
             assert_equal(found[:2], (tokens[:, 0], tokens[:, 1:]))

@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_teache
     return folder / "run"
 
 
-def replaced(name: str, run: Path, teacher: Path, photographs: Path, labelled: Path) -> dict:
+def replaced(name: str, run: Path, teacher: Path, photographs: Path, labeled: Path) -> dict:
     """Values for a notebook's parameters."""
     small = ["--config.data.resize=32", "--config.data.crop=28", "--config.batch=16"]
     student = {"STUDENT": str(run / "student"), "SETTINGS": small}
@@ -37,7 +37,7 @@ def replaced(name: str, run: Path, teacher: Path, photographs: Path, labelled: P
             "SIZE": 56,
         },
         "02_linear_evaluation": student
-        | {"DATA": str(labelled), "WORKDIR": str(run.parent / "evaluations")},
+        | {"DATA": str(labeled), "WORKDIR": str(run.parent / "evaluations")},
         "03_student_and_teacher": student
         | {
             "TEACHER": str(teacher),
@@ -64,7 +64,7 @@ def test_runs(
     run: Path,
     tiny_teacher: Path,
     photographs: Path,
-    labelled_folder: Path,
+    labeled_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", compiler.FLAGS)
@@ -72,7 +72,7 @@ def test_runs(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     notebook: Any = nbformat.read(path, as_version=4)
-    values = replaced(path.stem, run, tiny_teacher, photographs, labelled_folder)
+    values = replaced(path.stem, run, tiny_teacher, photographs, labeled_folder)
     (at,) = [
         number
         for number, cell in enumerate(notebook.cells)

@@ -73,12 +73,12 @@ def test_each_teacher_has_its_own(configuration: Any) -> None:
     assert configuration.image_size == 84
     made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
     one, other = made.teachers["teacher"], made.teachers["another"]
-    assert (one.backbone.spec.grid, one.side, one.normalisation) == (4, None, CLIP)
-    assert (other.backbone.spec.grid, other.side, other.normalisation) == (12, 84, HALF)
+    assert (one.backbone.spec.grid, one.side, one.normalization) == (4, None, CLIP)
+    assert (other.backbone.spec.grid, other.side, other.normalization) == (12, 84, HALF)
     assert not one.backbone.spec.layer_scale
-    assert other.standardise
+    assert other.standardize
     # Students see images as the first teacher does.
-    assert made.normalisation == CLIP
+    assert made.normalization == CLIP
     assert {name: each.drop_path for name, each in made.students.items()} == {
         "vit_tiny_2blocks": 0.3,
         "vit_small_1blocks": 0.3,
@@ -94,7 +94,7 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     made.init()
     assert asked["method"].mask_ratio == 0.25
     assert asked["method"].loss_weights["another"] == LossWeights(3.0, 2.0, 0.25)
-    names = ("ema_decay", "seed", "erasing", "grad_accum_steps", "normalisation")
+    names = ("ema_decay", "seed", "erasing", "grad_accum_steps", "normalization")
     assert tuple(asked[name] for name in names) == (0.75, 5, 0.4, 2, CLIP)
     assert list(asked["teachers"]) == ["teacher", "another"]
     assert list(asked["students"]) == ["vit_tiny_2blocks", "vit_small_1blocks"]
@@ -102,7 +102,7 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     assert float(asked["schedule"](10)) == pytest.approx(
         1e-5 + 0.5 * (5e-4 * 128 / 512 - 1e-5) * (1 + np.cos(np.pi / 10))
     )
-    assert begun == {"ema": True, "seed": 5, "standardise": {"another": 24}}
+    assert begun == {"ema": True, "seed": 5, "standardize": {"another": 24}}
 
 
 def test_precisions_by_platform() -> None:

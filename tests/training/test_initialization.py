@@ -66,7 +66,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     save_model(
         tmp_path / "other",
         BackboneFunction(OTHER).init(jax.random.key(5)),
-        ModelCard(spec=OTHER, normalisation=HALF, family="dinov2", licence="other's"),
+        ModelCard(spec=OTHER, normalization=HALF, family="dinov2", license="other's"),
     )
     start = dataclasses.replace(SPECS["vit_tiny"], depth=2, grid=5)
     save_model(
@@ -103,7 +103,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     assert "other_token_loss" in rows[-1]
     card = load_card(tmp_path / "run" / "student")
     begun = "and that of the weights it started from: not stated"
-    assert card.licence == f"that of its teachers: none; other's; {begun}"
+    assert card.license == f"that of its teachers: none; other's; {begun}"
     assert set(card.source["teachers"]) == {"teacher", "other"}
     text = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "other's" in text
@@ -125,7 +125,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     assert answers["teacher"].patches.shape == (2, 4, TINY.width)
     assert answers["other"].cls.shape == (2, OTHER.width)
     # In the teacher's own scale, of which it learned the standardized tokens.
-    said = heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).by_teacher["other"]
+    said = heads.student(heads.params, heads.normalization(jnp.asarray(pixels))).by_teacher["other"]
     moments = heads.statistics["other"]
     deviation = np.sqrt(np.maximum(moments.cls_square - moments.cls**2, 0) + 1e-6)
     np.testing.assert_allclose(
@@ -133,7 +133,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     )
     own = proteus_jax.load(tmp_path / "run")(pixels).cls
     np.testing.assert_allclose(
-        heads.student(heads.params, heads.normalisation(jnp.asarray(pixels))).features.cls,
+        heads.student(heads.params, heads.normalization(jnp.asarray(pixels))).features.cls,
         own,
         atol=1e-5,
     )
@@ -149,7 +149,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     # What has not ended is the same, but for its export.
     shutil.rmtree(tmp_path / "run" / "student")
     unfinished = proteus_jax.load(tmp_path / "run")
-    assert (unfinished.card.family, unfinished.card.licence) == (card.family, card.licence)
+    assert (unfinished.card.family, unfinished.card.license) == (card.family, card.license)
     # Another factor, another teacher or another start is another run.
     other = finish([*arguments, "--config.teachers.other.loss_weights.token=2"], tmp_path)
     assert other.returncode == 2

@@ -41,7 +41,7 @@ def make(names: tuple[str, ...] = ("small",), **changes):
         "students": students,
         "optimizer": optimizer,
         "schedule": schedule,
-        "normalisation": IMAGENET,
+        "normalization": IMAGENET,
         "ema_decay": 0.0,
         "seed": 3,
     } | changes

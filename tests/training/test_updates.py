@@ -24,7 +24,7 @@ def _normalized(images: np.ndarray, statistics: Normalization) -> jax.Array:
 
 
 def test_three_updates_written_out() -> None:
-    """Two students, two teachers with statistics of their own, one of them standardised; weights,
+    """Two students, two teachers with statistics of their own, one of them standardized; weights,
     masks, averages and moments, over three batches.
     """
     _, teachers, step, state = training()
@@ -104,7 +104,7 @@ def test_a_nan_of_any_student_stops_the_update_of_all(student: str) -> None:
 
 
 def test_after_skipped_first_steps_the_next_is_the_first() -> None:
-    """Targets are standardised by the batch's own moments, and an average is as young."""
+    """Targets are standardized by the batch's own moments, and an average is as young."""
     _, teachers, step, state = training()
     images = np.random.default_rng(2).integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
     first, _ = step(state, teachers, images)

@@ -237,14 +237,14 @@ def test_onnx_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_statistics_that_are_asked_for_count(tmp_path: Path) -> None:
-    """More than those of the family, and on the command line; a licence too."""
+    """More than those of the family, and on the command line; a license too."""
     np.savez(tmp_path / "w.npz", **official(TINY))
-    card = import_weights(tmp_path / "w.npz", tmp_path / "own", heads=2, normalisation=HALF)
-    assert card.normalisation == load_card(tmp_path / "own").normalisation == HALF
+    card = import_weights(tmp_path / "w.npz", tmp_path / "own", heads=2, normalization=HALF)
+    assert card.normalization == load_card(tmp_path / "own").normalization == HALF
     command = ["import", str(tmp_path / "w.npz"), "--output", str(tmp_path / "m"), "--heads", "2"]
     assert convert.main([*command, "--normalisation", "clip", "--licence", "mine"]) == 0
     card = load_card(tmp_path / "m")
-    assert (card.normalisation, card.licence) == (CLIP, "mine")
+    assert (card.normalization, card.license) == (CLIP, "mine")
 
 
 def test_a_directory_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

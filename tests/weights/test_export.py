@@ -91,7 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if absent:
             arrays["mask_token"] = np.zeros_like(arrays["mask_token"])
         params = state_dict.to_params(arrays, spec)
-        card = ModelCard(spec=spec, family=family, absent=absent, licence="mine")
+        card = ModelCard(spec=spec, family=family, absent=absent, license="mine")
         save_model(folder / name, params, card)
     return folder
 
@@ -116,7 +116,7 @@ def test_loaded_back_and_equal(format: str, name: str, models: Path, tmp_path: P
     card = import_weights(output, tmp_path / "again", family=None if format == "safetensors" else
                           {"plain": "timm"}.get(name, family), heads=spec.heads)  # fmt: skip
     if format == "safetensors":
-        assert (card.spec, card.family, card.licence) == (spec, family, "mine")
+        assert (card.spec, card.family, card.license) == (spec, family, "mine")
     again = output.with_name(f"again-{output.name}")
     if format == "synclr" and name == "plain":
         return

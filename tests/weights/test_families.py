@@ -69,11 +69,11 @@ def saved(kind: str, changes: dict[str, Any], folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_equal_to_transformers(name: str, tmp_path: Path, pixels: np.ndarray) -> None:
-    kind, changes, family, normalisation = RELEASED[name]
+    kind, changes, family, normalization = RELEASED[name]
     model = saved(kind, changes, tmp_path / "theirs")
     card = import_weights(tmp_path / "theirs", tmp_path / "ours")
     assert card.family == family
-    assert card.normalisation == normalisation
+    assert card.normalization == normalization
     params, card = load_model(tmp_path / "ours")
     found = list(
         compare(our_outputs(params, card.spec, pixels), run_transformers(model, card.spec, pixels))
@@ -169,7 +169,7 @@ def test_synclrs_prefix_tells_the_family(tmp_path: Path) -> None:
     theirs["module.text.token"] = np.zeros(3, np.float32)
     np.savez(tmp_path / "w.npz", **theirs)
     card = import_weights(tmp_path / "w.npz", tmp_path / "model", heads=2)
-    assert (card.family, card.spec, card.normalisation) == ("synclr", PLAIN, CLIP)
+    assert (card.family, card.spec, card.normalization) == ("synclr", PLAIN, CLIP)
     assert card.source["prefix"] == "module.visual."
     # Without the prefix it could as well be timm's.
     np.savez(tmp_path / "plain.npz", **arrays)
@@ -304,7 +304,7 @@ def test_what_a_timm_directory_says(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
     found, _ = read_model(folder, heads=2)
     assert (found.family, found.spec.pooling, found.spec.final_norm) == ("timm", "mean", "tokens")
-    assert found.normalisation == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert found.normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     # What a person says of the family counts for more than what the directory does.
     assert read_model(folder, family="synclr", heads=2)[0].family == "synclr"
     settings["global_pool"] = "token"
@@ -339,7 +339,7 @@ def test_what_an_openclip_directory_says(
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     found, _ = read_model(folder, heads=2)
     assert (found.family, found.spec.activation) == (family, activation)
-    assert found.normalisation == Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert found.normalization == Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def test_a_dinov3_of_another_base_is_refused(tmp_path: Path) -> None:

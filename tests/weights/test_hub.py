@@ -260,7 +260,7 @@ def test_a_known_name_has_a_second_source(
     monkeypatch.setitem(TEACHERS, "dinov2_vits14", known)
     card = load_card(fetch.obtain_teacher("dinov2_vits14"))
     assert (card.spec, card.source["repository"]) == (TINY, "org/name")
-    assert card.licence == known.licence
+    assert card.license == known.license
     assert "cannot fetch http://127.0.0.1:9/x.pth" in capsys.readouterr().out
     other = dataclasses.replace(known, spec=dataclasses.replace(TINY, depth=3))
     monkeypatch.setitem(TEACHERS, "dinov2_vitb14", other)

@@ -171,13 +171,13 @@ def test_what_is_known_is_what_a_file_of_it_would_show(name: str) -> None:
     theirs = LAYOUTS[known.family].from_canonical(arrays)
     found = detect_architecture(theirs, family=known.family, heads=2)
     assert found.spec == spec
-    assert known.statistics or found.normalisation == known.normalisation
+    assert known.statistics or found.normalization == known.normalization
 
 
 def test_what_is_published_of_known_models() -> None:
     """Typed in once more: statistics of OpenCLIP's ViT-L/14, sizes of SigLIP 2's, antialias."""
     openclip = {name: each for name, each in TEACHERS.items() if each.family == "openclip"}
-    half = [name for name, each in openclip.items() if each.normalisation == HALF]
+    half = [name for name, each in openclip.items() if each.normalization == HALF]
     assert half == [name for name in openclip if "l14" in name] != []
     for name, known in TEACHERS.items():
         if known.family == "dinov2":

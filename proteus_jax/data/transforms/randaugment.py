@@ -98,14 +98,14 @@ def solarize_add(image: np.ndarray, added: float) -> np.ndarray:
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Towards gray (below 1) or away from it."""
+    """Toward gray (below 1) or away from it."""
     matrix = np.zeros((3, 4))
     matrix[:, :3] = factor * np.eye(3) + (1 - factor) * np.array(_LUMINANCE)
     return _mixed(image, matrix)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Towards the mean gray (below 1) or away from it."""
+    """Toward the mean gray (below 1) or away from it."""
     mean = int(cv2.mean(_gray(image))[0] + 0.5)
     matrix = factor * np.eye(3, 4)
     matrix[:, 3] = mean * (1 - factor)
@@ -113,12 +113,12 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Towards black (below 1) or away from it."""
+    """Toward black (below 1) or away from it."""
     return cv2.convertScaleAbs(image, alpha=factor, beta=-_CUT)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Towards a smoothed image (below 1) or away from it; the border stays."""
+    """Toward a smoothed image (below 1) or away from it; the border stays."""
     # Pillow smooths with ones around a five, over thirteen: nine thirteenths of a mean of nine,
     # and four of the pixel.
     mean = cv2.blur(image, (3, 3))

@@ -14,7 +14,7 @@ import numpy as np
 # Work is spread over images, not over the pixels of one; OpenCV's own threads would only wait for
 # each other.
 cv2.setNumThreads(1)
-# Neighbouring pixels of photographs correlate about so.
+# Neighboring pixels of photographs correlate about so.
 _CORRELATION = 0.95
 _REACH = 12
 _PHASES = (np.arange(8) + 0.5) / 8
@@ -118,7 +118,7 @@ def shifted(image: np.ndarray, pixels: float, axis: int, fill: tuple[int, int, i
     # One more pixel before the first, for a source beyond the edge.
     edges = (0, 0, 1, 0) if axis else (1, 0, 0, 0)
     padded = cv2.copyMakeBorder(image, *edges, cv2.BORDER_REPLICATE)
-    # Filtered is what is kept, and the neighbours that it needs.
+    # Filtered is what is kept, and the neighbors that it needs.
     first = start + whole + 1
     low, high = max(first - 1, 0), stop + whole + 3
     part = padded[:, low:high] if axis else padded[low:high]

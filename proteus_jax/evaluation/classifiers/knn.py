@@ -1,4 +1,4 @@
-"""Weighted k nearest neighbours by cosine: exact, in pieces that fit, over all devices.
+"""Weighted k nearest neighbors by cosine: exact, in pieces that fit, over all devices.
 
 Source: facebookresearch/dinov2 eval/knn.py: class tokens, softmax of similarity over temperature.
 """
@@ -23,14 +23,14 @@ def predictions(
     labels: np.ndarray,
     test: np.ndarray,
     *,
-    neighbours: Sequence[int],
+    neighbors: Sequence[int],
     temperature: float,
     mesh: Mesh,
 ) -> dict[int, np.ndarray]:
     """The class [M] that the nearest of `train` [N, D] give each of `test` [M, D], for each number
-    of neighbours; numbers above N are left out.
+    of neighbors; numbers above N are left out.
     """
-    used = [k for k in neighbours if k <= len(train)]
+    used = [k for k in neighbors if k <= len(train)]
     if not used:
         return {}
     classes, classes_by_k = int(labels.max()) + 1, {k: [] for k in used}

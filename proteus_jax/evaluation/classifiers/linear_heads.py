@@ -99,7 +99,7 @@ class Probe(NamedTuple):
 def last_tokens(
     backbone: BackboneFunction, params: Params, images: jax.Array, *, blocks: int
 ) -> Tokens:
-    """The tokens of normalised images that the heads see."""
+    """The tokens of normalized images that the heads see."""
     depth = backbone.spec.depth
     outputs = backbone.intermediates(params, images, range(depth - blocks, depth))
     cls = jnp.stack([features.cls for features in outputs], axis=1)

@@ -1,4 +1,4 @@
-"""Logistic regression for many regularisers at once, by L-BFGS with warm starts.
+"""Logistic regression for many regularizers at once, by L-BFGS with warm starts.
 
 The objective is scikit-learn's and cuML's: C times the sum of the cross entropies, plus half the
 squared weights, the biases free. C is 1 / decay.
@@ -42,7 +42,7 @@ def fit(
     tolerance: float = 1e-7,
     most: int = 1000,
 ) -> Fit:
-    """Fits standardised features [N, D]. Targets are classes [N], for one softmax, or 0 and 1 [N,
+    """Fits standardized features [N, D]. Targets are classes [N], for one softmax, or 0 and 1 [N,
     K], for K classifiers of their own.
 
     Each fit goes on until no derivative is larger than `tolerance`, at most `most` steps.

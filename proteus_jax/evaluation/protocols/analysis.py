@@ -38,7 +38,7 @@ from proteus_jax.models.normalization import Normalization
 from proteus_jax.schema import Rule, at_least
 from proteus_jax.weights.feature_extractor import Model
 
-QUERIES, NEIGHBOURS = 6, 5
+QUERIES, NEIGHBORS = 6, 5
 # So many shares of the spectrum are written down.
 SHARES = 64
 # The share of patches that is hidden to measure the patch head, as in training.
@@ -117,7 +117,7 @@ def _refuse_other_teacher(heads: Heads | None, teacher: Model) -> None:
 def layers(backbone: BackboneFunction, params: Params, images: jax.Array) -> Layers:
     """The tokens that are compared, float32."""
     depth = backbone.spec.depth
-    blocks = backbone.intermediates(params, images, range(depth), normalise=False)
+    blocks = backbone.intermediates(params, images, range(depth), normalize=False)
     final = backbone(params, images)
     parts = (
         jnp.stack([block.cls for block in blocks], axis=1),
@@ -147,9 +147,9 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
     views = _views(context, data, numbers)
     for name, tokens in (("student", student.final), ("teacher", teacher_layers.final)):
         if len(numbers) > 1 and jax.process_index() == 0:
-            neighbours = nearest(tokens, min(NEIGHBOURS, len(numbers) - 1))
+            neighbors = nearest(tokens, min(NEIGHBORS, len(numbers) - 1))
             queries = np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers)))
-            sheet = figures.neighbour_sheet(views, queries.round().astype(int).tolist(), neighbours)
+            sheet = figures.neighbor_sheet(views, queries.round().astype(int).tolist(), neighbors)
             figures.save_picture(sheet, context.workdir / f"neighbours-{name}.png")
     errors = None if data.heads is None else _errors(context, data, data.heads, teacher)
     ranks = {
@@ -219,8 +219,8 @@ def _errors(context: Context, data: Data, heads: Heads, teacher: FrozenBackbone)
     mask = jnp.asarray(ranks < max(int(side * side * HIDDEN), 1))
 
     def losses(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        pixels = heads.normalisation(images)
-        seen = renormalize(resize_images(pixels, side_seen), heads.normalisation, given)
+        pixels = heads.normalization(images)
+        seen = renormalize(resize_images(pixels, side_seen), heads.normalization, given)
         target = resize_patch_grid(teacher.backbone(params[1], seen), side)
         if heads.moments is not None:
             target = standardize(target, heads.moments)

@@ -2,8 +2,8 @@
 
 Source: Proteus eval/fine_grained/main_downstream_linear_dinov2.py, which follows SynCLR: the
 shorter side resized to 224, CLIP's statistics whatever the model was trained with, the class token
-of the last block, every dimension standardised, 45 values of C, the best one by a validation set,
-one more fit on all that may be learnt from.
+of the last block, every dimension standardized, 45 values of C, the best one by a validation set,
+one more fit on all that may be learned from.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from proteus_jax.models.normalization import CLIP
 from proteus_jax.schema import Rule
 
 DECAYS = np.logspace(-6, 5, 45)
-# Share of what is learnt from that C is chosen by, where a data set has no validation part.
+# Share of what is learned from that C is chosen by, where a data set has no validation part.
 VALIDATION = 0.2
 
 
@@ -164,7 +164,7 @@ def evaluate(train: Features, validation: Features | None, test: Features, metri
 
 
 def _scores(train_features: Features, tested: Features, decays: np.ndarray) -> np.ndarray:
-    """[L, N, K] of `tested`, by the means and deviations of what is learnt from."""
+    """[L, N, K] of `tested`, by the means and deviations of what is learned from."""
     rows = train_features.rows.astype(np.float64)
     mean, deviation = rows.mean(axis=0), rows.std(axis=0)
     # A dimension that never changes says nothing, and should not divide by zero.

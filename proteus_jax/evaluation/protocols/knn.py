@@ -1,4 +1,4 @@
-"""The protocol knn: DINOv2's weighted nearest neighbours on class tokens."""
+"""The protocol knn: DINOv2's weighted nearest neighbors on class tokens."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ FEW = 10
 class Settings(NamedTuple):
     """How many neighbors vote, and the temperature of their votes."""
 
-    neighbours: tuple[float, ...]
+    neighbors: tuple[float, ...]
     temperature: float
 
 
@@ -69,7 +69,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
         tokens[0],
         labels[0],
         tokens[1],
-        neighbours=wanted,
+        neighbors=wanted,
         temperature=settings.temperature,
         mesh=context.mesh,
     )
@@ -78,9 +78,9 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     even = {k: per_class.balanced(each, labels[1]) for k, each in right.items()}
     for k in wanted:
         context.say(
-            f"  {k:>4} neighbours  {top1[k]:6.2f} %  balanced {even[k]:6.2f} %"
+            f"  {k:>4} neighbors  {top1[k]:6.2f} %  balanced {even[k]:6.2f} %"
             if k in top1
-            else f"  {k:>4} neighbours  left out: there are {len(tokens[0])} training images"
+            else f"  {k:>4} neighbors  left out: there are {len(tokens[0])} training images"
         )
     rows = {}
     if top1:

@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
 
 def open_data(config: EvalConfig) -> TrainTestSplit:
-    """See neighbours.open_data; also InputError where the batch does not divide."""
+    """See neighbors.open_data; also InputError where the batch does not divide."""
     pair = knn.open_data(config)
     if config.batch % jax.device_count():
         raise InputError(
@@ -63,7 +63,7 @@ def check(config: EvalConfig, spec: ViTSpec, digest: Callable[[], str]) -> list[
 
 
 def hold_out(whole: LabeledDataset, share: float) -> tuple[LabeledDataset, LabeledDataset | None]:
-    """A share of each class, at least one image and never all of them, is not learnt from."""
+    """A share of each class, at least one image and never all of them, is not learned from."""
     if share == 0:
         return whole, None
     out = np.zeros(len(whole.labels), bool)
@@ -106,7 +106,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
     if held_out is not None:
         best["held_out"] = int(np.argmax(scores["held_out"]))
     for title, number in best.items():
-        way = "the paper's way" if title == "test" else "no head learnt from these"
+        way = "the paper's way" if title == "test" else "no head learned from these"
         context.say(
             f"  best on {title.replace('_', ' ')} ({way})  {scores['test'][number]:6.2f} %  "
             f"balanced {even[number]:6.2f} %  {probe.names[number]}"
@@ -137,7 +137,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
 
 
 class _HeadAnswers(NamedTuple):
-    """The answers of all heads to labelled images: which heads are right of each [M, heads], the
+    """The answers of all heads to labeled images: which heads are right of each [M, heads], the
     classes [M], and how many images could not be read.
     """
 
@@ -157,7 +157,7 @@ def _run_heads(
     frozen = context.frozen
 
     def predict(params: tuple[Params, list[Params]], images: jax.Array) -> jax.Array:
-        seen = tokens(frozen.backbone, params[0], frozen.normalisation(images))
+        seen = tokens(frozen.backbone, params[0], frozen.normalization(images))
         return probe.logits(params[1], seen).argmax(axis=2).astype(jnp.int32)
 
     table = feature_pass(

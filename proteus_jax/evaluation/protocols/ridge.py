@@ -34,7 +34,7 @@ def measure(context: Context, pair: TrainTestSplit) -> dict[str, Any]:
         "balanced_top1": even,
         "chance": per_class.chance(labels),
         "per_class": rows,
-        "regularizer": probe.regulariser,
+        "regularizer": probe.regularizer,
         "data": knn.described(context.config, pair, train.unreadable + test.unreadable),
     }
 

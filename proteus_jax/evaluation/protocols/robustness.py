@@ -227,7 +227,7 @@ def _accuracy(
     tokens = functools.partial(last_tokens, blocks=head.kind.blocks)
 
     def predict(params: Any, images: jax.Array) -> jax.Array:
-        seen = head.kind.of(tokens(frozen.backbone, params[0], frozen.normalisation(images)))
+        seen = head.kind.of(tokens(frozen.backbone, params[0], frozen.normalization(images)))
         scores = jnp.matmul(seen, params[1], precision=jax.lax.Precision.HIGHEST) + params[2]
         return scores.argmax(axis=1).astype(jnp.int32)
 

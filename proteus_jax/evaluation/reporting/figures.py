@@ -65,7 +65,7 @@ def error_strip(views: np.ndarray, errors: np.ndarray, mask: np.ndarray) -> Imag
     return strip(tiles)
 
 
-def neighbour_sheet(views: np.ndarray, queries: Sequence[int], nearest: np.ndarray) -> Image.Image:
+def neighbor_sheet(views: np.ndarray, queries: Sequence[int], nearest: np.ndarray) -> Image.Image:
     """One row a query: itself, and the views [M, H, W, 3] that are nearest [M, K] to it."""
     side = CELL // 2
     rows = [

@@ -92,7 +92,7 @@ def _students(rows: list[dict[str, Any]], workdir: Path, students: Sequence[str]
             "agreement with the teacher on held-out views", _series(rows, prefix, AGREEMENT)
         )
         charts = [*_series(rows, prefix, _scores(rows)), *_levels(rows)]
-        yield _figure("percent right on labelled images", charts)
+        yield _figure("percent right on labeled images", charts)
         yield "</div>"
         yield from _pictures(workdir, name)
 

@@ -16,7 +16,7 @@ import numpy as np
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.teacher_agreement import StudentTokens, TeacherTokens, nearest
 
-FOLDER, VIEWS, QUERIES, NEIGHBOURS = "report", 8, 5, 5
+FOLDER, VIEWS, QUERIES, NEIGHBORS = "report", 8, 5, 5
 
 
 class Scene(NamedTuple):
@@ -46,7 +46,7 @@ def draw_teacher(scene: Scene, workdir: Path) -> None:
     figures.save_picture(figures.view_strip(views), folder / "views.png")
     target_tiles = figures.token_strip(scene.target.patches[:shown], scene.colors, sides)
     figures.save_picture(target_tiles, folder / "teacher.png")
-    _draw_neighbours(scene, scene.target.cls, folder / "neighbours-teacher.png")
+    _draw_neighbors(scene, scene.target.cls, folder / "neighbours-teacher.png")
 
 
 def draw_student(
@@ -71,12 +71,12 @@ def draw_student(
         figures.save_picture(
             figures.error_strip(views, errors, scene.hidden), folder / f"errors-{step:08}.png"
         )
-    _draw_neighbours(scene, student.own, folder / "neighbours.png")
+    _draw_neighbors(scene, student.own, folder / "neighbours.png")
 
 
-def _draw_neighbours(scene: Scene, tokens: np.ndarray, path: Path) -> None:
+def _draw_neighbors(scene: Scene, tokens: np.ndarray, path: Path) -> None:
     count = len(scene.views)
     if count > 1:
-        neighbours = nearest(tokens, min(NEIGHBOURS, count - 1))
+        neighbors = nearest(tokens, min(NEIGHBORS, count - 1))
         queries = np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int).tolist()
-        figures.save_picture(figures.neighbour_sheet(scene.views, queries, neighbours), path)
+        figures.save_picture(figures.neighbor_sheet(scene.views, queries, neighbors), path)

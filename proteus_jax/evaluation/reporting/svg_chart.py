@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 26
-# More points than this are means of neighbours.
+# More points than this are means of neighbors.
 MOST = 300
 COLORS = 6
 
@@ -75,7 +75,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _text(mark: float, marks: Sequence[float]) -> str:
-    """A mark with as many digits as tell it from its neighbours."""
+    """A mark with as many digits as tell it from its neighbors."""
     unit = marks[1] - marks[0]
     if max(abs(marks[0]), abs(marks[-1])) < 1e-3:
         return f"{mark:.1e}" if mark else "0"

@@ -37,7 +37,7 @@ class Detected(NamedTuple):
     family: str
     arrays: Arrays
     spec: ViTSpec
-    normalisation: Normalization
+    normalization: Normalization
     # Names that carry nothing a backbone needs.
     ignored_keys: tuple[str, ...]
     layout: NameMap
@@ -99,8 +99,8 @@ def detect_architecture(
     _refuse_without(name, canonical)
     heads = settings.get("num_attention_heads") if heads is None else heads
     spec = state_dict.infer_spec(canonical, heads, **choices)
-    normalisation = _configured_normalization(settings) or FAMILIES[name].normalisation
-    return Detected(name, canonical, spec, normalisation, ignored_keys, layout)
+    normalization = _configured_normalization(settings) or FAMILIES[name].normalization
+    return Detected(name, canonical, spec, normalization, ignored_keys, layout)
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:

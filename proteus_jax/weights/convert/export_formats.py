@@ -49,7 +49,7 @@ class ExportSource(NamedTuple):
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [b, h, w, 3] in the model's statistics, float32."""
-        return np.asarray(self.card.normalisation(jnp.asarray(images)))
+        return np.asarray(self.card.normalization(jnp.asarray(images)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,8 +192,8 @@ def _write_huggingface(subject: ExportSource, folder: Path, _: Settings) -> None
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(card.normalisation.mean),
-        "image_std": list(card.normalisation.std),
+        "image_mean": list(card.normalization.mean),
+        "image_std": list(card.normalization.std),
         "do_convert_rgb": True,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
@@ -222,10 +222,10 @@ def _write_onnx(subject: ExportSource, path: Path, settings: Settings) -> None:
     model = onnx_writer.model_of(
         subject.spec, subject.arrays, _table(subject, side), side, settings.batch
     )
-    statistics = subject.card.normalisation
+    statistics = subject.card.normalization
     facts = {
         "normalisation": json.dumps({"mean": statistics.mean, "std": statistics.std}),
-        "licence": subject.card.licence,
+        "licence": subject.card.license,
     }
     for key, value in facts.items():
         model.metadata_props.add(key=key, value=value)
@@ -249,11 +249,11 @@ def _write_stablehlo(subject: ExportSource, path: Path, settings: Settings) -> N
     """Images uint8 [batch, side, side, 3] -> Features' class token, patches and registers; runs on
     CPUs, GPUs and TPUs.
     """
-    backbone, normalise = BackboneFunction(subject.spec), subject.card.normalisation
+    backbone, normalize = BackboneFunction(subject.spec), subject.card.normalization
     params = jax.tree.map(jnp.asarray, subject.params)
 
     def of_one(image: jax.Array) -> tuple[jax.Array, ...]:
-        features = backbone(params, normalise(image[None]))
+        features = backbone(params, normalize(image[None]))
         return tuple(part[0] for part in features)
 
     side = settings.side_of(subject.spec)

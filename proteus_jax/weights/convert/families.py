@@ -27,7 +27,7 @@ class Family(NamedTuple):
     """
 
     choices: Mapping[str, Any]
-    normalisation: Normalization
+    normalization: Normalization
     title: str
     without: tuple[str, ...] = ()
 

@@ -13,7 +13,7 @@ from proteus_jax.weights.convert.detection import Detected, detect_architecture,
 from proteus_jax.weights.convert.hf_directory import read_directory
 from proteus_jax.weights.convert.name_maps import DINOV2
 from proteus_jax.weights.convert.readers import Arrays, read_weights
-from proteus_jax.weights.model_dir import NO_LICENCE, OPTIONAL, ModelCard, save_model
+from proteus_jax.weights.model_dir import NO_LICENSE, OPTIONAL, ModelCard, save_model
 
 
 def read_model(
@@ -49,7 +49,7 @@ def read_model(
         if not arrays:
             raise InputError(f"no name begins with {before!r}")
         if weights.card:
-            detected, facts["licence"] = _of_card(weights.card, arrays)
+            detected, facts["license"] = _of_card(weights.card, arrays)
         else:
             with refusing("its arrays are those of no ViT"):
                 detected = detect_architecture(
@@ -65,11 +65,11 @@ def read_model(
 
 
 def _of_card(text: str, arrays: Arrays) -> tuple[Detected, str]:
-    """The description in a file of this project, and its licence."""
+    """The description in a file of this project, and its license."""
     with refusing("its card makes no sense"):
         card = ModelCard.from_json(json.loads(text))
-    detected = Detected(card.family, arrays, card.spec, card.normalisation, (), DINOV2)
-    return detected, card.licence
+    detected = Detected(card.family, arrays, card.spec, card.normalization, (), DINOV2)
+    return detected, card.license
 
 
 def import_weights(
@@ -79,8 +79,8 @@ def import_weights(
     heads: int | None = None,
     prefix: str | None = None,
     family: str | None = None,
-    normalisation: Normalization | None = None,
-    licence: str = NO_LICENCE,
+    normalization: Normalization | None = None,
+    license: str = NO_LICENSE,
     source: dict[str, Any] | None = None,
     expected: ViTSpec | None = None,
     replace: bool = False,
@@ -97,12 +97,12 @@ def import_weights(
         raise InputError([f"{file}: {problem}" for problem in error.problems]) from None
     if expected is not None and detected.spec != expected:
         raise InputError(f"{file}: expected {expected}, found {detected.spec}")
-    own_licence = facts.pop("licence", NO_LICENCE)
+    own_license = facts.pop("license", NO_LICENSE)
     card = ModelCard(
         spec=detected.spec,
         family=detected.family,
-        normalisation=normalisation or detected.normalisation,
-        licence=own_licence if licence == NO_LICENCE else licence,
+        normalization=normalization or detected.normalization,
+        license=own_license if license == NO_LICENSE else license,
         source=facts
         | ({"left_out": list(detected.ignored_keys)} if detected.ignored_keys else {})
         | (source or {}),

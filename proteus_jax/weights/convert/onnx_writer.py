@@ -1,6 +1,6 @@
 """A ViT as an ONNX graph, its position table made for one image size.
 
-Input `pixel_values`, float32 [batch, 3, height, width], normalised; outputs `class_token`
+Input `pixel_values`, float32 [batch, 3, height, width], normalized; outputs `class_token`
 [batch, width], `patch_tokens` [batch, patches, width] and, where there are any, `registers`.
 """
 

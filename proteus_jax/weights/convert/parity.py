@@ -60,7 +60,7 @@ def verify_golden(directory: Path, file: Path) -> Iterator[Comparison]:
             f"{file}: expected images {np.dtype(kind)} [b, h, w, 3] of multiples of {patch} px, "
             f"found {images.dtype} {list(shape)}"
         )
-    pixels = np.asarray(card.normalisation(jnp.asarray(images))) if floats is None else floats
+    pixels = np.asarray(card.normalization(jnp.asarray(images))) if floats is None else floats
     ours = _golden_outputs(params, card.spec, pixels)
     expected_arrays = {name: value for name, value in arrays.items() if name.startswith("out/")}
     expected_arrays = {
@@ -128,7 +128,7 @@ def verify(
             f"images should be {side} x {side}, the position table's own size, found "
             f"{images.shape[1:3]}"
         )
-    pixels = np.asarray(card.normalisation(jnp.asarray(images)))
+    pixels = np.asarray(card.normalization(jnp.asarray(images)))
     model, _ = read_model(source, prefix=prefix, family=card.family, heads=spec.heads)
     arrays: Arrays = model.arrays
     try:

@@ -76,7 +76,7 @@ def transformers_arrays(family: str, spec: ViTSpec, arrays: Arrays) -> Arrays:
 def transformers_outputs(
     family: str, spec: ViTSpec, arrays: Arrays, pixels: Float[np.ndarray, "b h w 3"]
 ) -> Outputs:
-    """Every block's tokens, the class token and the patches, of normalised images."""
+    """Every block's tokens, the class token and the patches, of normalized images."""
     torch, transformers = _libraries()
     settings = transformers_settings(family, spec)
     kind = getattr(transformers, settings["architectures"][0])
