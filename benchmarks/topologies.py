@@ -26,7 +26,7 @@ from hlo_floor import CHIPS, count
 
 from proteus_jax import config
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import Known, assemble, schedule_of
+from proteus_jax.training.builder import TeacherInfo, assemble, schedule_of
 from proteus_jax.training.planning import plan
 from proteus_jax.training.planning.floors import FILE, Floor, table
 from proteus_jax.training.planning.memory import estimate_memory
@@ -64,7 +64,7 @@ def compiled(name: str, topology_name: str) -> Floor | None:
             str(ROOT / "configs" / f"{name}.py"), overrides, schema_of
         )
         assert not problems, problems
-        known = Known(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
+        known = TeacherInfo(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
         steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
         assembly = assemble(configuration, {"teacher": known}, steps, topology.platform)
         estimate = estimate_memory(configuration, assembly, topology.devices, configuration.batch)

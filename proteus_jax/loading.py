@@ -24,7 +24,7 @@ from proteus_jax.models.vit import Features
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
 from proteus_jax.weights.convert.hf_directory import wanted_files
 from proteus_jax.weights.feature_extractor import Model
-from proteus_jax.weights.fetch import obtain_teacher
+from proteus_jax.weights.fetch import obtain_model
 from proteus_jax.weights.model_dir import CARD, WEIGHTS, ModelCard, load_model
 
 
@@ -44,7 +44,7 @@ def load_any(source: str | Path, precision: str = "float32") -> Model:
 def _loaded(source: str | Path) -> Model:
     directory = Path(source).expanduser()
     if not directory.is_dir() or wanted_files(path.name for path in directory.iterdir()):
-        return Model(*load_model(obtain_teacher(str(source))))
+        return Model(*load_model(obtain_model(str(source))))
     students = directory / "student"
     if (students / WEIGHTS).is_file():
         model = Model(*load_model(students))

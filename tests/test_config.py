@@ -10,7 +10,7 @@ from proteus_jax.config import Override
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import SPECS
-from proteus_jax.training.builder import Known, Schedule, assemble
+from proteus_jax.training.builder import Schedule, TeacherInfo, assemble
 from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import TEACHERS
 
@@ -34,7 +34,7 @@ def test_every_config_builds(name: str) -> None:
     settings: Any = loaded
     assert faults == []
     known = {
-        name: Known(TEACHERS[each.source].spec, TEACHERS[each.source].normalization)
+        name: TeacherInfo(TEACHERS[each.source].spec, TEACHERS[each.source].normalization)
         for name, each in settings.teachers.items()
     }
     start = TEACHERS[settings.init.source].spec if settings.init.source else None

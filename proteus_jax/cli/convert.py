@@ -31,7 +31,7 @@ from proteus_jax.weights.convert.export_weights import export
 from proteus_jax.weights.convert.families import FAMILIES
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import TOLERANCE, Comparison, verify, verify_golden
-from proteus_jax.weights.fetch import copy_model, obtain_teacher
+from proteus_jax.weights.fetch import copy_model, obtain_model
 from proteus_jax.weights.model_card import description
 from proteus_jax.weights.model_dir import NO_LICENSE, load_card, update_card
 from proteus_jax.weights.registry import TEACHERS
@@ -152,7 +152,7 @@ def _add_export(commands: Any) -> None:
 
 def _import(options: argparse.Namespace) -> int:
     if options.source in TEACHERS or options.source.startswith(hub.PREFIX):
-        directory = obtain_teacher(options.source)
+        directory = obtain_model(options.source)
         if options.output is not None:
             directory = copy_model(directory, options.output)
     else:

@@ -22,7 +22,7 @@ from proteus_jax.cli.arguments import Arguments
 from proteus_jax.data import dataset
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.validate import Findings, examine
-from proteus_jax.data.workers import in_parallel, makers
+from proteus_jax.data.workers import in_parallel, worker_pool
 from proteus_jax.errors import InputError
 from proteus_jax.runtime.console import Console, duration
 from proteus_jax.runtime.cpu_quota import cores
@@ -104,7 +104,7 @@ def _examined(
         )
 
     # What workers send back of an image is a few numbers.
-    pool = makers(config.data.workers, max(config.data.threads, cores()), side=1)
+    pool = worker_pool(config.data.workers, max(config.data.threads, cores()), side=1)
     if pool.remark:
         console.line(pool.remark)
     parallel = partial(in_parallel, workers=pool.workers, threads=pool.threads)

@@ -15,7 +15,7 @@ from proteus_jax.errors import Unreadable
 NOTHING = -1
 
 
-class Batch(NamedTuple):
+class EvalBatch(NamedTuple):
     """Images uint8 [b, crop, crop, 3], and the number of each in its source, or NOTHING."""
 
     images: np.ndarray
@@ -32,12 +32,14 @@ class _Pieces(NamedTuple):
     first: int
     edges: tuple[int, ...]
 
-    def __call__(self, position: int) -> Batch:
+    def __call__(self, position: int) -> EvalBatch:
         number, piece = divmod(position, len(self.edges) - 1)
         low, high = self.edges[piece : piece + 2]
         first = number * self.batch + self.first + low
         side, count = self.view.crop, high - low
-        made = Batch(np.zeros((count, side, side, 3), np.uint8), np.full(count, NOTHING, np.int32))
+        made = EvalBatch(
+            np.zeros((count, side, side, 3), np.uint8), np.full(count, NOTHING, np.int32)
+        )
         for slot, image in enumerate(self.chosen[first : first + count]):
             try:
                 made.images[slot] = self.view(decode.open_image(self.source.read(int(image))))
@@ -57,7 +59,7 @@ def evaluation_batches(
     hosts: int = 1,
     workers: int = 0,
     threads: int = 2,
-) -> Generator[Batch]:
+) -> Generator[EvalBatch]:
     """This host's share of each batch; every image, or every chosen one, is in one of them. All
     batches are of one size: what is missing from the last one is zeros, its number NOTHING, as that
     of an image that cannot be read. To be closed.

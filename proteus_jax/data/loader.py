@@ -23,7 +23,7 @@ from proteus_jax.errors import InputError, Unreadable
 MAXIMUM_REPLACEMENTS = 32
 
 
-class Batch(NamedTuple):
+class HostBatch(NamedTuple):
     """Images uint8 [b, size, size, 3], for each the source's index of an image that could not be
     read, or -1, and the index of the image that is there.
     """
@@ -48,12 +48,12 @@ class _Chunks(NamedTuple):
     edges: tuple[int, ...]
     start: int
 
-    def __call__(self, position: int) -> Batch:
+    def __call__(self, position: int) -> HostBatch:
         step, piece = divmod(position, len(self.edges) - 1)
         low, high = self.edges[piece : piece + 2]
         size = self.recipe.size
         count = high - low
-        made = Batch(
+        made = HostBatch(
             np.empty((count, size, size, 3), np.uint8), np.full(count, -1), np.full(count, -1)
         )
         # The same image several times in a row is read and decoded once.
@@ -97,7 +97,7 @@ def training_batches(
     hosts: int = 1,
     workers: int = 0,
     threads: int = 2,
-) -> Generator[Batch]:
+) -> Generator[HostBatch]:
     """The batches of the given steps, this host's contiguous share of the slots of each.
 
     `batch` is the global size and a multiple of `hosts`. Worker processes make them, or, where

@@ -48,7 +48,7 @@ class WorkerLost(Interrupted):
     """
 
 
-class Makers(NamedTuple):
+class WorkerPool(NamedTuple):
     """The workers that make images on this host: processes or, where there are none, threads.
 
     `remark` says why there are fewer workers than were asked for; empty where there are not.
@@ -62,7 +62,7 @@ class Makers(NamedTuple):
         return f"{self.workers} worker processes" if self.workers else f"{self.threads} threads"
 
 
-def makers(workers: int | None, threads: int, side: int) -> Makers:
+def worker_pool(workers: int | None, threads: int, side: int) -> WorkerPool:
     """Chooses the number of workers: as many as are asked for or, for None, this process's cores
     less two, none where there are four or fewer; of either as many as have room for their pieces of
     images of `side` pixels in shared memory, and for the files that they open.
@@ -79,11 +79,13 @@ def makers(workers: int | None, threads: int, side: int) -> Makers:
             allowed = min(allowed, room)
             reasons.append(why)
     if not reasons:
-        return Makers(workers, threads)
+        return WorkerPool(workers, threads)
     instead = f"{allowed} in place of {workers}" if allowed else f"threads in place of {workers}"
     # What is asked for may be none.
     threads = max(threads, 2)
-    return Makers(allowed, threads, f"{instead} worker processes make images: {'; '.join(reasons)}")
+    return WorkerPool(
+        allowed, threads, f"{instead} worker processes make images: {'; '.join(reasons)}"
+    )
 
 
 def _in_shared_memory(piece: int) -> tuple[int | None, str]:

@@ -3,19 +3,19 @@
 import contextlib
 from collections.abc import Callable, Generator
 
-from proteus_jax.data.loader import Batch
-from proteus_jax.data.workers import Makers, WorkerLost
+from proteus_jax.data.loader import HostBatch
+from proteus_jax.data.workers import WorkerLost, WorkerPool
 
 # What makes batches where the worker processes are gone.
-IN_THEIR_PLACE = Makers(0, 2)
+IN_THEIR_PLACE = WorkerPool(0, 2)
 
 
 def surviving_batches(
-    make: Callable[[Makers, int], Generator[Batch]],
-    makers: Makers,
+    make: Callable[[WorkerPool, int], Generator[HostBatch]],
+    pool: WorkerPool,
     step: int,
     lost: Callable[[WorkerLost], None],
-) -> Generator[Batch]:
+) -> Generator[HostBatch]:
     """Yields this host's batches from a step on; to be closed, as they are made ahead.
 
     `make` makes them from a step on by such workers. Where one of these is lost, `lost` hears of it
@@ -23,7 +23,7 @@ def surviving_batches(
     same step.
     """
     while True:
-        with contextlib.closing(make(makers, step)) as made:
+        with contextlib.closing(make(pool, step)) as made:
             try:
                 for batch in made:
                     step += 1
@@ -31,4 +31,4 @@ def surviving_batches(
                 return
             except WorkerLost as error:
                 lost(error)
-        makers = IN_THEIR_PLACE
+        pool = IN_THEIR_PLACE

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from proteus_jax.data.loader import Batch
+from proteus_jax.data.loader import HostBatch
 from proteus_jax.errors import Diverged, InputError
 
 # So many images that cannot be read are named.
@@ -62,8 +62,8 @@ class StepTimer:
 class InputBoundWarning:
     """One line, once, where images come too slowly; not of the first steps, which compile."""
 
-    def __init__(self, makers: str, first_step: int, say: Callable[[str], None]):
-        self._makers, self._first, self._say, self._said = makers, first_step, say, False
+    def __init__(self, advice: str, first_step: int, say: Callable[[str], None]):
+        self._advice, self._first, self._say, self._said = advice, first_step, say, False
 
     def lap(self, step: int, data_wait: float, images_per_second: float) -> None:
         """Looks at a logged interval that ended with `step`."""
@@ -72,7 +72,7 @@ class InputBoundWarning:
         self._said = True
         self._say(
             f"the device waits {data_wait:.0%} of the time: this host makes "
-            f"{images_per_second:.0f} images a second with {self._makers}; docs/data.md says what "
+            f"{images_per_second:.0f} images a second with {self._advice}; docs/data.md says what "
             "helps"
         )
 
@@ -82,7 +82,7 @@ class StepRecord(NamedTuple):
 
     step: int
     metrics: Mapping[str, jax.Array]
-    batch: Batch
+    batch: HostBatch
 
 
 class NonFiniteMonitor:
@@ -101,7 +101,7 @@ class NonFiniteMonitor:
         # The newest step that was looked at.
         self.last: StepRecord | None = None
 
-    def note(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch) -> None:
+    def note(self, step: int, metrics: Mapping[str, jax.Array], batch: HostBatch) -> None:
         """Takes a step's metrics, still on the device, and its images.
 
         Diverged where the count of an earlier step reached the limit and no good step came since.

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 
-class DataConfig(NamedTuple):
+class EvalDataConfig(NamedTuple):
     """The images, and how they are read."""
 
     root: str
@@ -30,4 +30,4 @@ class EvalConfig:
     seed: int
     batch: int
     precision: str
-    data: DataConfig
+    data: EvalDataConfig

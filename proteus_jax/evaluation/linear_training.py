@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.datasets.labeled import LabeledDataset
-from proteus_jax.data.loader import Batch, training_batches
+from proteus_jax.data.loader import HostBatch, training_batches
 from proteus_jax.data.sampler import Sampler
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
@@ -80,7 +80,7 @@ class RandomCrops:
         )
         self.train_step = lambda state, *inputs: compiled(state, frozen.params, *inputs)
 
-    def batches(self, step: int) -> Generator[Batch]:
+    def batches(self, step: int) -> Generator[HostBatch]:
         """This host's batches from a step on."""
         context = self._context
         return training_batches(
@@ -95,7 +95,7 @@ class RandomCrops:
             threads=context.reading.threads,
         )
 
-    def place(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def place(self, batch: HostBatch) -> tuple[jax.Array, jax.Array]:
         """Images and their classes on the devices."""
         labels = self._train_set.labels[batch.numbers].astype(np.int32)
         mesh = self._context.mesh

@@ -9,7 +9,7 @@ import jax
 
 import proteus_jax
 from proteus_jax.data.transforms.center_crop import CenterCrop
-from proteus_jax.data.workers import makers
+from proteus_jax.data.workers import worker_pool
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
@@ -123,7 +123,7 @@ def run(config: EvalConfig, inputs: Inputs, place: Workdir, console: Console) ->
     )
     mesh = sharding.make_mesh()
     dtype = dtype_of(config.precision, jax.default_backend())
-    readers = makers(config.data.workers, config.data.threads, config.data.crop)
+    readers = worker_pool(config.data.workers, config.data.threads, config.data.crop)
     context = Context(
         config=config,
         frozen=freeze(inputs.model, mesh, dtype),

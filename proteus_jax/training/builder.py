@@ -96,7 +96,7 @@ def schedule_of(config: TrainConfig, images: int) -> Schedule:
     )
 
 
-class Known(NamedTuple):
+class TeacherInfo(NamedTuple):
     """The facts about a model that are known before its weights."""
 
     spec: ViTSpec
@@ -105,7 +105,7 @@ class Known(NamedTuple):
 
 def assemble(
     config: TrainConfig,
-    teachers: Mapping[str, Known],
+    teachers: Mapping[str, TeacherInfo],
     steps: Schedule,
     platform: str,
     start: ViTSpec | None = None,
@@ -164,7 +164,7 @@ def _attention(
 
 
 def _teachers(
-    config: TrainConfig, known: Mapping[str, Known], dtype: Any, attention: Callable[..., str]
+    config: TrainConfig, known: Mapping[str, TeacherInfo], dtype: Any, attention: Callable[..., str]
 ) -> dict[str, Teacher]:
     """Builds the teachers, each with its position table made for the size of images that it sees,
     and its LayerScale in its weights.

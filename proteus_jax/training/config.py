@@ -48,7 +48,7 @@ class DataConfig(NamedTuple):
     held_out: HeldOut
 
 
-class EvalConfig(NamedTuple):
+class OnlineEvalConfig(NamedTuple):
     """Images with classes, and the protocols that measure on them during training."""
 
     root: str
@@ -81,7 +81,7 @@ class TrainConfig:
     hosts: int | None
     devices: int | None
     data: DataConfig
-    eval: EvalConfig
+    eval: OnlineEvalConfig
     log_every: int
     eval_every: int
     checkpoint_every: int

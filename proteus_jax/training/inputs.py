@@ -24,7 +24,7 @@ from proteus_jax.training.builder import (
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.online_evaluation import FOLDER as EVALUATION
 from proteus_jax.training.online_evaluation import Evaluation, open_evaluations
-from proteus_jax.weights.fetch import find_teacher, obtain_teacher, teacher_spec
+from proteus_jax.weights.fetch import find_model, obtain_model, teacher_spec
 from proteus_jax.weights.model_dir import WEIGHTS, load_card
 
 # What a run writes after its config.json, and would take somebody else's place with.
@@ -83,7 +83,7 @@ def _found(config: TrainConfig, problems: list[str]) -> Inputs:
             split = open_split(config)
     for field, source in _sources(config).items():
         with collecting(problems, f"--config.{field}"):
-            models[field] = find_teacher(source)
+            models[field] = find_model(source)
     problems += _check_models(config, models)
     if not problems and split is None:
         with collecting(problems, "--config.data.root"):
@@ -91,7 +91,7 @@ def _found(config: TrainConfig, problems: list[str]) -> Inputs:
     if not problems and None in models.values():
         for field, source in _sources(config).items():
             with collecting(problems, f"--config.{field}"):
-                models[field] = obtain_teacher(source)
+                models[field] = obtain_model(source)
         problems += [] if problems else _check_models(config, models)
     if not problems and fetched and config.eval.root == skimage.NAME:
         with collecting(problems):

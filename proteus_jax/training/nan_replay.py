@@ -31,14 +31,14 @@ from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import Workdir, is_remote
-from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
+from proteus_jax.training.builder import Assembly, TeacherInfo, assemble, schedule_of
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import teacher_facts
 from proteus_jax.training.resume import compare_facts
 from proteus_jax.training.schema import training_schema
 from proteus_jax.training.setup import Experiment, placed_teacher
 from proteus_jax.training.train_state import Skipped, TrainState, from_items, to_items
-from proteus_jax.weights.fetch import obtain_teacher
+from proteus_jax.weights.fetch import obtain_model
 from proteus_jax.weights.model_dir import load_card
 
 STATE, BATCH, ABOUT = "state", "batch.npz", "dump.json"
@@ -211,12 +211,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 def _assembled(config: TrainConfig, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
-    directories = {name: obtain_teacher(each.source) for name, each in config.teachers.items()}
+    directories = {name: obtain_model(each.source) for name, each in config.teachers.items()}
     cards = {name: load_card(directory) for name, directory in directories.items()}
     start = None
     if config.init.source:
-        start = load_card(obtain_teacher(config.init.source)).spec
-    known = {name: Known(card.spec, card.normalization) for name, card in cards.items()}
+        start = load_card(obtain_model(config.init.source)).spec
+    known = {name: TeacherInfo(card.spec, card.normalization) for name, card in cards.items()}
     steps = schedule_of(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories
 

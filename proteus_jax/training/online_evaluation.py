@@ -11,7 +11,7 @@ import jax
 from proteus_jax.config import Override, load
 from proteus_jax.data.datasets.labeled import TrainTestSplit
 from proteus_jax.data.transforms.center_crop import CenterCrop
-from proteus_jax.data.workers import makers
+from proteus_jax.data.workers import worker_pool
 from proteus_jax.errors import InputError
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import FrozenBackbone, LoaderConfig
@@ -133,7 +133,7 @@ class OnlineEvaluation:
 
     def _context(self, each: Evaluation, name: str, frozen: FrozenBackbone, step: int) -> Context:
         side, data = self._sides[name], each.config.data
-        pool = makers(data.workers, data.threads, side)
+        pool = worker_pool(data.workers, data.threads, side)
         folder = self._workdir / FOLDER / each.protocol.name / name
         if each.protocol.writes_files and jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)

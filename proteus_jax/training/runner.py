@@ -7,7 +7,7 @@ import jax
 
 from proteus_jax.checkpoint.store import RetentionPolicy
 from proteus_jax.data.datasets.labeled import images_on_both_sides
-from proteus_jax.data.workers import Makers, makers
+from proteus_jax.data.workers import WorkerPool, worker_pool
 from proteus_jax.engine.checkpointing import CheckpointManager
 from proteus_jax.engine.loop import StopSignal
 from proteus_jax.errors import Interrupted
@@ -29,7 +29,7 @@ from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.online_evaluation import split_of
 from proteus_jax.training.resume import find_resume_point
-from proteus_jax.training.setup import Experiment, build
+from proteus_jax.training.setup import Experiment, build_experiment
 from proteus_jax.training.summary import print_header
 from proteus_jax.training.trainer import DONE, Trainer
 
@@ -56,13 +56,13 @@ def run(
         contextlib.nullcontext() if jax.process_index() else place.locked(console.line),
         contextlib.ExitStack() as stack,
     ):
-        experiment = build(config, inputs)
+        experiment = build_experiment(config, inputs)
         place.local.mkdir(parents=True, exist_ok=True)
         console.quiet = jax.process_index() > 0
         keep = RetentionPolicy(config.keep_checkpoints, config.keep_every)
         manager = CheckpointManager(place.checkpoints, console, keep, config.max_failed_saves)
         stack.callback(manager.close)
-        pool = makers(config.data.workers, config.data.threads, config.data.crop)
+        pool = worker_pool(config.data.workers, config.data.threads, config.data.crop)
         resumed = _print_beginning(experiment, place, console, manager, pool)
         handler = PreemptionHandler(
             config.preemption_timeout_s, console.error, lambda: heartbeat.close("stopped")
@@ -91,7 +91,7 @@ def _print_beginning(
     place: Workdir,
     console: Console,
     manager: CheckpointManager,
-    pool: Makers,
+    pool: WorkerPool,
 ) -> int | None:
     """Finds the step to go on from, and says what there is to know of the run; from here on the
     workdir is this run's.

@@ -36,7 +36,7 @@ from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.training.builder import (
     Assembly,
-    Known,
+    TeacherInfo,
     assemble,
     schedule_of,
 )
@@ -92,7 +92,7 @@ class Experiment:
     peak: float | None
 
 
-def build(config: TrainConfig, inputs: Inputs) -> Experiment:
+def build_experiment(config: TrainConfig, inputs: Inputs) -> Experiment:
     """Everything that a run needs; the teachers' weights go to the devices here."""
     weights = config.data.weights
     if weights and 0 in shares(sum(inputs.split.parts), weights):
@@ -103,7 +103,7 @@ def build(config: TrainConfig, inputs: Inputs) -> Experiment:
     start = None if inputs.start is None else load_card(inputs.start)
     assembly = assemble(
         config,
-        {name: Known(card.spec, card.normalization) for name, card in cards.items()},
+        {name: TeacherInfo(card.spec, card.normalization) for name, card in cards.items()},
         steps,
         jax.default_backend(),
         start.spec if start else None,

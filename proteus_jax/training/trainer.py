@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator
 
 import jax
 
-from proteus_jax.data.loader import Batch, training_batches
-from proteus_jax.data.workers import Makers
+from proteus_jax.data.loader import HostBatch, training_batches
+from proteus_jax.data.workers import WorkerPool
 from proteus_jax.engine.batches import surviving_batches
 from proteus_jax.engine.checkpointing import CheckpointManager
 from proteus_jax.engine.hooks import Alive, Checkpointing, Logging, Monitors, Profiling
@@ -55,7 +55,7 @@ class Trainer:
         place: Workdir,
         console: Console,
         manager: CheckpointManager,
-        pool: Makers,
+        pool: WorkerPool,
         heartbeat: Heartbeat,
         handler: PreemptionHandler,
         stop: StopSignal,
@@ -169,7 +169,7 @@ class Trainer:
             )
         return loop.state, loop.step
 
-    def _batches(self, pool: Makers, step: int) -> Generator[Batch]:
+    def _batches(self, pool: WorkerPool, step: int) -> Generator[HostBatch]:
         """This host's batches from a step on, as long as these workers live."""
         experiment = self._experiment
         return training_batches(

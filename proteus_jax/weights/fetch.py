@@ -34,7 +34,7 @@ from proteus_jax.weights.model_dir import CARD, FORMAT, WEIGHTS, load_card
 from proteus_jax.weights.registry import TEACHERS, PretrainedSpec
 
 
-def find_teacher(name: str) -> Path | None:
+def find_model(name: str) -> Path | None:
     """The model directory of what a user calls a model; None where it has still to be fetched or
     converted.
 
@@ -53,11 +53,11 @@ def teacher_spec(name: str) -> ViTSpec | None:
     """
     if name in TEACHERS:
         return TEACHERS[name].spec
-    directory = find_teacher(name)
+    directory = find_model(name)
     return None if directory is None else load_card(directory).spec
 
 
-def obtain_teacher(name: str) -> Path:
+def obtain_model(name: str) -> Path:
     """The model directory of a model, fetched and converted where it is not there yet."""
     target = _place(name)
     if (target / CARD).is_file():

@@ -13,7 +13,7 @@ from conftest import ROOT, photograph
 
 from proteus_jax.data import decode, sampler
 from proteus_jax.data.dataset import open_images
-from proteus_jax.data.loader import Batch, held_out_views, training_batches
+from proteus_jax.data.loader import HostBatch, held_out_views, training_batches
 from proteus_jax.data.sampler import Sampler, shares
 from proteus_jax.data.sources.base import MemorySource, Source
 from proteus_jax.data.splits import HeldOut
@@ -27,7 +27,7 @@ def source(rng: np.random.Generator) -> MemorySource:
     return MemorySource([photograph(rng) for _ in range(10)], [str(i) for i in range(10)])
 
 
-def batches(source: Source, steps: range, **changes) -> list[Batch]:
+def batches(source: Source, steps: range, **changes) -> list[HostBatch]:
     chosen = Sampler(changes.pop("seed", 5), (len(source),), (), changes.pop("repeats", 1))
     settings = {
         "order": chosen,

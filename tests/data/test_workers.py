@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from proteus_jax.data import workers
-from proteus_jax.data.workers import WorkerLost, assembled, edges_of, in_parallel, makers
+from proteus_jax.data.workers import WorkerLost, assembled, edges_of, in_parallel, worker_pool
 from proteus_jax.runtime import cpu_quota
 from proteus_jax.runtime.cpu_quota import cores
 
@@ -27,8 +27,8 @@ def free(monkeypatch: pytest.MonkeyPatch, megabytes: int) -> None:
 
 def test_what_fits_is_taken_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 1000)
-    assert makers(6, 2, side=224) == (6, 2, "")
-    assert makers(0, 3, side=224) == (0, 3, "")
+    assert worker_pool(6, 2, side=224) == (6, 2, "")
+    assert worker_pool(0, 3, side=224) == (0, 3, "")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_shared_memory_limits_workers(
     megabytes: int, left: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free(monkeypatch, megabytes)
-    found = makers(6, 0, side=224)
+    found = worker_pool(6, 0, side=224)
     assert found.workers == left
     # None were asked for, as there were workers to be.
     assert found.threads == 2
@@ -55,24 +55,24 @@ def test_the_tighter_of_two_limits_counts(monkeypatch: pytest.MonkeyPatch) -> No
     """Files for many workers, shared memory for two, and the other way round; both are said."""
     free(monkeypatch, 80)
     monkeypatch.setattr(workers, "_in_descriptors", lambda: (5, "files"))
-    found = makers(6, 0, side=224)
+    found = worker_pool(6, 0, side=224)
     assert found.workers == 2
     assert found.remark.endswith("; files")
     monkeypatch.setattr(workers, "_in_descriptors", lambda: (1, "files"))
-    assert makers(6, 0, side=224).workers == 1
+    assert worker_pool(6, 0, side=224).workers == 1
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 160)
-    assert makers(6, 0, side=224).workers == 4
+    assert worker_pool(6, 0, side=224).workers == 4
     monkeypatch.setattr(workers, "processes_here", lambda: 2)
-    assert makers(6, 0, side=224).workers == 2
+    assert worker_pool(6, 0, side=224).workers == 2
 
 
 def test_no_shared_memory_and_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SHARED_MEMORY", tmp_path / "absent")
     monkeypatch.setattr(workers.resource, "getrlimit", lambda _: (150, 150))
-    found = makers(2, 4, side=28)
+    found = worker_pool(2, 4, side=28)
     assert found[:2] == (0, 4)
     assert "cannot be written" in found.remark
     assert "at most 150 files may be open (ulimit -n)" in found.remark

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from proteus_jax.data.workers import Makers, WorkerLost
+from proteus_jax.data.workers import WorkerLost, WorkerPool
 from proteus_jax.engine.batches import surviving_batches
 from proteus_jax.engine.loop import Hook, Loop, StepEnd, StopSignal
 from proteus_jax.engine.monitors import StepTimer
@@ -90,17 +90,17 @@ def test_a_failure_ends_the_loop_in_order() -> None:
 
 def test_batches_go_on_where_a_worker_is_lost() -> None:
     """From the batch that it owed, by threads; the loss is told of once."""
-    made: list[tuple[Makers, int]] = []
+    made: list[tuple[WorkerPool, int]] = []
     lost: list[WorkerLost] = []
 
-    def make(pool: Makers, step: int) -> Generator[Any]:
+    def make(pool: WorkerPool, step: int) -> Generator[Any]:
         made.append((pool, step))
         yield f"batch {step}"
         if pool.workers:
             raise WorkerLost("gone")
         yield f"batch {step + 1}"
 
-    with contextlib.closing(surviving_batches(make, Makers(2, 0), 7, lost.append)) as batches:
+    with contextlib.closing(surviving_batches(make, WorkerPool(2, 0), 7, lost.append)) as batches:
         assert list(batches) == ["batch 7", "batch 8", "batch 9"]
     assert [step for _, step in made] == [7, 8]
     assert (made[1][0].workers, len(lost)) == (0, 1)

@@ -239,7 +239,7 @@ def _only_begins() -> None:
     """In place of training: what comes before the first step, so that thousands can be tried."""
 
     def begin(configuration: Any, inputs: Any, place: Any, console: Any, *_: Any, **__: Any) -> int:
-        setup.build(configuration, inputs)
+        setup.build_experiment(configuration, inputs)
         return 0
 
     runner.run = begin

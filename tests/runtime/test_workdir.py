@@ -336,7 +336,7 @@ def test_nothing_is_fetched_before_a_misspelt_path_is_said(
     """Teachers are gigabytes."""
     monkeypatch.setenv("PROTEUS_JAX_CACHE", str(tmp_path / "cache"))
     asked: list[str] = []
-    monkeypatch.setattr(inputs, "obtain_teacher", asked.append)
+    monkeypatch.setattr(inputs, "obtain_model", asked.append)
     problems = refused(tmp_path / "run", tmp_path / "misspelt", Path("dinov2_vitb14"))
     assert len(problems) == 1
     assert "misspelt: no such folder" in problems[0]

@@ -16,7 +16,13 @@ from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import StudentFunction
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET
 from proteus_jax.training import builder
-from proteus_jax.training.builder import Known, assemble, check_platform, dtype_of, schedule_of
+from proteus_jax.training.builder import (
+    TeacherInfo,
+    assemble,
+    check_platform,
+    dtype_of,
+    schedule_of,
+)
 from proteus_jax.training.schema import schema_of
 from proteus_jax.training.train_state import Skipped, TrainState
 
@@ -49,7 +55,7 @@ def configuration(tmp_path: Path) -> Any:
 
 
 NOTHING = TrainState(jnp.zeros(()), {}, {}, None, {}, Skipped(jnp.zeros(()), jnp.zeros(())))
-KNOWN = {"teacher": Known(TINY, CLIP), "another": Known(SECOND, IMAGENET)}
+KNOWN = {"teacher": TeacherInfo(TINY, CLIP), "another": TeacherInfo(SECOND, IMAGENET)}
 
 
 def test_a_further_teachers_crop_may_be_unset(tmp_path: Path, configuration: Any) -> None:

@@ -26,7 +26,7 @@ from proteus_jax.models import flops
 from proteus_jax.models.config import SPECS, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import Assembly, Known, assemble, schedule_of
+from proteus_jax.training.builder import Assembly, TeacherInfo, assemble, schedule_of
 from proteus_jax.training.planning import floors, memory, plan
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
@@ -196,7 +196,7 @@ def assembled_as(name: str, *overrides: str) -> tuple:
     configuration: Any
     configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes, schema_of)
     assert not problems
-    known = Known(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
+    known = TeacherInfo(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
     steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
     return configuration, assemble(configuration, {"teacher": known}, steps, "tpu")
 

@@ -18,7 +18,7 @@ from small import state
 
 from proteus_jax.checkpoint.items import FORMAT, VERSION
 from proteus_jax.checkpoint.store import RetentionPolicy
-from proteus_jax.data.loader import Batch
+from proteus_jax.data.loader import HostBatch
 from proteus_jax.engine.checkpointing import CheckpointManager
 from proteus_jax.engine.monitors import NonFiniteMonitor, StepTimer
 from proteus_jax.errors import Diverged, InputError, about, exit_code, fitting
@@ -121,8 +121,8 @@ def test_what_differs_is_said_and_only_some_is_refused() -> None:
     assert found.refused[0].endswith("sha256 000000000000... there, ffffffffffff... here")
 
 
-def batch(numbers: list[int]) -> Batch:
-    return Batch(np.zeros((2, 4, 4, 3), np.uint8), np.full(2, -1), np.asarray(numbers))
+def batch(numbers: list[int]) -> HostBatch:
+    return HostBatch(np.zeros((2, 4, 4, 3), np.uint8), np.full(2, -1), np.asarray(numbers))
 
 
 def test_the_step_that_stops_a_run_is_kept() -> None:

@@ -141,9 +141,9 @@ def forget(cache: Path) -> None:
 def test_a_repository_is_fetched_converted_and_kept(
     hub: Hub, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fetch.find_teacher("hf:org/name") is None
+    assert fetch.find_model("hf:org/name") is None
     assert fetch.teacher_spec("hf:org/name") is None
-    directory = fetch.obtain_teacher("hf:org/name")
+    directory = fetch.obtain_model("hf:org/name")
     said = capsys.readouterr().out
     assert f"hf:org/name: converted into {directory}" in said
     card = load_card(directory)
@@ -152,7 +152,7 @@ def test_a_repository_is_fetched_converted_and_kept(
     assert card.source["revision"] == FIRST
     assert not any("README" in path for path in hub.paths)
     asked = len(hub.paths)
-    assert fetch.obtain_teacher("hf:org/name") == directory == fetch.find_teacher("hf:org/name")
+    assert fetch.obtain_model("hf:org/name") == directory == fetch.find_model("hf:org/name")
     assert proteus_jax.load("hf:org/name").spec == TINY
     assert len(hub.paths) == asked
     # The token goes to the hub, and nowhere else.
@@ -164,33 +164,33 @@ def test_a_repository_is_fetched_converted_and_kept(
 
 
 def test_the_first_revision_is_taken_from_then_on(hub: Hub, cache: Path) -> None:
-    before = load_model(fetch.obtain_teacher("hf:org/name"))[0]
+    before = load_model(fetch.obtain_model("hf:org/name"))[0]
     hub.files[SECOND], hub.main = model_files(1), SECOND
     forget(cache)
-    again = fetch.obtain_teacher("hf:org/name")
+    again = fetch.obtain_model("hf:org/name")
     assert load_card(again).source["revision"] == FIRST
     np.testing.assert_array_equal(load_model(again)[0]["cls_token"], before["cls_token"])
-    other = fetch.obtain_teacher(f"hf:org/name@{SECOND}")
+    other = fetch.obtain_model(f"hf:org/name@{SECOND}")
     assert load_card(other).source["revision"] == SECOND
     assert (load_model(other)[0]["cls_token"] != before["cls_token"]).all()
 
 
 def test_each_repository_keeps_its_own_revision(hub: Hub, cache: Path) -> None:
     """One that is fetched after it does not make it forget."""
-    fetch.obtain_teacher("hf:org/name")
+    fetch.obtain_model("hf:org/name")
     hub.files[SECOND], hub.main = model_files(1), SECOND
-    assert load_card(fetch.obtain_teacher("hf:org/other")).source["revision"] == SECOND
+    assert load_card(fetch.obtain_model("hf:org/other")).source["revision"] == SECOND
     forget(cache)
-    assert load_card(fetch.obtain_teacher("hf:org/name")).source["revision"] == FIRST
-    assert load_card(fetch.obtain_teacher("hf:org/other")).source["revision"] == SECOND
+    assert load_card(fetch.obtain_model("hf:org/name")).source["revision"] == FIRST
+    assert load_card(fetch.obtain_model("hf:org/other")).source["revision"] == SECOND
 
 
 def test_other_bytes_under_the_same_revision_are_refused(hub: Hub, cache: Path) -> None:
-    fetch.obtain_teacher("hf:org/name")
+    fetch.obtain_model("hf:org/name")
     hub.files[FIRST] = model_files(1)
     forget(cache)
     with pytest.raises(InputError, match=r"model\.safetensors: its sha256 should be .* at first"):
-        fetch.obtain_teacher("hf:org/name")
+        fetch.obtain_model("hf:org/name")
     assert list((cache / "models").iterdir()) == []
 
 
@@ -206,14 +206,14 @@ def test_other_bytes_under_the_same_revision_are_refused(hub: Hub, cache: Path) 
 def test_refusals_say_what_to_do(hub: Hub, refusal: tuple[int, str], complaint: str) -> None:
     hub.refusal = refusal
     with pytest.raises(InputError, match=complaint) as caught:
-        fetch.obtain_teacher("hf:org/name")
+        fetch.obtain_model("hf:org/name")
     assert TOKEN not in str(caught.value)
 
 
 def test_a_repository_without_weights(hub: Hub) -> None:
     hub.files[FIRST] = {"config.json": b"{}", "tf_model.h5": b""}
     with pytest.raises(InputError, match="it holds no weights that are read here"):
-        fetch.obtain_teacher("hf:org/name")
+        fetch.obtain_model("hf:org/name")
 
 
 def test_offline_nothing_is_asked_for(
@@ -221,9 +221,9 @@ def test_offline_nothing_is_asked_for(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Unreachable, match=r"offline .* hf download org/name"):
-        fetch.obtain_teacher("hf:org/name")
+        fetch.obtain_model("hf:org/name")
     with pytest.raises(InputError) as caught:
-        fetch.obtain_teacher("dinov2_vits14")
+        fetch.obtain_model("dinov2_vits14")
     assert len(caught.value.problems) == 2
     assert all("offline" in problem for problem in caught.value.problems)
     assert hub.paths == []
@@ -232,23 +232,23 @@ def test_offline_nothing_is_asked_for(
     assert "nothing is fetched offline" in capsys.readouterr().err
     monkeypatch.delenv("HF_HUB_OFFLINE")
     # What the hub's own cache has needs no network.
-    fetch.obtain_teacher("hf:org/name")
+    fetch.obtain_model("hf:org/name")
     shutil.rmtree(cache / "models")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = len(hub.paths)
-    assert load_card(fetch.obtain_teacher("hf:org/name")).source["revision"] == FIRST
+    assert load_card(fetch.obtain_model("hf:org/name")).source["revision"] == FIRST
     assert len(hub.paths) == asked
 
 
 def test_without_a_network_the_hubs_cache_serves(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetch.obtain_teacher("hf:org/name")
+    fetch.obtain_model("hf:org/name")
     shutil.rmtree(cache / "models")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert load_card(fetch.obtain_teacher("hf:org/name")).spec == TINY
+    assert load_card(fetch.obtain_model("hf:org/name")).spec == TINY
     with pytest.raises(Unreachable, match="hf:org/other: cannot be fetched"):
-        fetch.obtain_teacher("hf:org/other")
+        fetch.obtain_model("hf:org/other")
 
 
 def test_a_known_name_has_a_second_source(
@@ -258,14 +258,14 @@ def test_a_known_name_has_a_second_source(
         TEACHERS["dinov2_vits14"], spec=TINY, url="http://127.0.0.1:9/x.pth", repository="org/name"
     )
     monkeypatch.setitem(TEACHERS, "dinov2_vits14", known)
-    card = load_card(fetch.obtain_teacher("dinov2_vits14"))
+    card = load_card(fetch.obtain_model("dinov2_vits14"))
     assert (card.spec, card.source["repository"]) == (TINY, "org/name")
     assert card.license == known.license
     assert "cannot fetch http://127.0.0.1:9/x.pth" in capsys.readouterr().out
     other = dataclasses.replace(known, spec=dataclasses.replace(TINY, depth=3))
     monkeypatch.setitem(TEACHERS, "dinov2_vitb14", other)
     with pytest.raises(InputError, match=r"expected ViTSpec\(.*depth=3"):
-        fetch.obtain_teacher("dinov2_vitb14")
+        fetch.obtain_model("dinov2_vitb14")
 
 
 def test_a_directory_of_another_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,25 +273,25 @@ def test_a_directory_of_another_library(tmp_path: Path, capsys: pytest.CaptureFi
     folder.mkdir()
     for name, content in model_files().items():
         (folder / name).write_bytes(content)
-    assert fetch.find_teacher(str(folder)) is None
-    first = fetch.obtain_teacher(str(folder))
+    assert fetch.find_model(str(folder)) is None
+    first = fetch.obtain_model(str(folder))
     assert capsys.readouterr().out.count("\n") == 1
     assert load_card(first).spec == TINY
-    assert fetch.find_teacher(str(folder)) == first
+    assert fetch.find_model(str(folder)) == first
     # What is changed is converted anew, and what was made of it before stays.
     (folder / "model.safetensors").write_bytes(model_files(1)["model.safetensors"])
-    assert fetch.find_teacher(str(folder)) is None
-    assert fetch.obtain_teacher(str(folder)) != first
+    assert fetch.find_model(str(folder)) is None
+    assert fetch.obtain_model(str(folder)) != first
 
 
 def test_a_single_file(tmp_path: Path) -> None:
     wide = dataclasses.replace(TINY, width=64, heads=1)
     torch_writer.save(tmp_path / "w.pth", of_spec(wide))
-    assert load_card(fetch.obtain_teacher(str(tmp_path / "w.pth"))).spec == wide
+    assert load_card(fetch.obtain_model(str(tmp_path / "w.pth"))).spec == wide
     assert proteus_jax.load(tmp_path / "w.pth").spec == wide
     torch_writer.save(tmp_path / "odd.pth", of_spec(TINY))
     with pytest.raises(InputError, match=r"give --heads .*convert_weights\.py import .*odd\.pth"):
-        fetch.obtain_teacher(str(tmp_path / "odd.pth"))
+        fetch.obtain_model(str(tmp_path / "odd.pth"))
 
 
 def test_addresses_on_a_store(
@@ -304,24 +304,24 @@ def test_addresses_on_a_store(
     for name, content in model_files().items():
         (store / "theirs" / name).write_bytes(content)
     torch_writer.save(store / "w.pth", of_spec(dataclasses.replace(TINY, width=64, heads=1)))
-    ours = fetch.obtain_teacher(f"file://{store}/ours")
+    ours = fetch.obtain_model(f"file://{store}/ours")
     assert load_card(ours) == load_card(tiny_teacher)
     assert (ours / "model.safetensors").read_bytes() == (
         tiny_teacher / "model.safetensors"
     ).read_bytes()
     assert proteus_jax.load(f"file://{store}/ours/").spec == TINY
-    assert load_card(fetch.obtain_teacher(f"file://{store}/theirs")).spec == TINY
-    assert load_card(fetch.obtain_teacher(f"file://{store}/w.pth")).spec.width == 64
+    assert load_card(fetch.obtain_model(f"file://{store}/theirs")).spec == TINY
+    assert load_card(fetch.obtain_model(f"file://{store}/w.pth")).spec.width == 64
     (store / "theirs" / "model.safetensors").write_bytes(model_files(1)["model.safetensors"])
-    assert fetch.find_teacher(f"file://{store}/theirs") is None
+    assert fetch.find_model(f"file://{store}/theirs") is None
     (store / "empty").mkdir()
     with pytest.raises(InputError, match="expected a weight file, or a directory of weights"):
-        fetch.obtain_teacher(f"file://{store}/empty")
+        fetch.obtain_model(f"file://{store}/empty")
     with pytest.raises(InputError, match=r"no-such|No such file"):
-        fetch.obtain_teacher(f"file://{store}/absent.pth")
+        fetch.obtain_model(f"file://{store}/absent.pth")
 
 
 def test_an_address_must_not_hold_a_password() -> None:
     with pytest.raises(InputError, match="must not hold a password") as caught:
-        fetch.find_teacher("s3://me:secret@bucket/teacher")
+        fetch.find_model("s3://me:secret@bucket/teacher")
     assert "secret" not in str(caught.value).replace("SECRET", "")

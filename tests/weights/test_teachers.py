@@ -42,18 +42,18 @@ def serve(monkeypatch: pytest.MonkeyPatch, content: bytes, length: int | None = 
 
 
 def test_a_name_is_known_or_a_directory(tmp_path: Path, tiny_teacher: Path) -> None:
-    assert fetch.find_teacher("dinov2_vits14") is None
-    assert fetch.find_teacher(str(tiny_teacher)) == tiny_teacher
+    assert fetch.find_model("dinov2_vits14") is None
+    assert fetch.find_model(str(tiny_teacher)) == tiny_teacher
     with pytest.raises(InputError, match="neither a directory nor a file, nor hf:ORG/NAME"):
-        fetch.find_teacher("dinov5")
+        fetch.find_model("dinov5")
     with pytest.raises(InputError, match="not a model directory"):
-        fetch.find_teacher(str(tmp_path))
+        fetch.find_model(str(tmp_path))
     (tmp_path / "w.txt").touch()
     with pytest.raises(InputError, match=r"expected a directory, or a file that ends in \.pth"):
-        fetch.find_teacher(str(tmp_path / "w.txt"))
+        fetch.find_model(str(tmp_path / "w.txt"))
     for wrong in ("hf:one", "hf:a/b/c", "hf:a/../b", "hf:"):
         with pytest.raises(InputError, match="expected hf:ORG/NAME"):
-            fetch.find_teacher(wrong)
+            fetch.find_model(wrong)
 
 
 def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
@@ -62,7 +62,7 @@ def test_an_address_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, cach
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(InputError) as caught:
-        fetch.obtain_teacher("dinov2_vits14_reg")
+        fetch.obtain_model("dinov2_vits14_reg")
     problem, second = caught.value.problems
     assert "hf:facebook/dinov2-with-registers-small" in second
     assert "dinov2_vits14_reg4_pretrain.pth (no route); fetch it where that works" in problem
@@ -108,7 +108,7 @@ def test_a_known_teacher_of_another_digest_is_refused(
     assert known.sha256 == "cd65a155"
     assert known.repository
     with pytest.raises(InputError, match="should begin with cd65a155, as published") as caught:
-        fetch.obtain_teacher("deit_vits16")
+        fetch.obtain_model("deit_vits16")
     assert len(caught.value.problems) == 1
     assert not list((cache / "teachers").glob("*vits16*"))
 
@@ -194,7 +194,7 @@ def test_what_is_published_of_known_models() -> None:
 
 def test_a_gated_teacher_says_how_to_come_by_it() -> None:
     with pytest.raises(InputError, match=r"dinov3_vits16: gated: .* --family dinov3 --output DIR"):
-        fetch.obtain_teacher("dinov3_vits16")
+        fetch.obtain_model("dinov3_vits16")
 
 
 def pip_that_brings(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.training.builder import (
     Assembly,
-    Known,
+    TeacherInfo,
     assemble,
     check_compatibility,
     check_platform,
@@ -38,7 +38,7 @@ from proteus_jax.training.inputs import open_split
 from proteus_jax.training.planning.floors import Floor, nearest
 from proteus_jax.training.planning.memory import estimate_memory
 from proteus_jax.training.planning.topology import Topology, local_topology, named_topology
-from proteus_jax.weights.fetch import obtain_teacher, teacher_spec
+from proteus_jax.weights.fetch import obtain_model, teacher_spec
 from proteus_jax.weights.model_dir import load_card
 
 # Images of ImageNet-1K's training set, where a configuration does not say how many there are.
@@ -68,7 +68,9 @@ def plan(config: TrainConfig, settings: Settings) -> Iterator[str]:
     _check(config, topology)
     if settings.hlo is not None and not (settings.topology and topology.platform == "tpu"):
         raise InputError("--hlo: expected with --topology of TPUs, as v5e:4x4")
-    teachers = {name: Known(_spec(each.source), IMAGENET) for name, each in config.teachers.items()}
+    teachers = {
+        name: TeacherInfo(_spec(each.source), IMAGENET) for name, each in config.teachers.items()
+    }
     start = _spec(config.init.source) if config.init.source else None
     problems = check_platform(config, topology.platform)
     problems += check_compatibility(
@@ -108,7 +110,7 @@ def _images(config: TrainConfig) -> tuple[int, str]:
 
 def _spec(source: str) -> ViTSpec:
     """A known name is planned with without its weights; of anything else they are needed once."""
-    return teacher_spec(source) or load_card(obtain_teacher(source)).spec
+    return teacher_spec(source) or load_card(obtain_model(source)).spec
 
 
 def _check(config: TrainConfig, topology: Topology) -> None:
