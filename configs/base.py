@@ -27,11 +27,19 @@ def get_config() -> ml_collections.ConfigDict:
     # Students: names of proteus_jax/models/config.py; several learn from one pass of the teacher.
     config.student = ("vit_small",)
     config.init = ml_collections.ConfigDict()
-    # What students start from: random weights, or a copy of a model.
+    # What students start from: random weights, a copy of a model, or a slice of a larger one.
     config.init.method = "random"
-    # The model that is copied. It is as wide as the student and has as many blocks or a multiple,
-    # of which every second, third ... is taken; its other choices are the student's too.
+    # The model that is copied or sliced; where none is named, the primary teacher is sliced. A copy
+    # is as wide as the student and has as many blocks or a multiple, of which every second, third
+    # ... is taken. The model's other choices are the student's too.
     config.init.source = ""
+    # What the heads start from: random weights, or least_squares, on images of the run.
+    config.init.heads = "random"
+    # Number of training images that slices and heads are fitted on.
+    config.init.images = 512
+    # Factor of all that a sliced student writes into its stream, which its norms take out again:
+    # the larger, the smaller is an update beside the weights.
+    config.init.stream_scale = 1.0
     # Random seed of the run.
     config.seed = 0
 
@@ -46,8 +54,18 @@ def get_config() -> ml_collections.ConfigDict:
     # Peak learning rate; None takes 5e-4 for each 512 images of the batch.
     config.learning_rate = config_dict.placeholder(float)
     config.optimizer = ml_collections.ConfigDict()
-    # The optimizer: adamw.
+    # The optimizer: adamw (the paper's), or muon for the kernels of the blocks and adamw for the
+    # rest.
     config.optimizer.name = "adamw"
+    # Peak learning rate of Muon's kernels; learning_rate is that of the rest.
+    config.optimizer.muon_learning_rate = 3e-3
+    config.optimizer.rates = ml_collections.ConfigDict()
+    # Factor of the learning rates of patch embedding, position table and tokens.
+    config.optimizer.rates.embedding = 1.0
+    # Factor of the learning rates of the blocks and the last norm.
+    config.optimizer.rates.blocks = 1.0
+    # Factor of the learning rates of the heads.
+    config.optimizer.rates.heads = 1.0
     # Linear warm-up in epochs.
     config.optimizer.warmup_epochs = 5.0
     # Linear warm-up in steps, in place of epochs where it is given.

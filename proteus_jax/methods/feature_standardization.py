@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from proteus_jax.models.vit import Features
@@ -76,6 +77,12 @@ def unstandardize(features: Features, moments: RunningMoments) -> Features:
         _unstandardize(features.patches, moments.patches, moments.patches_square),
         features.registers,
     )
+
+
+def standardizing_map(moments: RunningMoments, of_class: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The mean and the deviation [d] that class tokens, or patches, are standardized by."""
+    mean, square = moments[:2] if of_class else moments[2:]
+    return np.asarray(mean), np.asarray(_deviation(jnp.asarray(mean), jnp.asarray(square)))
 
 
 def _deviation(mean: jax.Array, square: jax.Array) -> jax.Array:

@@ -115,6 +115,14 @@ class BackboneFunction(_Functional):
         """See VisionTransformer.block_tokens."""
         return self._module(params).block_tokens(images, blocks, mask)
 
+    def embed(self, params: Params, images: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """See VisionTransformer.embed."""
+        return self._module(params).embed(images, mask)
+
+    def features(self, params: Params, tokens: jax.Array) -> Features:
+        """Features from the tokens after the last block."""
+        return self._module(params).features(tokens, normalize=True)
+
     def class_attention(self, params: Params, images: jax.Array) -> jax.Array:
         """See VisionTransformer.class_attention."""
         return self._module(params).class_attention(images)

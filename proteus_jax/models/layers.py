@@ -145,8 +145,12 @@ class Attention(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "b t d"], scale: Scale, rotation: Rotation | None
     ) -> Float[Array, "b t d"]:
+        return scale(self.proj, self.mixed(tokens, rotation))
+
+    def mixed(self, tokens: Float[Array, "b t d"], rotation: Rotation | None) -> jax.Array:
+        """The outputs of all heads side by side [b, t, d], which `proj` reads."""
         qkv = self.projected(tokens, rotation)
-        return scale(self.proj, attention(qkv, self.implementation).reshape(tokens.shape))
+        return attention(qkv, self.implementation).reshape(tokens.shape)
 
     def projected(
         self, tokens: Float[Array, "b t d"], rotation: Rotation | None
@@ -199,7 +203,11 @@ class Mlp(nnx.Module):
         self.fc2 = linear(spec.hidden, spec.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "*b d"], scale: Scale) -> Float[Array, "*b d"]:
-        return scale(self.fc2, _ACTIVATIONS[self.activation](kept(self.fc1(tokens))))
+        return scale(self.fc2, self.units(tokens))
+
+    def units(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
+        """The hidden units, which `fc2` reads."""
+        return _ACTIVATIONS[self.activation](kept(self.fc1(tokens)))
 
 
 class SwiGLU(nnx.Module):
@@ -210,8 +218,12 @@ class SwiGLU(nnx.Module):
         self.w3 = linear(spec.hidden, spec.width, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b t d"], scale: Scale) -> Float[Array, "b t d"]:
+        return scale(self.w3, self.units(tokens))
+
+    def units(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b t m"]:
+        """The hidden units, float32, which `w3` reads."""
         gate, value = jnp.split(kept(self.w12(tokens)).astype(jnp.float32), 2, axis=-1)
-        return scale(self.w3, jax.nn.silu(gate) * value)
+        return jax.nn.silu(gate) * value
 
 
 class Block(nnx.Module):

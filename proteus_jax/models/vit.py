@@ -123,11 +123,11 @@ class VisionTransformer(nnx.Module):
         will be one, which chooses what is compiled, not what it computes. ValueError where a side
         is no multiple of the patch size.
         """
-        tokens = self._embed(images, mask)
+        tokens = self.embed(images, mask)
         keep = self._keep(drop_path, key, images.shape[0])
         rotation = self._rotation(images)
         tokens, _ = self._run_blocks(tokens, (), keep, remat, rotation, training=training)
-        return self._features(tokens, normalize=True)
+        return self.features(tokens, normalize=True)
 
     def intermediates(
         self,
@@ -141,7 +141,7 @@ class VisionTransformer(nnx.Module):
         told not to.
         """
         outputs = self.block_tokens(images, blocks, mask)
-        return tuple(self._features(outputs[i], normalize=normalize) for i in range(len(blocks)))
+        return tuple(self.features(outputs[i], normalize=normalize) for i in range(len(blocks)))
 
     def block_tokens(
         self,
@@ -150,7 +150,7 @@ class VisionTransformer(nnx.Module):
         mask: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "l b t d"]:
         """All tokens after each of the given blocks, as the block leaves them."""
-        tokens, rotation = self._embed(images, mask), self._rotation(images)
+        tokens, rotation = self.embed(images, mask), self._rotation(images)
         once = tuple(dict.fromkeys(blocks))
         outputs = self._run_blocks(tokens, once, None, "off", rotation)[1]
         repeated = len(once) < len(blocks)
@@ -163,10 +163,10 @@ class VisionTransformer(nnx.Module):
         a class token: what the pool's query attends to, or, where patches are only averaged, the
         same for each.
         """
-        spec, tokens, rotation = self.spec, self._embed(images, None), self._rotation(images)
+        spec, tokens, rotation = self.spec, self.embed(images, None), self._rotation(images)
         if not spec.class_token:
             tokens, _ = self._run_blocks(tokens, (), None, "off", rotation)
-            patches = self._features(tokens, normalize=True).patches
+            patches = self.features(tokens, normalize=True).patches
             if spec.pooling == "attention":
                 return self.pool.attention(patches)
             batch, count, _ = patches.shape
@@ -180,7 +180,8 @@ class VisionTransformer(nnx.Module):
         weights = jax.nn.softmax(scores * (spec.width // spec.heads) ** -0.5)
         return weights[..., spec.prefix :]
 
-    def _embed(self, images: jax.Array, mask: jax.Array | None) -> Float[Array, "b t d"]:
+    def embed(self, images: jax.Array, mask: jax.Array | None) -> Float[Array, "b t d"]:
+        """The tokens that the first block reads."""
         spec = self.spec
         batch, height, width, _ = images.shape
         if height % spec.patch_size or width % spec.patch_size:
@@ -263,7 +264,8 @@ class VisionTransformer(nnx.Module):
         (tokens, outputs), _ = jax.lax.scan(rematted, (tokens, outputs), layers)
         return tokens, outputs[: len(wanted)]
 
-    def _features(self, tokens: jax.Array, *, normalize: bool) -> Features:
+    def features(self, tokens: jax.Array, *, normalize: bool) -> Features:
+        """Features from the tokens after a block."""
         spec = self.spec
         if normalize and spec.final_norm == "tokens":
             tokens = self.norm(tokens)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from proteus_jax.errors import InputError
@@ -20,8 +21,15 @@ from proteus_jax.models.functional import BackboneFunction, Params, StudentFunct
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import sharding
-from proteus_jax.training.config import TrainConfig
-from proteus_jax.training.optimizer import adamw, scaled_learning_rate, warmup_cosine
+from proteus_jax.slicing.sizes import sliced_spec
+from proteus_jax.training.config import OptimizerConfig, TrainConfig
+from proteus_jax.training.optimizer import (
+    adamw,
+    muon,
+    scaled_learning_rate,
+    warmup_cosine,
+    with_rates,
+)
 from proteus_jax.training.train_state import TrainState, init_state
 from proteus_jax.training.train_step import Metrics, TrainStep
 
@@ -120,7 +128,7 @@ def assemble(
     students = _students(config, widths, dtype_of(config.precision, platform), attention, start)
     peak = config.learning_rate or scaled_learning_rate(config.batch)
     schedule = warmup_cosine(peak, steps.warmup, steps.total)
-    optimizer = adamw(schedule, config.optimizer.weight_decay, jnp.dtype(config.optimizer.mu_dtype))
+    optimizer = _optimizer(config.optimizer, schedule, steps)
     # Students see images as the primary teacher does.
     normalization = built[PRIMARY].normalization
     method = config.make_method()
@@ -149,6 +157,17 @@ def assemble(
 
     all_remarks = tuple(dict.fromkeys(filter(None, [steps.remark, *remarks])))
     return Assembly(method, built, students, normalization, init, step, all_remarks)
+
+
+def _optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, steps: Schedule
+) -> optax.GradientTransformation:
+    """The optimizer that a configuration names; `schedule` is the rate of AdamW's part."""
+    settings = config.weight_decay, jnp.dtype(config.mu_dtype)
+    if config.name == "muon":
+        of_matrices = warmup_cosine(config.muon_learning_rate, steps.warmup, steps.total)
+        return with_rates(muon(of_matrices, schedule, *settings), config.rates)
+    return with_rates(adamw(schedule, *settings), config.rates)
 
 
 def _attention(
@@ -194,7 +213,7 @@ def _students(
     start: ViTSpec | None,
 ) -> dict[str, StudentFunction]:
     """Builds the students, each with heads of the teachers' widths."""
-    specs = {name: student_spec(name, config.data.crop, start) for name in config.student}
+    specs = {name: spec_of(config, name, start) for name in config.student}
     return {
         name: StudentFunction(
             spec,
@@ -206,6 +225,15 @@ def _students(
         )
         for name, spec in specs.items()
     }
+
+
+def spec_of(config: TrainConfig, name: str, start: ViTSpec | None) -> ViTSpec:
+    """The spec of a student by its name; `start` is what it is copied or sliced from. ValueError
+    where they do not fit together.
+    """
+    if start is not None and config.init.method == "slice":
+        return sliced_spec(start, config.data.crop, name=name)
+    return student_spec(name, config.data.crop, start)
 
 
 def check_platform(config: TrainConfig, platform: str) -> list[str]:
@@ -241,7 +269,7 @@ def check_compatibility(
             )
     for name in config.student if start is not None else ():
         try:
-            spec = student_spec(name, config.data.crop, start)
+            spec = spec_of(config, name, start)
         except ValueError as error:
             problems.append(f"--config.student: {error}")
             continue

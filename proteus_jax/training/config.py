@@ -15,20 +15,30 @@ from proteus_jax.methods.registry import make_method
 
 
 class InitConfig(NamedTuple):
-    """What students start from: "random" weights, or a "copy" of the model `source`."""
+    """What students start from: "random" weights, a "copy" of the model `source`, or a "slice" of
+    it or, where it is empty, of the primary teacher; and their heads: "random", or fitted by
+    "least_squares". What is fitted is fitted on so many `images`.
+    """
 
     method: str
     source: str
+    heads: str
+    images: int
+    stream_scale: float
 
 
 class OptimizerConfig(NamedTuple):
-    """The optimizer; `warmup_epochs` holds where `warmup_steps` is None."""
+    """The optimizer; `warmup_epochs` holds where `warmup_steps` is None. `muon_learning_rate` is
+    that of Muon's matrices, `rates` are factors of the learning rates by part of the student.
+    """
 
     name: str
     warmup_epochs: float
     warmup_steps: int | None
     weight_decay: float
     mu_dtype: str
+    muon_learning_rate: float
+    rates: Mapping[str, float]
 
 
 class DataConfig(NamedTuple):

@@ -10,7 +10,7 @@ from proteus_jax.runtime.filesystem import sha256
 from proteus_jax.training.builder import (
     Assembly,
 )
-from proteus_jax.training.config import TrainConfig
+from proteus_jax.training.config import InitConfig, TrainConfig
 from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.resume import CARD, CONFIGURATION
 from proteus_jax.weights.model_card import license_of
@@ -53,6 +53,9 @@ def fingerprint(
         "erasing": config.data.erasing,
         "student": list(config.student),
         "student_specs": {name: each.spec.to_json() for name, each in assembly.students.items()},
+        # None where it is the only one that there once was: such runs go on.
+        "init": _fitted(config.init),
+        "optimizer": None if config.optimizer.name == "adamw" else config.optimizer.name,
         "start": None if inputs.start is None else sha256(inputs.start / WEIGHTS),
         "normalization": _listed(assembly.normalization),
         "method": {"name": config.method.name, **assembly.method.fingerprint()},
@@ -69,6 +72,13 @@ def fingerprint(
         },
         "standardized": [name for name, each in assembly.teachers.items() if each.standardize],
     }
+
+
+def _fitted(init: InitConfig) -> dict[str, Any] | None:
+    """What a start that was fitted to images depends on."""
+    if init.method != "slice" and init.heads == "random":
+        return None
+    return {name: value for name, value in init._asdict().items() if name != "source"}
 
 
 def _family(student: str, start: ModelCard | None) -> str:

@@ -101,7 +101,10 @@ def _found(config: TrainConfig, problems: list[str]) -> Inputs:
         raise InputError(problems)
     teachers = {name: directories[_field(name)] for name in config.teachers}
     return Inputs(
-        split=split, teachers=teachers, evaluations=evaluations, start=directories.get(START)
+        split=split,
+        teachers=teachers,
+        evaluations=evaluations,
+        start=directories.get(start_field(config)),
     )
 
 
@@ -112,6 +115,12 @@ def open_split(config: TrainConfig) -> Split:
 
 
 START = "init.source"
+
+
+def start_field(config: TrainConfig) -> str:
+    """The field that names the model which students are copied or sliced from."""
+    sliced_teacher = config.init.method == "slice" and not config.init.source
+    return _field(PRIMARY) if sliced_teacher else START
 
 
 def _field(teacher: str) -> str:
@@ -212,4 +221,4 @@ def _check_models(config: TrainConfig, models: Mapping[str, Path | None]) -> lis
     }
     specs = {field: spec for field, spec in specs.items() if spec is not None}
     teachers = {name: specs[_field(name)] for name in config.teachers if _field(name) in specs}
-    return check_compatibility(config, teachers, specs.get(START))
+    return check_compatibility(config, teachers, specs.get(start_field(config)))

@@ -1,9 +1,11 @@
-"""AdamW and its schedule, to the constants of the reference (arXiv 2407.10366; timm 0.9.16).
+"""AdamW and its schedule, to the constants of the reference (arXiv 2407.10366; timm 0.9.16), and
+Muon.
 
 The one deliberate difference: the rate moves every step, not every epoch (docs/differences.md).
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +19,9 @@ from proteus_jax.models.functional import Params
 WARMUP_LEARNING_RATE = 1e-6
 MINIMUM_LEARNING_RATE = 1e-5
 LEARNING_RATE_BATCH = 512
+MUON_MOMENTUM, NEWTON_SCHULZ_STEPS, MUON_RMS = 0.95, 5, 0.2
+# The parts of a student that a factor of the learning rate is for.
+PARTS = ("embedding", "blocks", "heads")
 
 
 def scaled_learning_rate(batch: int, base: float = 5e-4) -> float:
@@ -76,3 +81,71 @@ def adamw(
         mask=decay_mask,
         mu_dtype=first_moment,
     )
+
+
+def is_hidden_matrix(path: tuple[Any, ...]) -> bool:
+    """Tells whether an array is a kernel of a block, which Muon is for. Embeddings, heads, biases
+    and norms are AdamW's.
+    """
+    names = [entry.key for entry in path]
+    return "blocks" in names and names[-1] == "kernel"
+
+
+def muon(
+    schedule: optax.ScalarOrSchedule,
+    adamw_schedule: optax.ScalarOrSchedule,
+    weight_decay: float = 0.05,
+    first_moment: DTypeLike = jnp.float32,
+) -> optax.GradientTransformation:
+    """Muon (Jordan et al., 2024) for the kernels of all blocks, each block's a matrix of its own,
+    at the rate of `schedule`; AdamW for the rest at that of `adamw_schedule`.
+
+    Nesterov's momentum of 0.95, five Newton-Schulz steps, and updates of a root mean square of 0.2
+    whatever the shape of a matrix (arXiv 2502.16982), so that rates and decay are on AdamW's scale.
+    """
+
+    def axes(params: Any) -> Any:
+        return jax.tree.map(
+            lambda array: optax.contrib.MuonDimensionNumbers((array.ndim - 2,), (array.ndim - 1,)),
+            params,
+        )
+
+    def labels(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params
+        )
+
+    of_matrices = optax.contrib.muon(
+        schedule,
+        beta=MUON_MOMENTUM,
+        ns_steps=NEWTON_SCHULZ_STEPS,
+        weight_decay=weight_decay,
+        mu_dtype=first_moment,
+        consistent_rms=MUON_RMS,
+        muon_weight_dimension_numbers=axes,
+    )
+    others = adamw(adamw_schedule, weight_decay, first_moment)
+    return optax.partition({"muon": of_matrices, "adamw": others}, labels)
+
+
+def part_of(path: tuple[Any, ...]) -> str:
+    """The part of a student that an array belongs to; the last norm counts among the blocks."""
+    names = [entry.key for entry in path]
+    if "heads" in names:
+        return "heads"
+    return "blocks" if {"blocks", "norm"} & set(names) else "embedding"
+
+
+def with_rates(
+    optimizer: optax.GradientTransformation, factors: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """The optimizer with its updates, decay included, times a factor for each of PARTS."""
+    if all(factors[part] == 1.0 for part in PARTS):
+        return optimizer
+
+    def scaled(updates: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update: update * factors[part_of(path)], updates
+        )
+
+    return optax.chain(optimizer, optax.stateless(scaled))

@@ -27,8 +27,10 @@ from proteus_jax.schema import (
     up_to,
 )
 from proteus_jax.training.config import TrainConfig, resolve
+from proteus_jax.training.optimizer import PARTS
 
-RANDOM, COPY = "random", "copy"
+RANDOM, COPY, SLICE = "random", "copy", "slice"
+LEAST_SQUARES = "least_squares"
 _OPTIONAL = (
     "steps",
     "learning_rate",
@@ -47,7 +49,10 @@ _RULES: dict[str, Rule] = {
         ),
         f"one or more different names out of {', '.join(SPECS)}, each perhaps with _<n>blocks",
     ),
-    "init.method": one_of(RANDOM, COPY),
+    "init.method": one_of(RANDOM, COPY, SLICE),
+    "init.heads": one_of(RANDOM, LEAST_SQUARES),
+    "init.images": at_least(64),
+    "init.stream_scale": ABOVE_ZERO,
     "init.source": Rule(lambda value: isinstance(value, str), "a model, or nothing"),
     "teachers": Rule(
         lambda value: hasattr(value, "items") and PRIMARY in value and all(map(_is_name, value)),
@@ -59,7 +64,9 @@ _RULES: dict[str, Rule] = {
     "epochs": ABOVE_ZERO,
     "steps": at_least(1),
     "learning_rate": ABOVE_ZERO,
-    "optimizer.name": one_of("adamw"),
+    "optimizer.name": one_of("adamw", "muon"),
+    "optimizer.muon_learning_rate": ABOVE_ZERO,
+    **{f"optimizer.rates.{part}": at_least(0) for part in PARTS},
     "optimizer.warmup_epochs": at_least(0),
     "optimizer.warmup_steps": at_least(0),
     "optimizer.weight_decay": at_least(0),
@@ -153,7 +160,7 @@ def _check_init(config: TrainConfig) -> list[str]:
     if config.init.method == RANDOM and config.init.source:
         return [
             f"--config.init.source: {config.init.source} counts for nothing with random weights; "
-            f"give --config.init.method={COPY} as well"
+            f"give --config.init.method={COPY} or {SLICE} as well"
         ]
     return []
 

@@ -35,7 +35,6 @@ from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
 from proteus_jax.training.builder import (
-    Assembly,
     TeacherInfo,
     assemble,
     schedule_of,
@@ -43,7 +42,7 @@ from proteus_jax.training.builder import (
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import fingerprint
 from proteus_jax.training.inference import evaluation_functions, frozen_backbones
-from proteus_jax.training.initialization import init_from_pretrained
+from proteus_jax.training.initialization import InitialState
 from proteus_jax.training.inputs import Inputs
 from proteus_jax.training.online_evaluation import Evaluation, check_models
 from proteus_jax.training.train_state import TrainState
@@ -79,7 +78,7 @@ class Experiment:
     sides: dict[str, int]
     state_shapes: TrainState
     state_shardings: TrainState
-    init: Callable[[], TrainState]
+    init: InitialState
     train_step: Callable[[TrainState, dict[str, Params], jax.Array], tuple[TrainState, Metrics]]
     # The first teacher's, its patches on the students' grid.
     teacher_features: Callable[[np.ndarray], Features]
@@ -108,6 +107,11 @@ def build_experiment(config: TrainConfig, inputs: Inputs) -> Experiment:
         jax.default_backend(),
         start.spec if start else None,
     )
+    if config.init.method == "slice" and start and start.normalization != assembly.normalization:
+        raise InputError(
+            "--config.init.source: expected a model whose images have the channel statistics that "
+            f"students see, found {start.normalization}; students see {assembly.normalization}"
+        )
     teacher_params = {
         name: placed_teacher(assembly.teachers[name], directory, mesh)
         for name, directory in inputs.teachers.items()
@@ -141,7 +145,16 @@ def build_experiment(config: TrainConfig, inputs: Inputs) -> Experiment:
         | dict.fromkeys(assembly.students, config.data.crop),
         state_shapes=shapes,
         state_shardings=places,
-        init=_started(init, inputs.start, assembly, mesh),
+        init=InitialState(
+            config=config,
+            assembly=assembly,
+            teacher_params=teacher_params,
+            source=inputs.start,
+            images=inputs.split.training,
+            parts=inputs.split.parts,
+            mesh=mesh,
+            random=init,
+        ),
         train_step=train_step,
         teacher_features=features,
         student_outputs=outputs,
@@ -149,33 +162,6 @@ def build_experiment(config: TrainConfig, inputs: Inputs) -> Experiment:
         work=assembly.work(config.data.crop).total,
         peak=_peak(config),
     )
-
-
-def _started(
-    init: Callable[[], TrainState], start: Path | None, assembly: Assembly, mesh: Mesh
-) -> Callable[[], TrainState]:
-    """`init`, with the students' backbones from a model where there is one to start from."""
-    if start is None:
-        return init
-    params, card = load_model(start)
-    backbones = {
-        name: init_from_pretrained(params, card.spec, student.spec)
-        for name, student in assembly.students.items()
-    }
-
-    def init_from_start() -> TrainState:
-        state = init()
-        placed = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
-        learning = {
-            name: {**values, "backbone": placed[name]} for name, values in state.params.items()
-        }
-        ema = state.ema
-        if ema is not None:
-            # Copies of their own: the state is donated, and no array may be in it twice.
-            ema = {name: sharding.place_tree(each, mesh) for name, each in backbones.items()}
-        return state._replace(params=learning, ema=ema)
-
-    return init_from_start
 
 
 def _peak(config: TrainConfig) -> float | None:

@@ -105,7 +105,10 @@ class Trainer:
         """The state to begin with: a new one, or that of a checkpoint."""
         experiment = self._experiment
         if resumed is None:
-            state = experiment.init()
+            state = experiment.init(self._console.progress)
+            if not jax.process_index():
+                for line in experiment.init.report(self._place.local):
+                    self._console.line(line)
             self._console.log(parameter_table(state.params))
             return state
         shapes, places = experiment.state_shapes, experiment.state_shardings

@@ -553,7 +553,7 @@ def assert_measured_alike(many: Path, one: Path) -> None:
     """The losses, agreement and pictures of two runs."""
     assert_close_losses(losses(many), losses(one), steps=2)
     for ours, theirs in zip(read_metrics(many), read_metrics(one), strict=True):
-        measured = [key for key in theirs if key.startswith(("agreement", "neighbor", "cka"))]
+        measured = [key for key in theirs if key.startswith(("agreement", "neighbour", "cka"))]
         assert [ours[key] for key in measured] == pytest.approx(
             [theirs[key] for key in measured], abs=1e-4
         )

@@ -26,7 +26,7 @@ FEW = 10
 class Settings(NamedTuple):
     """How many neighbors vote, and the temperature of their votes."""
 
-    neighbors: tuple[float, ...]
+    neighbours: tuple[float, ...]
     temperature: float
 
 
