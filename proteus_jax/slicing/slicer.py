@@ -88,7 +88,7 @@ class Slicer:
         if source.spec.layer_scale:
             raise ValueError("expected params whose LayerScale is in the Linears before it")
         self.spec, self.source, self.mesh = source.spec, source, mesh
-        self._params, self._images, self._normalize = params, images, normalize
+        self.params, self._images, self._normalize = params, images, normalize
         self._parts = BlockwiseFunction(source)
         self._whole = sharding.replicated(mesh)
         self._divided = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
@@ -126,7 +126,7 @@ class Slicer:
 
     def block(self, number: int) -> Params:
         """One block's params, on the devices."""
-        return jax.tree.map(lambda stacked: stacked[number], self._params["blocks"])
+        return jax.tree.map(lambda stacked: stacked[number], self.params["blocks"])
 
     def _input_covariance(self, progress: Callable[[str], None]) -> np.ndarray:
         """[d, d] of what all norms read, standardized."""
@@ -142,7 +142,7 @@ class Slicer:
             return total / (stream.size // width)
 
         covariance = self._jitted(summed)
-        stream, total = self.embedded(self._parts, self._params), 0.0
+        stream, total = self.embedded(self._parts, self.params), 0.0
         for number in range(self.spec.depth):
             progress(f"looking at block {number + 1} of {self.spec.depth}")
             before = np.asarray(covariance(stream), np.float64)
@@ -205,8 +205,8 @@ class _Fit:
     def run(self, progress: Callable[[str], None]) -> Slice:
         """Fits all blocks."""
         slicer, depth = self._slicer, self._student.depth
-        host = jax.device_get(slicer._params)
-        target = slicer.embedded(slicer._parts, slicer._params)
+        host = jax.device_get(slicer.params)
+        target = slicer.embedded(slicer._parts, slicer.params)
         bias = host["norm_pre"]["bias"] if slicer.spec.pre_norm else np.float32(0)
         size = float(self._size(target, bias))
         params = outer.projected(host, slicer.spec, self._basis, size)

@@ -166,26 +166,49 @@ class InitialState:
         return state._replace(params=learning, statistics=statistics)
 
     def _groups(self, progress: Progress) -> jax.Array:
-        """The images that are fitted on, uint8 [n, b, h, w, 3], each group over all devices."""
-        config, devices = self.config, jax.device_count()
-        wanted = config.init.images
-        each = min(IMAGES_AT_ONCE, max(2, wanted // (LEAST_GROUPS * devices) // 2 * 2))
-        group = devices * each
-        count = max(LEAST_GROUPS, -(-wanted // group))
-        progress(f"making {count * group} images to fit on")
-        batches = training_batches(
+        """The images that are fitted on."""
+        config = self.config
+        return fitting_images(
             self.images,
-            order=Sampler(config.seed, self.parts, config.data.weights, 1),
-            recipe=TrainTransform(config.image_size, config.data.randaugment),
-            batch=group,
-            steps=range(count),
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            threads=max(config.data.threads, 2),
+            Sampler(config.seed, self.parts, config.data.weights, 1),
+            TrainTransform(config.image_size, config.data.randaugment),
+            config.init.images,
+            self.mesh,
+            max(config.data.threads, 2),
+            progress,
         )
-        images = np.stack([batch.images for batch in batches])
-        place = NamedSharding(self.mesh, PartitionSpec(None, sharding.BATCH_AXES))
-        return jax.make_array_from_process_local_data(place, images)
+
+
+def fitting_images(
+    images: Source,
+    order: Sampler,
+    recipe: TrainTransform,
+    wanted: int,
+    mesh: Mesh,
+    threads: int,
+    progress: Progress = lambda text: None,
+) -> jax.Array:
+    """At least so many augmented images, the first of an order, uint8 [n, b, h, w, 3]: n groups,
+    each over all devices.
+    """
+    devices = jax.device_count()
+    each = min(IMAGES_AT_ONCE, max(2, wanted // (LEAST_GROUPS * devices) // 2 * 2))
+    group = devices * each
+    count = max(LEAST_GROUPS, -(-wanted // group))
+    progress(f"making {count * group} images to fit on")
+    batches = training_batches(
+        images,
+        order=order,
+        recipe=recipe,
+        batch=group,
+        steps=range(count),
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        threads=threads,
+    )
+    made = np.stack([batch.images for batch in batches])
+    place = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH_AXES))
+    return jax.make_array_from_process_local_data(place, made)
 
 
 def make_slicer(
