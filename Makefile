@@ -86,8 +86,8 @@ audit: .venv/tools.stamp
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, found " + sys.version'
 	$(PYTHON) -m venv .venv
 
-.venv/run.stamp: requirements.txt | .venv/bin/python
-	$(PIP) -r requirements.txt
+.venv/run.stamp: requirements.txt pyproject.toml | .venv/bin/python
+	$(PIP) --editable .
 	touch $@
 
 .venv/locked.stamp: requirements.lock | .venv/bin/python

@@ -26,7 +26,7 @@ from hlo_floor import CHIPS, count
 
 from proteus_jax import config
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import TeacherInfo, assemble, schedule_of
+from proteus_jax.training.builder import TeacherInfo, assemble, run_length
 from proteus_jax.training.planning import plan
 from proteus_jax.training.planning.floors import FILE, Floor, table
 from proteus_jax.training.planning.memory import estimate_memory
@@ -65,7 +65,7 @@ def compiled(name: str, topology_name: str) -> Floor | None:
         )
         assert not problems, problems
         known = TeacherInfo(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
-        steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
+        steps = run_length(configuration, plan.IMAGENET_IMAGES)
         assembly = assemble(configuration, {"teacher": known}, steps, topology.platform)
         estimate = estimate_memory(configuration, assembly, topology.devices, configuration.batch)
         if estimate.total > HOPELESS * limit:

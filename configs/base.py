@@ -82,7 +82,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.drop_path = 0.0
 
     config.method = ml_collections.ConfigDict()
-    # What students learn of their teachers: proteus, the paper's three losses.
+    # What students learn of their teachers: proteus (the paper's three losses), or another method
+    # of proteus_jax/methods/registry.py.
     config.method.name = "proteus"
     config.method.loss_weights = ml_collections.ConfigDict()
     # Factor of the loss of class tokens, for every teacher without one of its own.

@@ -165,6 +165,9 @@ def _assign(
     if inside:
         raise InputError(f"--config.{field}: expected one of its fields: {', '.join(inside)}")
     if field not in known:
+        if field in schema.renamed:
+            now = schema.renamed[field]
+            raise InputError(f"--config.{field}: this field is called --config.{now} now")
         close = difflib.get_close_matches(field, known, n=1)
         hint = f"; did you mean --config.{close[0]}?" if close else ""
         raise InputError(f"--config.{field}: unknown field{hint}")
@@ -227,10 +230,7 @@ def _check_fields(config: ml_collections.ConfigDict, schema: Schema) -> list[str
             parent, name = _parent(config, field)
             wrong = schema.fault(field, parent[name])
         except (KeyError, TypeError):
-            wrong = (
-                f"--config.{field}: missing or of another type; a configuration starts from "
-                "configs/base.py"
-            )
+            wrong = f"--config.{field}: missing or of another type; {schema.origin(field)}"
         if wrong:
             problems.append(wrong)
     return problems

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 # Processes or threads that decode, more than any machine has a use for: a digit too many would
@@ -65,7 +66,7 @@ class Schema(NamedTuple):
     `make` makes the record that the program reads of JSON values that keep the rules, and
     `together` lists what is wrong with that. `optional` are fields that may be left without a
     value: another one decides then. `numbers` are lists of numbers; every other list is one of
-    texts.
+    texts. `renamed` has the names of today by those of before.
     """
 
     rules: Mapping[str, Rule]
@@ -73,6 +74,14 @@ class Schema(NamedTuple):
     together: Callable[[Any], list[str]]
     optional: Callable[[str], bool] = lambda _: False
     numbers: tuple[str, ...] = ()
+    # The names that fields once had, and have now.
+    renamed: Mapping[str, str] = MappingProxyType({})
+
+    def origin(self, field: str) -> str:
+        """Returns where a field that is missing would come from, in words."""
+        if field.startswith("method."):
+            return "a method with fields of its own is chosen in a configuration that has them"
+        return "a configuration starts from configs/base.py"
 
     def fault(self, field: str, value: Any) -> str | None:
         """Returns what is wrong with a value, in words; None where nothing is."""

@@ -2297,8 +2297,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/engine/loop.py",
-        "stopping = self._agreement.any(self._stop.made)",
-        "stopping = self._stop.made",
+        "stopping = self._agreement.any(self._stop.requested)",
+        "stopping = self._stop.requested",
         "a signal to one host stops that one alone, the other waits for it",
         ("test_hosts.py::test_a_signal_to_one_stops_both_and_one_alone_goes_on",),
     ),

@@ -10,7 +10,7 @@ from proteus_jax.config import Override
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import SPECS
-from proteus_jax.training.builder import Schedule, TeacherInfo, assemble
+from proteus_jax.training.builder import RunLength, TeacherInfo, assemble
 from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import TEACHERS
 
@@ -38,7 +38,7 @@ def test_every_config_builds(name: str) -> None:
         for name, each in settings.teachers.items()
     }
     start = TEACHERS[settings.init.source].spec if settings.init.source else None
-    assembly = assemble(settings, known, Schedule(10, 1), "tpu", start)
+    assembly = assemble(settings, known, RunLength(10, 1), "tpu", start)
     crop = settings.data.crop
     images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)
     teachers = {name: each.backbone.shapes for name, each in assembly.teachers.items()}

@@ -18,13 +18,14 @@ from proteus_jax.cli.app import main
 from proteus_jax.data.dataset import open_source
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.sources.registry import SCHEMES
+from proteus_jax.errors import InputError
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.feature_extraction import class_token
 from proteus_jax.evaluation.protocol import Context, Protocol
 from proteus_jax.evaluation.protocols.registry import PROTOCOLS
+from proteus_jax.methods import proteus
 from proteus_jax.methods.base import Batch, NamedLosses
-from proteus_jax.methods.proteus import RULES, Proteus
-from proteus_jax.methods.proteus import from_config as proteus_from_config
+from proteus_jax.methods.proteus import Proteus
 from proteus_jax.methods.registry import METHODS, MethodSpec
 from proteus_jax.models.functional import Params, StudentFunction
 from proteus_jax.models.normalization import IMAGENET
@@ -61,7 +62,9 @@ class Direction:
         batch: Batch,
         targets: Mapping[str, Features],
     ) -> tuple[jax.Array, NamedLosses]:
-        outputs = student(params, batch.pixels, None, None, None)
+        outputs = student(
+            params, batch.pixels, None, None, batch.key if student.drop_path else None
+        )
         cosines = [
             optax.cosine_similarity(outputs.by_teacher[name].token, target.cls, epsilon=1e-6)
             for name, target in targets.items()
@@ -90,15 +93,17 @@ class WithDirection(Proteus):
 
 
 def with_direction(fields: Mapping[str, Any], teachers: Mapping[str, Any]) -> WithDirection:
-    made = proteus_from_config(fields, teachers)
-    return WithDirection(loss_weights=made.loss_weights, mask_ratio=made.mask_ratio)
+    return WithDirection(**proteus.settings(fields, teachers))
 
 
 class Stripes:
     """A source: images that are computed, of as many kinds as its name says."""
 
     def __init__(self, place: str):
-        self._count = int(place.partition(":")[2])
+        count = place.partition(":")[2]
+        if not count.isdigit():
+            raise InputError(f"{place}: expected a number of images after the colon")
+        self._count = int(count)
         self.fingerprint = hashlib.sha256(place.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -157,7 +162,7 @@ def add() -> None:
     METHODS["direction"] = MethodSpec(
         lambda fields, teachers: Direction(fields["temperature"]), {"temperature": ABOVE_ZERO}
     )
-    METHODS["with_direction"] = MethodSpec(with_direction, RULES)
+    METHODS["with_direction"] = MethodSpec(with_direction, proteus.RULES)
     SCHEMES["stripes"] = Stripes
     PROTOCOLS["norm"] = NORM
     configs.__path__.append(str(Path(__file__).parent / "toy_configs"))

@@ -36,7 +36,10 @@ def _help(command: str, arguments: list[str]) -> int:
     from proteus_jax.cli import usage
 
     try:
-        print(usage.of(command, arguments))
+        print(usage.of(command, arguments), flush=True)
+    except BrokenPipeError:
+        # Whoever read it has seen enough, as `head` has; Python's own last flush would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)

@@ -1,6 +1,6 @@
 """Measures a model, and writes WORKDIR/results.json (docs/evaluation.md).
 
-    proteus evaluate --config=eval/knn --config.model=MODEL --config.data.root=DIR \
+    proteus evaluate --config=eval/knn --config.model=MODEL --config.data.root=DIR
         --workdir=runs/knn [--config.FIELD=VALUE ...]
 
 --config is a file, or the name of one of this package's configurations. --prepare finds and fetches

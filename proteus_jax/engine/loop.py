@@ -53,8 +53,8 @@ class StopSignal:
     something failed on this host.
     """
 
-    def __init__(self, requested: Callable[[], bool] = lambda: False):
-        self._requested = requested
+    def __init__(self, asked: Callable[[], bool] = lambda: False):
+        self._asked = asked
         # The first failure; the loop ends in order, and then with it.
         self.failure: InputError | Interrupted | None = None
 
@@ -63,9 +63,9 @@ class StopSignal:
         self.failure = self.failure or error
 
     @property
-    def made(self) -> bool:
+    def requested(self) -> bool:
         """True where the loop is to end."""
-        return self.failure is not None or self._requested()
+        return self.failure is not None or self._asked()
 
 
 class Loop:
@@ -110,7 +110,7 @@ class Loop:
                 self.step, first = self.step + 1, False
                 for hook in self._hooks:
                     hook.after_step(self.step, metrics, batch)
-                stopping = self._agreement.any(self._stop.made)
+                stopping = self._agreement.any(self._stop.requested)
                 last = stopping or self.step == self._total
                 for hook in self._hooks:
                     hook.at_step_end(StepEnd(self.step, self.state, metrics, last))

@@ -74,7 +74,7 @@ def train_probe(
     step = 0
     with contextlib.ExitStack() as stack:
         if saving is not None:
-            stop = StopSignal(lambda: saving.handler.made)
+            stop = StopSignal(lambda: saving.handler.requested)
             manager = CheckpointManager(
                 saving.address, saving.console, RetentionPolicy(1), MAX_FAILED_SAVES
             )
@@ -99,7 +99,7 @@ def train_probe(
             manager.wait()
             # From here on there is no step that a request to stop could wait for.
             saving.handler.waits = False
-            if loop.step < steps or saving.handler.made:
+            if loop.step < steps or saving.handler.requested:
                 raise stop.failure or Interrupted(
                     f"interrupted at step {loop.step} of {steps} of the probe; the same command "
                     f"goes on from {manager.resume_point()}"

@@ -42,7 +42,9 @@ class Method(Protocol):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """The names of the losses, in the order in which they are logged."""
+        """The names of the losses, in the order in which they are logged; none is "loss", which is
+        their sum.
+        """
         ...
 
     @property
@@ -81,7 +83,8 @@ class Method(Protocol):
         batch: Batch,
         targets: Mapping[str, Features],
     ) -> tuple[Float[Array, ""], NamedLosses]:
-        """Computes what is minimized, and the losses that are logged with it.
+        """Computes what is minimized, and the losses that are logged with it, one for each of
+        `loss_names`.
 
         `targets` are the features of each teacher, by its name, without a gradient.
         """

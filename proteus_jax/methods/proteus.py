@@ -120,7 +120,12 @@ class Proteus:
 
 
 def from_config(fields: Mapping[str, Any], teachers: Mapping[str, TeacherConfig]) -> Proteus:
-    """Makes the method from `config.method` and the teachers, whose own factors come first."""
+    """Makes the method from `config.method` and the teachers."""
+    return Proteus(**settings(fields, teachers))
+
+
+def settings(fields: Mapping[str, Any], teachers: Mapping[str, TeacherConfig]) -> dict[str, Any]:
+    """Reads what `Proteus` and its subclasses are made with; teachers' own factors come first."""
     shared = fields["loss_weights"]
 
     def weights_of(teacher: TeacherConfig) -> LossWeights:
@@ -128,10 +133,10 @@ def from_config(fields: Mapping[str, Any], teachers: Mapping[str, TeacherConfig]
         factors = ((shared[name], own.get(name)) for name in LossWeights._fields)
         return LossWeights(*(one if other is None else other for one, other in factors))
 
-    return Proteus(
-        loss_weights={name: weights_of(teacher) for name, teacher in teachers.items()},
-        mask_ratio=fields["mask_ratio"],
-    )
+    return {
+        "loss_weights": {name: weights_of(teacher) for name, teacher in teachers.items()},
+        "mask_ratio": fields["mask_ratio"],
+    }
 
 
 def student_losses(

@@ -34,7 +34,7 @@ class PreemptionHandler:
         say: Callable[[str], None],
         before_end: Callable[[], None] = lambda: None,
     ):
-        self.made = self.waits = False
+        self.requested = self.waits = False
         self._deadline, self._say, self._before_end = deadline, say, before_end
 
     def __enter__(self) -> "PreemptionHandler":
@@ -62,7 +62,7 @@ class PreemptionHandler:
 
     def _listen(self) -> None:
         if self._hears_one(None):
-            self.made, heard = True, time.monotonic()
+            self.requested, heard = True, time.monotonic()
             if not self.waits:
                 self._end("interrupted before a step was made; the same command goes on")
             # Not here: where nobody reads, this thread must not wait.

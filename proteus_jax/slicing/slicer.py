@@ -38,6 +38,8 @@ from proteus_jax.slicing.selection import choose_groups
 
 # The weight of what the last norm reads among what all norms read.
 FINAL_WEIGHT = 4.0
+# Heads and units are chosen by their moments on this many tokens for each hidden unit.
+TOKENS_A_UNIT, LEAST_GROUPS = 8, 4
 Stream = Float[Array, "n b t d"]
 
 
@@ -121,8 +123,11 @@ class Slicer:
         return self._advance(self.block(number), stream)
 
     def grams(self, number: int, before: Stream, middle: Stream) -> _Grams:
-        """Moments of what the heads and units of a block say."""
-        return jax.device_get(self._grams(self.block(number), before, middle))
+        """Moments of what the heads and units of a block say, on as many images as they need."""
+        _, images, tokens, _ = before.shape
+        groups = max(LEAST_GROUPS, -(-TOKENS_A_UNIT * self.spec.hidden // (images * tokens)))
+        seen = before[:groups], middle[:groups]
+        return jax.device_get(self._grams(self.block(number), *seen))
 
     def block(self, number: int) -> Params:
         """One block's params, on the devices."""

@@ -39,7 +39,7 @@ SHORTENED = 10
 HEAD = 64
 
 
-class Schedule(NamedTuple):
+class RunLength(NamedTuple):
     """How long a run is, in steps; `remark` says where its warm-up is shorter than was asked for,
     and is empty where it is not.
     """
@@ -86,17 +86,17 @@ class Assembly(NamedTuple):
         )
 
 
-def schedule_of(config: TrainConfig, images: int) -> Schedule:
+def run_length(config: TrainConfig, images: int) -> RunLength:
     """Steps of a run over so many images an epoch."""
     total = config.steps or max(1, round(config.epochs * images / config.batch))
     warmup = config.optimizer.warmup_steps
     if warmup is None:
         warmup = round(config.optimizer.warmup_epochs * images / config.batch)
     if not warmup or warmup < total:
-        return Schedule(total, warmup)
+        return RunLength(total, warmup)
     # The learning rate would never be reached.
     shorter = total // SHORTENED
-    return Schedule(
+    return RunLength(
         total,
         shorter,
         f"warm-up of {shorter} steps in place of {warmup}, as the run has {total} in all "
@@ -114,7 +114,7 @@ class TeacherInfo(NamedTuple):
 def assemble(
     config: TrainConfig,
     teachers: Mapping[str, TeacherInfo],
-    steps: Schedule,
+    steps: RunLength,
     platform: str,
     start: ViTSpec | None = None,
 ) -> Assembly:
@@ -160,7 +160,7 @@ def assemble(
 
 
 def _optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, steps: Schedule
+    config: OptimizerConfig, schedule: optax.Schedule, steps: RunLength
 ) -> optax.GradientTransformation:
     """The optimizer that a configuration names; `schedule` is the rate of AdamW's part."""
     settings = config.weight_decay, jnp.dtype(config.mu_dtype)

@@ -9,6 +9,7 @@ import proteus_jax
 from proteus_jax.methods.config import PRIMARY
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.metric_writer import read_metrics
+from proteus_jax.training.evaluator import AVERAGE
 from proteus_jax.training.setup import Experiment
 from proteus_jax.training.train_state import TrainState
 from proteus_jax.weights.model_card import text_of
@@ -28,8 +29,8 @@ def export_students(experiment: Experiment, state: TrainState, workdir: Path) ->
         if state.ema is not None:
             copies["student_ema"] = state.ema[name]
         for folder, params in copies.items():
-            # Nothing is measured of averages.
-            readme = _readme(experiment, name, card, step, results if folder == "student" else {})
+            averaged = folder == "student_ema"
+            readme = _readme(experiment, name, card, step, _of(results, averaged=averaged))
             target = workdir / folder / name if several else workdir / folder
             # Of all hosts: each may hold a part.
             whole = sharding.gather(params, experiment.mesh)
@@ -86,6 +87,19 @@ def _results(experiment: Experiment, name: str, workdir: Path) -> dict[str, floa
         for row in read_metrics(workdir)
         for key, value in row.items()
     }
+
+
+def _of(results: dict[str, float], *, averaged: bool) -> dict[str, float]:
+    """The results of a student or of its average, under the same keys; its teacher's are both's."""
+    if not averaged:
+        return results
+    teachers = {key: value for key, value in results.items() if key.startswith("teacher_")}
+    own = {
+        key.removeprefix(AVERAGE): value
+        for key, value in results.items()
+        if key.startswith(AVERAGE)
+    }
+    return own | (teachers if own else {})
 
 
 def _readme(

@@ -31,7 +31,7 @@ from proteus_jax.runtime import sharding
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.runtime.workdir import Workdir, is_remote
-from proteus_jax.training.builder import Assembly, TeacherInfo, assemble, schedule_of
+from proteus_jax.training.builder import Assembly, TeacherInfo, assemble, run_length
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import teacher_facts
 from proteus_jax.training.resume import compare_facts
@@ -217,7 +217,7 @@ def _assembled(config: TrainConfig, images: int) -> tuple[Assembly, dict]:
     if config.init.source:
         start = load_card(obtain_model(config.init.source)).spec
     known = {name: TeacherInfo(card.spec, card.normalization) for name, card in cards.items()}
-    steps = schedule_of(config, images)
+    steps = run_length(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories
 
 

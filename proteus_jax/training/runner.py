@@ -68,7 +68,7 @@ def run(
             config.preemption_timeout_s, console.error, lambda: heartbeat.close("stopped")
         )
         stack.enter_context(handler)
-        stop = StopSignal(lambda: handler.made)
+        stop = StopSignal(lambda: handler.requested)
         heartbeat = _heartbeat(experiment, place, console, group, stop)
         manager.heartbeat = heartbeat
         if resumed is not None:
@@ -128,7 +128,7 @@ def _heartbeat(
         host=jax.process_index(),
         say=console.line,
         log=console.log,
-        stopping=lambda: stop.made,
+        stopping=lambda: stop.requested,
         publish=place.publish if place.remote else None,
         **({} if group is None else {"steps": group.steps}),
     )

@@ -41,6 +41,25 @@ _OPTIONAL = (
     "data.workers",
     "keep_every",
 )
+# Fields that had another name.
+_RENAMED = {
+    "teacher_normalisation": "teachers.teacher.normalization",
+    "teacher_crop": "teachers.teacher.image_size",
+    "standardise": "teachers.teacher.standardize",
+    "loss.token": "method.loss_weights.token",
+    "loss.feature": "method.loss_weights.feature",
+    "loss.patch": "method.loss_weights.patch",
+    "mask_ratio": "method.mask_ratio",
+    "start": "init.source",
+    "warmup_epochs": "optimizer.warmup_epochs",
+    "warmup_steps": "optimizer.warmup_steps",
+    "weight_decay": "optimizer.weight_decay",
+    "first_moment": "optimizer.mu_dtype",
+    "accumulate": "grad_accum_steps",
+    "stop_within": "preemption_timeout_s",
+    "data.repeats": "data.repeated_aug",
+    "data.unreadable": "data.max_corrupt_fraction",
+}
 _RULES: dict[str, Rule] = {
     "student": Rule(
         lambda names: (
@@ -210,7 +229,7 @@ def training_schema(config: Any) -> Schema:
         },
         **{f"method.{field}": rule for field, rule in own.items()},
     }
-    return Schema(rules, resolve, _check, _is_optional, numbers=("data.weights",))
+    return Schema(rules, resolve, _check, _is_optional, numbers=("data.weights",), renamed=_RENAMED)
 
 
 def _group(config: Any, name: str) -> Any:

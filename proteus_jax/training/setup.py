@@ -37,7 +37,7 @@ from proteus_jax.runtime import sharding
 from proteus_jax.training.builder import (
     TeacherInfo,
     assemble,
-    schedule_of,
+    run_length,
 )
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.fingerprint import fingerprint
@@ -97,7 +97,7 @@ def build_experiment(config: TrainConfig, inputs: Inputs) -> Experiment:
     if weights and 0 in shares(sum(inputs.split.parts), weights):
         raise InputError(f"--config.data.weights: {weights} leave nothing of one root")
     mesh = sharding.make_mesh(config.fsdp)
-    steps = schedule_of(config, config.data.epoch or len(inputs.split.training))
+    steps = run_length(config, config.data.epoch or len(inputs.split.training))
     cards = {name: load_card(directory) for name, directory in inputs.teachers.items()}
     start = None if inputs.start is None else load_card(inputs.start)
     assembly = assemble(

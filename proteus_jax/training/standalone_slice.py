@@ -13,7 +13,9 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.data.dataset import open_images
+from proteus_jax.data.loader import held_out_views
 from proteus_jax.data.sampler import Sampler
+from proteus_jax.data.sources.base import Source
 from proteus_jax.data.splits import HeldOut
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError, collecting
@@ -25,16 +27,21 @@ from proteus_jax.models.functional import BackboneFunction, Params, fastest_atte
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
-from proteus_jax.slicing.heads import HELD_OUT
 from proteus_jax.slicing.least_squares import add_rows, no_sums, rows, solve, standardized
 from proteus_jax.slicing.sizes import sliced_spec
 from proteus_jax.slicing.slicer import BlockError, Slice, Slicer
-from proteus_jax.training.initialization import Progress, fitting_images, make_slicer
+from proteus_jax.training.initialization import (
+    LEAST_GROUPS,
+    Progress,
+    fitting_images,
+    make_slicer,
+)
 from proteus_jax.weights.fetch import obtain_model
 from proteus_jax.weights.model_card import license_of, text_of
 from proteus_jax.weights.model_dir import ModelCard, load_model, save_model
 
 # Widths of the table of sizes, as shares of the source's heads; and depths, of its blocks.
+HELD_OUT = HeldOut(share=0.1, minimum=8, maximum=512)
 SHARES, DEPTHS = (0.25, 1 / 3, 0.5, 2 / 3, 0.75), (1.0, 0.5)
 _EPSILON = 1e-5
 
@@ -83,7 +90,7 @@ class Bench:
         """Fetches the model and reads the images; InputError where either cannot be had."""
         problems: list[str] = []
         with collecting(problems):
-            split = open_images(settings.roots, held_out=HeldOut(0.0, 1, 1))
+            split = open_images(settings.roots, held_out=HELD_OUT)
         with collecting(problems):
             directory = obtain_model(source)
         if problems:
@@ -106,6 +113,7 @@ class Bench:
             4,
             progress,
         )
+        self.views = self._views(split.held_out)
         dtype = dtype_of("auto", jax.default_backend())
         self.slicer: Slicer = make_slicer(
             self.params,
@@ -117,6 +125,15 @@ class Bench:
             dtype,
             fastest_attention(self.spec, dtype),
         )
+
+    def _views(self, held_out: Source | None) -> np.ndarray:
+        """Held-out views in groups; where nothing is held out, some of the images to fit on."""
+        group = self.images.shape[1]
+        if held_out is None:
+            return np.asarray(self.images[:LEAST_GROUPS])
+        views, _ = held_out_views(held_out, count=HELD_OUT.views, size=self.settings.crop)
+        rows = np.arange(-(-len(views) // group) * group) % len(views)
+        return views[rows].reshape(-1, group, *views.shape[1:])
 
     def spec_of(self, **sizes: Any) -> ViTSpec:
         """See slicing.sizes.sliced_spec; InputError in place of ValueError."""
@@ -130,41 +147,39 @@ class Bench:
         return self.slicer.slice(spec, progress)
 
     def scores(self, spec: ViTSpec, params: Params) -> Scores:
-        """Scores a slice on every fourth group of the images. It has seen these while its blocks
-        were fitted; its heads have not.
-        """
-        own = self._features(BackboneFunction(spec), params)
-        theirs = self._source_features
-        held = np.arange(len(self.images)) % HELD_OUT == HELD_OUT - 1
-        predicted = [
-            _predicted(each[~held], target[~held], each[held])
-            for each, target in zip(own, theirs, strict=True)
-        ]
+        """Scores a slice on held-out images, its heads fitted on the others."""
+        fitted, held = self._features(BackboneFunction(spec), params)
+        fitted_targets, held_targets = self._source_features
         cosines = [
-            centered_cosine(_flat(each), _flat(target[held]))
-            for each, target in zip(predicted, theirs, strict=True)
+            centered_cosine(_predicted(inputs, target, own), _flat(wanted))
+            for inputs, target, own, wanted in zip(
+                fitted, fitted_targets, held, held_targets, strict=True
+            )
         ]
-        cka = linear_cka(_flat(own.cls[held]), _flat(theirs.cls[held]))
+        cka = linear_cka(_flat(held.cls), _flat(held_targets.cls))
         return Scores(cosines[0], cosines[1], cka)
 
     @functools.cached_property
-    def _source_features(self) -> _Tokens:
+    def _source_features(self) -> tuple[_Tokens, _Tokens]:
         grid = self.settings.crop // self.spec.patch_size
         spec = dataclasses.replace(self.spec, grid=grid, layer_scale=False)
         return self._features(BackboneFunction(spec), self.slicer.params)
 
-    def _features(self, function: BackboneFunction, params: Params) -> _Tokens:
-        """A model's tokens of all images."""
+    def _features(self, function: BackboneFunction, params: Params) -> tuple[_Tokens, _Tokens]:
+        """A model's tokens of the images to fit on, and of the held-out views."""
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         def passed(params: Params, images: jax.Array) -> Features:
             return function(params, self.card.normalization(images))
 
-        parts = [jax.device_get(passed(params, group)) for group in self.images]
-        return _Tokens(
-            np.stack([np.asarray(part.cls, np.float32) for part in parts]),
-            np.stack([np.asarray(part.patches, np.float32) for part in parts]),
-        )
+        def tokens(groups: Any) -> _Tokens:
+            parts = [jax.device_get(passed(params, group)) for group in groups]
+            return _Tokens(
+                np.stack([np.asarray(part.cls, np.float32) for part in parts]),
+                np.stack([np.asarray(part.patches, np.float32) for part in parts]),
+            )
+
+        return tokens(self.images), tokens(self.views)
 
 
 def table_rows(

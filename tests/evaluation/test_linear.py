@@ -146,7 +146,7 @@ def test_a_probe_that_is_stopped_goes_on_where_it_was(
 
     whole = heads("whole", quiet())
     asked = quiet()
-    asked.made = True
+    asked.requested = True
     with pytest.raises(Interrupted, match="at step 1 of 5 of the probe; the same"):
         heads("stopped", asked)
     resumed = heads("stopped", quiet())
@@ -161,7 +161,7 @@ def test_a_probe_that_is_stopped_goes_on_where_it_was(
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, again))
     assert not part.exists()
     asked = quiet()
-    asked.made = True
+    asked.requested = True
     with pytest.raises(Interrupted, match="goes on from step 5"):
         heads("stopped", asked)
     other = heads("stopped", quiet(), probe._replace(rates=(0.01, 0.02, 0.03)))

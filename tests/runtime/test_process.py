@@ -84,7 +84,7 @@ def test_what_nohup_ignores_is_ignored() -> None:
         with PreemptionHandler(600, print) as stop:
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.made
+            assert not stop.requested
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -158,8 +158,8 @@ def test_after_the_block_signals_are_as_before() -> None:
         stop.waits = True
         signal.raise_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
-        while not stop.made and time.monotonic() < deadline:
+        while not stop.requested and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert stop.made
+        assert stop.requested
     assert [signal.getsignal(number) for number in REQUESTS] == before
     assert signal.set_wakeup_fd(-1) == -1

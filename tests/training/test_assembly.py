@@ -21,7 +21,7 @@ from proteus_jax.training.builder import (
     assemble,
     check_platform,
     dtype_of,
-    schedule_of,
+    run_length,
 )
 from proteus_jax.training.schema import schema_of
 from proteus_jax.training.train_state import Skipped, TrainState
@@ -77,7 +77,7 @@ def test_each_teacher_has_its_own(configuration: Any) -> None:
     # The second alone has a patch loss and wants larger images.
     assert (method.masks, method.group, method.heads) == (True, 2, {"token", "feature"})
     assert configuration.image_size == 84
-    made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
+    made = assemble(configuration, KNOWN, run_length(configuration, 1000), "cpu")
     one, other = made.teachers["teacher"], made.teachers["another"]
     assert (one.backbone.spec.grid, one.side, one.normalization) == (4, None, CLIP)
     assert (other.backbone.spec.grid, other.side, other.normalization) == (12, 84, HALF)
@@ -95,7 +95,7 @@ def test_what_the_step_is_made_of(configuration: Any, monkeypatch: pytest.Monkey
     asked: dict[str, Any] = {}
     begun: dict[str, Any] = {}
     monkeypatch.setattr(builder, "TrainStep", lambda **each: asked.update(each))
-    made = assemble(configuration, KNOWN, schedule_of(configuration, 1000), "cpu")
+    made = assemble(configuration, KNOWN, run_length(configuration, 1000), "cpu")
     monkeypatch.setattr(builder, "init_state", lambda *_, **each: begun.update(each) or NOTHING)
     made.init()
     assert asked["method"].mask_ratio == 0.25
@@ -130,7 +130,7 @@ def test_a_kernel_that_a_precision_does_not_have_is_refused(field: str) -> None:
 def test_a_warm_up_as_long_as_its_run_is_shortened() -> None:
     overrides = [config.Override("steps", "100"), config.Override("optimizer.warmup_steps", "100")]
     found, _ = config.load(str(ROOT / "configs" / "vitb14.py"), overrides, schema_of)
-    assert schedule_of(found, 1000).warmup == 10
+    assert run_length(found, 1000).warmup == 10
 
 
 @pytest.mark.parametrize("what", ["erasing", "drop path"])

@@ -26,7 +26,7 @@ from proteus_jax.models import flops
 from proteus_jax.models.config import SPECS, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import IMAGENET
-from proteus_jax.training.builder import Assembly, TeacherInfo, assemble, schedule_of
+from proteus_jax.training.builder import Assembly, TeacherInfo, assemble, run_length
 from proteus_jax.training.planning import floors, memory, plan
 from proteus_jax.training.planning.topology import named_topology
 from proteus_jax.training.schema import schema_of
@@ -197,7 +197,7 @@ def assembled_as(name: str, *overrides: str) -> tuple:
     configuration, problems = config.load(str(ROOT / "configs" / f"{name}.py"), changes, schema_of)
     assert not problems
     known = TeacherInfo(TEACHERS[configuration.teachers["teacher"].source].spec, IMAGENET)
-    steps = schedule_of(configuration, plan.IMAGENET_IMAGES)
+    steps = run_length(configuration, plan.IMAGENET_IMAGES)
     return configuration, assemble(configuration, {"teacher": known}, steps, "tpu")
 
 
@@ -437,7 +437,7 @@ def test_a_warm_up_is_shorter_than_its_run(
     overrides: tuple[str, ...], warmup: int, said: str
 ) -> None:
     configuration, _ = assembled(*overrides)
-    found = schedule_of(configuration, plan.IMAGENET_IMAGES)
+    found = run_length(configuration, plan.IMAGENET_IMAGES)
     assert found.warmup == warmup
     assert found.remark.startswith(said)
     assert bool(found.remark) == bool(said)

@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
 
 def open_data(config: EvalConfig) -> TrainTestSplit:
-    """See neighbors.open_data; also InputError where the batch does not divide."""
+    """See knn.open_data; also InputError where the batch does not divide."""
     pair = knn.open_data(config)
     if config.batch % jax.device_count():
         raise InputError(

@@ -32,7 +32,7 @@ from proteus_jax.training.builder import (
     assemble,
     check_compatibility,
     check_platform,
-    schedule_of,
+    run_length,
 )
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.inputs import open_split
@@ -80,7 +80,7 @@ def plan(config: TrainConfig, settings: Settings) -> Iterator[str]:
     if problems:
         raise InputError(problems)
     images, counted = _images(config)
-    steps = schedule_of(config, images)
+    steps = run_length(config, images)
     assembly = assemble(config, teachers, steps, topology.platform, start)
     work = assembly.work(config.data.crop)
     yield f"devices: {topology.description}"
