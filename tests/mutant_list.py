@@ -1269,7 +1269,7 @@ MUTANTS = [
         ("test_workdir.py::test_a_link_to_a_workdir_among_the_images_is_one",),
     ),
     Mutant(
-        "proteus_jax/training/setup.py",
+        "proteus_jax/training/initialization.py",
         "return state._replace(params=learning, ema=ema)",
         "return state._replace(params=learning)",
         "the average of a student that starts from weights begins with random ones",

@@ -26,7 +26,7 @@ from proteus_jax.training.initialization import slice_in_words
 COLUMNS = "width heads hidden depth   params  GFLOPs  lost  missed  class  patch   CKA"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="proteus slice",
@@ -48,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         process.begin()
     options = parser.parse_args(arguments)
-    console = Console()
     try:
-        return _run(options, console)
+        return _run(options, console or Console())
     except InputError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)

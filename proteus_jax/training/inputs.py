@@ -14,6 +14,7 @@ from proteus_jax.data.splits import Split
 from proteus_jax.errors import InputError, collecting
 from proteus_jax.evaluation.results import FILE as RESULTS
 from proteus_jax.methods.config import PRIMARY
+from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.workdir import CHECKPOINTS, STUDENTS, is_remote
 from proteus_jax.runtime.workdir_checks import first_of, why_no_workdir
@@ -221,4 +222,25 @@ def _check_models(config: TrainConfig, models: Mapping[str, Path | None]) -> lis
     }
     specs = {field: spec for field, spec in specs.items() if spec is not None}
     teachers = {name: specs[_field(name)] for name in config.teachers if _field(name) in specs}
-    return check_compatibility(config, teachers, specs.get(start_field(config)))
+    problems = check_compatibility(config, teachers, specs.get(start_field(config)))
+    return problems + _check_statistics(config, models)
+
+
+def _check_statistics(config: TrainConfig, models: Mapping[str, Path | None]) -> list[str]:
+    """A slice computes what its source does only on images of the same channel statistics."""
+    primary, start = models.get(_field(PRIMARY)), models.get(START)
+    if config.init.method != "slice" or primary is None or start is None:
+        return []
+    students = config.teachers[PRIMARY].statistics(load_card(primary).normalization)
+    found = load_card(start).normalization
+    if found == students:
+        return []
+    return [
+        f"--config.{START}: expected a model of the channel statistics that students see, "
+        f"{_in_words(students)}, found {_in_words(found)}"
+    ]
+
+
+def _in_words(statistics: Normalization) -> str:
+    mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in statistics)
+    return f"mean {mean} and deviation {deviation}"

@@ -107,11 +107,6 @@ def build_experiment(config: TrainConfig, inputs: Inputs) -> Experiment:
         jax.default_backend(),
         start.spec if start else None,
     )
-    if config.init.method == "slice" and start and start.normalization != assembly.normalization:
-        raise InputError(
-            "--config.init.source: expected a model whose images have the channel statistics that "
-            f"students see, found {start.normalization}; students see {assembly.normalization}"
-        )
     teacher_params = {
         name: placed_teacher(assembly.teachers[name], directory, mesh)
         for name, directory in inputs.teachers.items()

@@ -1,0 +1,205 @@
+"""Slices of models: exact where nothing is left out, better than a guess where something is, and
+refused where they do not fit.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import shuffled
+from sklearn.linear_model import Ridge
+
+from proteus_jax.models.config import CLIP, SYNCLR, ViTSpec
+from proteus_jax.models.functional import BackboneFunction, without_layer_scale
+from proteus_jax.models.normalization import IMAGENET
+from proteus_jax.runtime import sharding
+from proteus_jax.slicing.basis import principal_basis, zero_mean_basis
+from proteus_jax.slicing.least_squares import (
+    Sums,
+    add_rows,
+    no_sums,
+    solve,
+    solve_validated,
+    squared_error,
+)
+from proteus_jax.slicing.outer import scaled
+from proteus_jax.slicing.selection import choose_groups
+from proteus_jax.slicing.sizes import sliced_spec
+from proteus_jax.slicing.slicer import Slicer, taken_blocks
+
+SOURCE = ViTSpec(width=48, depth=4, heads=6, grid=3, patch_size=8)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dinov2": {},
+    "registers": {"registers": 3, "layer_scale": False},
+    "swiglu": {"feed_forward": "swiglu"},
+    "synclr": SYNCLR,
+    "clip": CLIP,
+    "dinov3": {"positions": "rotary", "registers": 2, "key_bias": False, "norm_epsilon": 1e-5},
+    "mean": {"pooling": "mean", "final_norm": "class", "class_position": False},
+}
+
+
+def sums_of(x: np.ndarray, y: np.ndarray, chosen: np.ndarray | None = None) -> Sums:
+    zero = no_sums(x.shape[1], y.shape[1])
+    picked = None if chosen is None else jnp.asarray(chosen)
+    return add_rows(zero, jnp.asarray(x), jnp.asarray(y), picked)
+
+
+def sliced(spec: ViTSpec, student: ViTSpec) -> tuple[Any, Any, np.ndarray]:
+    """The slice of a random model, that model's params, and images of its own."""
+    mesh = sharding.make_mesh()
+    flat = dataclasses.replace(spec, layer_scale=False)
+    params = shuffled(BackboneFunction(spec).init(jax.random.key(0)))
+    params = without_layer_scale(jax.device_get(params))
+    side = spec.grid * spec.patch_size
+    rng = np.random.default_rng(3)
+    # Images as they are: neighbors alike, some bright and some dark.
+    coarse = rng.normal(size=(8, 16, 6, 6, 3)).repeat(side // 6, 2).repeat(side // 6, 3)
+    images = (128 + 50 * coarse + 5 * rng.normal(size=coarse.shape)).clip(0, 255).astype(np.uint8)
+    slicer = Slicer(params, BackboneFunction(flat), jnp.asarray(images), IMAGENET, mesh)
+    return slicer.slice(student), (flat, params), images
+
+
+def features(spec: ViTSpec, params: Any, images: np.ndarray) -> Any:
+    params = jax.tree.map(jnp.asarray, params)
+    return BackboneFunction(spec)(params, IMAGENET(jnp.asarray(images)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slice_of_the_same_size_is_the_model_turned(family: str) -> None:
+    """All products of tokens with each other are as before."""
+    spec = dataclasses.replace(SOURCE, **FAMILIES[family])
+    made, (flat, params), images = sliced(spec, spec)
+    assert made.errors[-1].missed < 2e-3
+    assert abs(made.errors[-1].lost) < 1e-5
+    plain = {**params, "norm": {"scale": np.ones(48), "bias": np.zeros(48)}}
+    ours, theirs = features(spec, made.params, images[0]), features(flat, plain, images[0])
+    for own, target in zip(ours[:2], theirs[:2], strict=True):
+        rows, wanted = (np.asarray(each).reshape(-1, 48) for each in (own, target))
+        wanted = wanted - wanted.mean(axis=1, keepdims=True)
+        products, expected = rows @ rows.T, wanted @ wanted.T
+        assert np.abs(products - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_smaller_one_keeps_most(family: str) -> None:
+    spec = dataclasses.replace(SOURCE, **FAMILIES[family])
+    student = sliced_spec(spec, 24, width=32, depth=3)
+    made, _, images = sliced(spec, student)
+    shapes = jax.tree.map(lambda array: array.shape, BackboneFunction(student).shapes)
+    assert jax.tree.map(lambda array: array.shape, made.params) == shapes
+    assert all(0 <= error.lost <= error.missed < 0.7 for error in made.errors)
+    assert len(made.errors) == 3
+    again = sliced(spec, student)[0]
+    jax.tree.map(np.testing.assert_array_equal, made.params, again.params)
+    # The stream may have any scale: the norms take it out again.
+    larger = features(student, scaled(made.params, 8.0), images[0])
+    for own, other in zip(features(student, made.params, images[0]), larger, strict=True):
+        factor = 8.0 if spec.final_norm == "class" and own.ndim == 3 and own.shape[1] else 1.0
+        np.testing.assert_allclose(own * factor, other, rtol=2e-3, atol=2e-3 * factor)
+
+
+def test_which_blocks_are_taken() -> None:
+    assert taken_blocks(12, 12) == list(range(12))
+    assert taken_blocks(12, 6) == [1, 3, 5, 7, 9, 11]
+    assert taken_blocks(40, 24)[-1] == 39
+    assert taken_blocks(7, 3) == [1, 4, 6]
+
+
+def test_sizes() -> None:
+    spec = ViTSpec(width=384, depth=12, heads=6, grid=37)
+    tiny = sliced_spec(spec, 224, name="vit_tiny")
+    assert (tiny.width, tiny.heads, tiny.hidden, tiny.depth, tiny.grid) == (192, 3, 768, 12, 16)
+    assert tiny.inner == 0
+    assert sliced_spec(spec, 224, heads=4).width == 256
+    assert sliced_spec(spec, 224, width=128).heads == 2
+    assert sliced_spec(spec, 224, width=128, hidden=300).hidden == 300
+    assert sliced_spec(spec, 224, depth=7) == dataclasses.replace(spec, depth=7, grid=16)
+    giant = ViTSpec(width=1536, depth=40, heads=24, feed_forward="swiglu")
+    large = sliced_spec(giant, 224, name="vit_large")
+    assert (large.width, large.depth, large.hidden) == (1024, 24, 2736)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"name": "vit_base"}, "vit_base: width: expected from 1 to the 384"),
+        ({"width": 100}, "width 100 with 1 heads: expected heads of 64 channels"),
+        ({"heads": 7}, "heads: expected from 1 to the 6"),
+        ({"depth": 13}, "depth: expected from 1 to the 12"),
+        ({"width": 192, "hidden": 4000}, "hidden: expected from 1 to the 1536"),
+        ({"name": "vit_x"}, "no student has that name"),
+    ]
+    for wrong, words in refused:
+        with pytest.raises(ValueError, match=words):
+            sliced_spec(spec, 224, **wrong)
+    with pytest.raises(ValueError, match="do not divide images of 100 px"):
+        sliced_spec(spec, 100, name="vit_tiny")
+
+
+def test_ridge_is_scikit_learns(rng: np.random.Generator) -> None:
+    x, y = rng.normal(size=(200, 7)).astype(np.float32), rng.normal(size=(200, 3))
+    x += 2.0
+    y = (x @ rng.normal(size=(7, 3)) + 0.1 * y).astype(np.float32)
+    sums = sums_of(x[::2], y[::2])
+    sums = add_rows(sums, jnp.asarray(x[1::2]), jnp.asarray(y[1::2]))
+    found = solve(sums, 0.1)
+    alpha = 0.1 * np.trace(np.cov(x.T, bias=True)) / 7 * 200
+    expected = Ridge(alpha).fit(x, y)
+    np.testing.assert_allclose(found.kernel, expected.coef_.T, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.bias, expected.intercept_, rtol=1e-3, atol=1e-3)
+    error = np.mean(np.sum((x @ found.kernel + found.bias - y) ** 2, axis=1))
+    assert squared_error(found, sums) == pytest.approx(error, rel=1e-3)
+    chosen = rng.random(200) < 0.5
+    some, alone = sums_of(x, y, chosen), sums_of(x[chosen], y[chosen])
+    for part, other in zip(some, alone, strict=True):
+        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-3)
+
+
+def test_the_penalty_is_the_one_that_does_best_on_what_was_held_out(
+    rng: np.random.Generator,
+) -> None:
+    """Twelve rows and ten inputs: the least penalty fits noise."""
+    x, kernel = rng.normal(size=(60, 10)).astype(np.float32), 0.1 * rng.normal(size=(10, 2))
+    y = (x @ kernel + rng.normal(size=(60, 2))).astype(np.float32)
+    fitted, held = (sums_of(x[part], y[part]) for part in (slice(12), slice(12, 60)))
+    found, free = solve_validated(fitted, held), solve(fitted, 1e-4)
+    assert np.linalg.norm(found.kernel) < 0.5 * np.linalg.norm(free.kernel)
+    clear = (x @ kernel).astype(np.float32)
+    parts = [sums_of(x[part], clear[part]) for part in (slice(20), slice(20, 60))]
+    np.testing.assert_allclose(solve_validated(parts[0], parts[1]).kernel, kernel, atol=1e-3)
+
+
+def test_the_basis_keeps_the_largest_directions(rng: np.random.Generator) -> None:
+    basis = zero_mean_basis(6)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(5), atol=1e-12)
+    np.testing.assert_allclose(basis.sum(axis=0), 0, atol=1e-12)
+    rows = rng.normal(size=(500, 8)) * np.arange(1, 9)
+    rows -= rows.mean(axis=1, keepdims=True)
+    found = principal_basis(rows.T @ rows, 4)
+    kept = rows @ found
+    singular = np.linalg.svd(rows, compute_uv=False)
+    assert np.sum(kept**2) == pytest.approx(np.sum(singular[:3] ** 2), rel=1e-5)
+    np.testing.assert_allclose(kept.sum(axis=1), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_explains_most_is_chosen(rng: np.random.Generator, size: int) -> None:
+    """Copies are not taken beside what they copy; the best pair of few is found by trying all."""
+    groups = 5
+    values = rng.normal(size=(400, groups * size)) * np.repeat([3, 1, 2, 0.5, 0.1], size)
+    outputs = rng.normal(size=(groups * size, 6))
+    values[:, -size:] = values[:, :size]
+    covariance = np.cov(values.T, bias=True)
+    found = choose_groups(covariance, outputs, size, 2)
+
+    def explained(chosen: tuple[int, int]) -> float:
+        columns = np.concatenate([np.arange(size) + group * size for group in chosen])
+        target = (values - values.mean(axis=0)) @ outputs
+        inputs = values[:, columns] - values[:, columns].mean(axis=0)
+        fit = np.linalg.lstsq(inputs, target, rcond=None)[0]
+        return -float(np.sum((target - inputs @ fit) ** 2))
+
+    pairs = [(a, b) for a in range(groups) for b in range(a)]
+    best = max(pairs, key=explained)
+    assert explained(tuple(found)) == pytest.approx(explained(best), rel=1e-6)
+    assert set(choose_groups(covariance, outputs, size, 5)) == set(range(5))
