@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.layers import Block
 from proteus_jax.models.rope import rotation
-from proteus_jax.models.vit import Features
+from proteus_jax.models.vit import Features, PoolParts
 
 # The last Linear of each branch of a block, by the kind of its feed-forward layer: where it lies in
 # the block's params.
@@ -58,6 +58,10 @@ class BlockwiseFunction:
     def features(self, params: Params, tokens: Float[Array, "b t d"]) -> Features:
         """Features from the tokens after the last block."""
         return self._backbone.features(params, tokens)
+
+    def pool(self, params: Params, tokens: Float[Array, "b t d"]) -> PoolParts:
+        """What an attention pool computes of the tokens after the last block."""
+        return self._backbone.pool_parts(params, tokens)
 
     def _block(self, block: Params) -> Block:
         return nnx.merge(self._graph, nnx.State(block))

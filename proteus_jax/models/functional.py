@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.student import Student, StudentOutput
-from proteus_jax.models.vit import Features, VisionTransformer
+from proteus_jax.models.vit import Features, PoolParts, VisionTransformer
 
 Params = dict[str, Any]
 
@@ -122,6 +122,10 @@ class BackboneFunction(_Functional):
     def features(self, params: Params, tokens: jax.Array) -> Features:
         """Features from the tokens after the last block."""
         return self._module(params).features(tokens, normalize=True)
+
+    def pool_parts(self, params: Params, tokens: jax.Array) -> PoolParts:
+        """See VisionTransformer.pool_parts."""
+        return self._module(params).pool_parts(tokens)
 
     def class_attention(self, params: Params, images: jax.Array) -> jax.Array:
         """See VisionTransformer.class_attention."""

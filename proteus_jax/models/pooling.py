@@ -27,11 +27,15 @@ class AttentionPool(nnx.Module):
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         """Pools the tokens that the query attends to."""
-        values = self._heads(self.qkv(tokens))[:, :, 2]
-        mixed = jnp.einsum("bhn,bnhd->bhd", self.attention(tokens), values.astype(jnp.float32))
-        pooled = self.proj(mixed.reshape(len(tokens), -1)).astype(tokens.dtype)
+        pooled = self.proj(self.mixed(tokens)).astype(tokens.dtype)
         fed = self.mlp(self.norm(pooled), Unscaled())
         return pooled + fed.astype(tokens.dtype)
+
+    def mixed(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        """The outputs of all heads side by side, which `proj` reads, float32."""
+        values = self._heads(self.qkv(tokens))[:, :, 2]
+        mixed = jnp.einsum("bhn,bnhd->bhd", self.attention(tokens), values.astype(jnp.float32))
+        return mixed.reshape(len(tokens), -1)
 
     def attention(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b h n"]:
         """How much the query attends to each token, float32."""

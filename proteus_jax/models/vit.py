@@ -34,6 +34,17 @@ class Features(NamedTuple):
     registers: Float[Array, "b r d"]
 
 
+class PoolParts(NamedTuple):
+    """What an attention pool computes, step by step: the outputs of its heads, the token that they
+    make, the hidden units of its feed-forward layer, and the class token.
+    """
+
+    heads: Float[Array, "b d"]
+    pooled: Float[Array, "b d"]
+    units: Float[Array, "b m"]
+    cls: Float[Array, "b d"]
+
+
 class PatchEmbed(nnx.Module):
     """The patch convolution as one matmul: a patch is a row of patch * patch * 3 values."""
 
@@ -263,6 +274,14 @@ class VisionTransformer(nnx.Module):
         rematted = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
         (tokens, outputs), _ = jax.lax.scan(rematted, (tokens, outputs), layers)
         return tokens, outputs[: len(wanted)]
+
+    def pool_parts(self, tokens: jax.Array) -> PoolParts:
+        """The steps of an attention pool, of the tokens after the last block."""
+        patches = self.features(tokens, normalize=True).patches
+        heads = self.pool.mixed(patches)
+        pooled = self.pool.proj(heads).astype(patches.dtype)
+        units = self.pool.mlp.units(self.pool.norm(pooled))
+        return PoolParts(heads, pooled, units, self.pool(patches))
 
     def features(self, tokens: jax.Array, *, normalize: bool) -> Features:
         """Features from the tokens after a block."""

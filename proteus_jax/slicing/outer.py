@@ -5,6 +5,7 @@ import numpy as np
 
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params
+from proteus_jax.slicing.folding import unit_norm
 
 TOKENS = ("cls_token", "mask_token", "register_tokens", "pos_embed")
 
@@ -31,11 +32,6 @@ def projected(params: Params, spec: ViTSpec, basis: np.ndarray, embedded_size: f
         }
     result["norm"] = unit_norm(width)
     return result
-
-
-def unit_norm(width: int) -> Params:
-    """A LayerNorm that scales and moves nothing."""
-    return {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)}
 
 
 def _before_norm(params: Params, spec: ViTSpec, basis: np.ndarray) -> np.ndarray:

@@ -26,9 +26,11 @@ from proteus_jax.models.functional import (
 from proteus_jax.models.pos_embed import resize_position_table
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import write_atomically
+from proteus_jax.slicing.fit import BlockError
 from proteus_jax.slicing.heads import fit_heads
 from proteus_jax.slicing.outer import scaled
-from proteus_jax.slicing.slicer import BlockError, Slicer
+from proteus_jax.slicing.slicer import Slicer
+from proteus_jax.slicing.source import SourceModel
 from proteus_jax.training.builder import Assembly
 from proteus_jax.training.config import TrainConfig
 from proteus_jax.training.train_state import TrainState
@@ -37,6 +39,7 @@ from proteus_jax.weights.model_dir import load_model
 # Images that a device takes at once while slices and heads are fitted, and the least number of such
 # groups: every fourth is held out.
 IMAGES_AT_ONCE, LEAST_GROUPS = 16, 4
+OTHER_CROPS = 0x5EED
 # The errors of slices, in a workdir.
 FILE = "slices.json"
 Progress = Callable[[str], None]
@@ -170,7 +173,8 @@ class InitialState:
         config = self.config
         return fitting_images(
             self.images,
-            Sampler(config.seed, self.parts, config.data.weights, 1),
+            # Other crops than those of the first steps, whose losses would look too good.
+            Sampler(config.seed ^ OTHER_CROPS, self.parts, config.data.weights, 1),
             TrainTransform(config.image_size, config.data.randaugment),
             config.init.images,
             self.mesh,
@@ -229,13 +233,9 @@ def make_slicer(
         params = {**params, "pos_embed": np.asarray(table)}
     placed = in_precision(without_layer_scale(params), dtype)
     source = dataclasses.replace(spec, grid=grid, layer_scale=False)
-    return Slicer(
-        sharding.place_tree(placed, mesh),
-        BackboneFunction(source, dtype, attention),
-        images,
-        normalize,
-        mesh,
-    )
+    function = BackboneFunction(source, dtype, attention)
+    on_devices = sharding.place_tree(placed, mesh)
+    return Slicer(SourceModel(on_devices, function, images, normalize, mesh))
 
 
 def slice_in_words(name: str, errors: list[BlockError]) -> str:

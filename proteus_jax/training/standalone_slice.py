@@ -27,9 +27,10 @@ from proteus_jax.models.functional import BackboneFunction, Params, fastest_atte
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime import sharding
+from proteus_jax.slicing.fit import BlockError, Slice
 from proteus_jax.slicing.least_squares import add_rows, no_sums, rows, solve, standardized
 from proteus_jax.slicing.sizes import sliced_spec
-from proteus_jax.slicing.slicer import BlockError, Slice, Slicer
+from proteus_jax.slicing.slicer import Slicer
 from proteus_jax.training.initialization import (
     LEAST_GROUPS,
     Progress,
@@ -163,7 +164,7 @@ class Bench:
     def _source_features(self) -> tuple[_Tokens, _Tokens]:
         grid = self.settings.crop // self.spec.patch_size
         spec = dataclasses.replace(self.spec, grid=grid, layer_scale=False)
-        return self._features(BackboneFunction(spec), self.slicer.params)
+        return self._features(BackboneFunction(spec), self.slicer.source.params)
 
     def _features(self, function: BackboneFunction, params: Params) -> tuple[_Tokens, _Tokens]:
         """A model's tokens of the images to fit on, and of the held-out views."""

@@ -17,6 +17,7 @@ from proteus_jax.models.functional import BackboneFunction, without_layer_scale
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.slicing.basis import principal_basis, zero_mean_basis
+from proteus_jax.slicing.fit import taken_blocks
 from proteus_jax.slicing.least_squares import (
     Sums,
     add_rows,
@@ -28,7 +29,8 @@ from proteus_jax.slicing.least_squares import (
 from proteus_jax.slicing.outer import scaled
 from proteus_jax.slicing.selection import choose_groups
 from proteus_jax.slicing.sizes import sliced_spec
-from proteus_jax.slicing.slicer import Slicer, taken_blocks
+from proteus_jax.slicing.slicer import Slicer
+from proteus_jax.slicing.source import SourceModel
 
 SOURCE = ViTSpec(width=48, depth=4, heads=6, grid=3, patch_size=8)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -38,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "synclr": SYNCLR,
     "clip": CLIP,
     "dinov3": {"positions": "rotary", "registers": 2, "key_bias": False, "norm_epsilon": 1e-5},
+    "siglip": {"class_token": False, "pooling": "attention", "activation": "gelu_tanh"},
     "mean": {"pooling": "mean", "final_norm": "class", "class_position": False},
 }
 
@@ -59,7 +62,8 @@ def sliced(spec: ViTSpec, student: ViTSpec) -> tuple[Any, Any, np.ndarray]:
     # Images as they are: neighbors alike, some bright and some dark.
     coarse = rng.normal(size=(8, 16, 6, 6, 3)).repeat(side // 6, 2).repeat(side // 6, 3)
     images = (128 + 50 * coarse + 5 * rng.normal(size=coarse.shape)).clip(0, 255).astype(np.uint8)
-    slicer = Slicer(params, BackboneFunction(flat), jnp.asarray(images), IMAGENET, mesh)
+    function = BackboneFunction(flat)
+    slicer = Slicer(SourceModel(params, function, jnp.asarray(images), IMAGENET, mesh))
     return slicer.slice(student), (flat, params), images
 
 
@@ -77,6 +81,9 @@ def test_a_slice_of_the_same_size_is_the_model_turned(family: str) -> None:
     assert abs(made.errors[-1].lost) < 1e-5
     plain = {**params, "norm": {"scale": np.ones(48), "bias": np.zeros(48)}}
     ours, theirs = features(spec, made.params, images[0]), features(flat, plain, images[0])
+    if spec.pooling == "attention":
+        # It reads the last norm's tokens, and is turned on its own.
+        theirs = theirs._replace(cls=features(flat, params, images[0]).cls)
     for own, target in zip(ours[:2], theirs[:2], strict=True):
         rows, wanted = (np.asarray(each).reshape(-1, 48) for each in (own, target))
         wanted = wanted - wanted.mean(axis=1, keepdims=True)
