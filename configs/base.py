@@ -37,8 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.init.heads = "random"
     # Number of training images that slices and heads are fitted on.
     config.init.images = 512
-    # Factor of all that a sliced student writes into its stream, which its norms take out again:
-    # the larger, the smaller is an update beside the weights.
+    # Factor of what a sliced student writes into its stream. Its norms take it out again; the larger
+    # it is, the smaller is an update beside the weights.
     config.init.stream_scale = 1.0
     # Random seed of the run.
     config.seed = 0

@@ -127,7 +127,7 @@ def test_all_problems_come_in_one_list() -> None:
         ),
         ({"init.source": "a"}, "a counts for nothing with random weights"),
         ({"init.method": "copy"}, "init.source: expected a model to copy, found nothing"),
-        ({"optimizer.name": "sgd"}, "one of adamw, found 'sgd'"),
+        ({"optimizer.name": "sgd"}, "one of adamw, muon, found 'sgd'"),
         ({"student": "(1, 2)"}, "one or more different names"),
         ({"student": "vit_tiny_0blocks"}, "one or more different names"),
         ({"student": "vit_tiny,vit_small_patch16"}, "one patch size of all"),

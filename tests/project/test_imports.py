@@ -16,7 +16,7 @@ LAYERS = [
     ("models", "schema"),
     ("config",),
     ("methods", "runtime"),
-    ("checkpoint", "data", "weights"),
+    ("checkpoint", "data", "slicing", "weights"),
     ("loading",),
     ("engine",),
     ("evaluation",),
