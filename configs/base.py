@@ -37,8 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.init.heads = "random"
     # Number of training images that slices and heads are fitted on.
     config.init.images = 512
-    # Factor of what a sliced student writes into its stream. Its norms take it out again; the larger
-    # it is, the smaller is an update beside the weights.
+    # Factor of what a sliced student writes into its stream. Its norms take it out again; the
+    # larger it is, the smaller is an update beside the weights.
     config.init.stream_scale = 1.0
     # Random seed of the run.
     config.seed = 0
@@ -82,8 +82,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.drop_path = 0.0
 
     config.method = ml_collections.ConfigDict()
-    # What students learn of their teachers: proteus (the paper's three losses), or another method
-    # of proteus_jax/methods/registry.py.
+    # What students learn of their teachers: proteus (the paper's three losses), or another method.
+    # proteus_jax/methods/registry.py lists them.
     config.method.name = "proteus"
     config.method.loss_weights = ml_collections.ConfigDict()
     # Factor of the loss of class tokens, for every teacher without one of its own.
