@@ -33,7 +33,7 @@ def command(workdir: Path, photographs: Path, teacher: Path, *more: str) -> list
     return [
         sys.executable,
         str(ROOT / "main.py"),
-        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--config={ROOT / 'configs' / 'quickstart_paper.py'}",
         f"--workdir={workdir}",
         f"--config.data.root={photographs}",
         f"--config.teacher={teacher}",

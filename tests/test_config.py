@@ -14,7 +14,7 @@ from proteus_jax.training.builder import RunLength, TeacherInfo, assemble
 from proteus_jax.training.schema import schema_of
 from proteus_jax.weights.registry import TEACHERS
 
-QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+QUICKSTART = str(ROOT / "configs" / "quickstart_paper.py")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 

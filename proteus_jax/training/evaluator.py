@@ -21,7 +21,7 @@ from proteus_jax.training.setup import Experiment
 from proteus_jax.training.train_state import TrainState
 
 # Before the key of what is measured of the average of a student's weights.
-AVERAGE = "ema_"
+AVERAGE, RANDOM = "ema_", "random_"
 PICTURE, PICTURE_ROWS = "agreement.png", 8
 
 
@@ -36,6 +36,7 @@ class Evaluator:
         self._target: teacher_agreement.TeacherTokens | None = None
         self._scene: snapshots.Scene | None = None
         self._taught: dict[str, float] | None = None
+        self._untrained: dict[str, dict[str, float]] | None = None
         self._online = OnlineEvaluation(
             experiment.evaluations, experiment.backbones, experiment.sides, workdir, console
         )
@@ -135,7 +136,9 @@ class Evaluator:
         return np.asarray(patches, np.float32)[:shown]
 
     def _scores(self, step: int, state: TrainState) -> dict[str, float]:
-        """Scores of the teacher, which stay, of every student, and of its average."""
+        """Scores of the teacher and of random weights, which stay, of every student, and of its
+        average.
+        """
         if self._taught is None:
             params = self.experiment.teacher_params[PRIMARY]
             self._taught = self._online.measure(PRIMARY, params, step)
@@ -143,10 +146,25 @@ class Evaluator:
         for name, params in state.params.items():
             scores = self._online.measure(name, params["backbone"], step)
             values |= {f"{name}/{key}": value for key, value in scores.items()}
+            random = self._scores_of_random_weights(step).get(name, {})
+            values |= {f"{name}/{RANDOM}{key}": value for key, value in random.items()}
             if state.ema is not None:
                 scores = self._online.measure(name, state.ema[name], step)
                 values |= {f"{name}/{AVERAGE}{key}": value for key, value in scores.items()}
         return values
+
+    def _scores_of_random_weights(self, step: int) -> dict[str, dict[str, float]]:
+        """What each student would score if it had started from random weights; nothing where it
+        has.
+        """
+        if self._untrained is None:
+            random = self.config.init.method == "random"
+            params = {} if random else self.experiment.init.random().params
+            self._untrained = {
+                name: self._online.measure(name, each["backbone"], step)
+                for name, each in params.items()
+            }
+        return self._untrained
 
     def report(self) -> None:
         """Renews the report, on the first host; where nothing is measured there is one as well."""

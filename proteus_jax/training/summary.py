@@ -140,7 +140,9 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             even = measured[-1].get(prefix + key.replace("_top1", "_balanced_top1"), after)
             if abs(even - after) > WORTH_A_WORD:
                 also = f" (balanced {even:.1f}){also}"
+            random = measured[-1].get(f"{prefix}random_{key}")
+            start = "" if random is None else f", random weights {random:.1f}"
             yield (
                 f"{label}: student {after:.1f}{also}, teacher {of_teacher:.1f}{share} "
-                f"(before {before:.1f})"
+                f"(before {before:.1f}{start})"
             )

@@ -134,7 +134,7 @@ def test_images_that_cannot_be_read_are_no_copies() -> None:
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "main.py"), "--doctor", *arguments]
-    command.append(f"--config={ROOT / 'configs' / 'quickstart.py'}")
+    command.append(f"--config={ROOT / 'configs' / 'quickstart_paper.py'}")
     return warm.run(command, tmp_path, os.environ)
 
 

@@ -93,7 +93,7 @@ class Bench:
         return [
             sys.executable,
             str(ROOT / "main.py"),
-            f"--config={ROOT / 'configs' / 'quickstart.py'}",
+            f"--config={ROOT / 'configs' / 'quickstart_paper.py'}",
             f"--workdir={workdir}",
             f"--config.data.root={self.images}",
             f"--config.teacher={self.teacher}",

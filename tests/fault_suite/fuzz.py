@@ -13,7 +13,7 @@ from proteus_jax.cli import app
 from proteus_jax.errors import InputError
 from proteus_jax.training import runner, setup
 
-QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+QUICKSTART = str(ROOT / "configs" / "quickstart_paper.py")
 ANYTHING = (
     *("", " ", "-1", "0", "1", "2", "3", "7", "1.5", "1e99", "1e400", "nan", "inf", "-inf", "None"),
     *(
@@ -135,7 +135,7 @@ def faults(bench: Bench, count: int, seed: int) -> list[Fault]:
         for name, text in FILES.items()
     ]
     template = (
-        "from proteus_jax.configs import quickstart\n"
+        "from proteus_jax.configs import quickstart_paper as quickstart\n"
         "def get_config():\n    c = quickstart.get_config()\n"
     )
     for change in SPOILT:

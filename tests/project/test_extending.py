@@ -80,7 +80,7 @@ def test_a_method_a_source_and_a_protocol(tiny_teacher: Path, tmp_path: Path) ->
 
 def test_a_loss_beside_the_papers(tiny_teacher: Path, tmp_path: Path) -> None:
     arguments = run_arguments(
-        tmp_path, tiny_teacher, "quickstart", "--config.method.name=with_direction"
+        tmp_path, tiny_teacher, "quickstart_paper", "--config.method.name=with_direction"
     )
     result = with_toys(tmp_path, *arguments, "--config.eval.root=", "--config.batch=8")
     assert result.returncode == 0, result.stdout + result.stderr

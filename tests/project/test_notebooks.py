@@ -50,6 +50,7 @@ def replaced(name: str, run: Path, teacher: Path, photographs: Path, labeled: Pa
             "WORKDIR": str(run.parent / "mine"),
             "SETTINGS": [
                 f"--config.teacher={teacher}",
+                "--config.init.method=random",
                 "--config.steps=2",
                 "--config.batch=4",
                 "--config.data.crop=28",

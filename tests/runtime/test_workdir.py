@@ -345,7 +345,8 @@ def test_nothing_is_fetched_before_a_misspelt_path_is_said(
 
 def refused(workdir: Path, photographs: Path, teacher: Path) -> list[str]:
     overrides = [Override("data.root", str(photographs)), Override("teacher", str(teacher))]
-    configuration, problems = load(str(ROOT / "configs" / "quickstart.py"), overrides, schema_of)
+    file = str(ROOT / "configs" / "quickstart_paper.py")
+    configuration, problems = load(file, overrides, schema_of)
     with pytest.raises(InputError) as error:
         open_inputs(configuration, str(workdir), problems)
     return error.value.problems

@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from proteus_jax.configs import quickstart
+from proteus_jax.configs import quickstart_paper as quickstart
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -74,7 +74,7 @@ def test_two_teachers_and_a_start_from_the_command_line(
     )
     config = tmp_path / "two.py"
     config.write_text(
-        "from proteus_jax.configs import base, quickstart\n"
+        "from proteus_jax.configs import base, quickstart_paper as quickstart\n"
         "def get_config():\n"
         "    config = quickstart.get_config()\n"
         "    config.teachers.teacher.standardize = True\n"
