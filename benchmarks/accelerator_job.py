@@ -124,7 +124,7 @@ class Bench:
 
 
 def machine(job: Job) -> Iterator[Result]:
-    """What it is that is measured."""
+    """Describes the machine that is measured."""
     import jax
 
     device = jax.devices()[0]

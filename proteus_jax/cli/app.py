@@ -73,7 +73,7 @@ def run(arguments: list[str], console: Console, command: str = "") -> int:
 
 
 def _flags(command: str, arguments: list[str]) -> tuple[str, ...]:
-    """What a command adds to its arguments; nothing where they ask for the other thing it does."""
+    """Returns the flags that a command stands for; none where its arguments ask for its other use."""
     flags = CONFIGURED[command].flags if command else ()
     return () if "--devices" in arguments else flags
 

@@ -67,8 +67,8 @@ def _open_split(root: str, held_out: HeldOut) -> Split:
 
 
 def _scheme(root: str) -> str:
-    """What stands before the first colon of a place, in small letters; nothing where there is
-    none.
+    """Returns what stands before the first colon of a root, in lower case; nothing where there is
+    no colon.
     """
     scheme, colon, _ = root.partition(":")
     return scheme.lower() if colon else ""

@@ -49,12 +49,12 @@ class Hook:
 
 
 class StopSignal:
-    """Whether a loop is to end after the step that it is at: as somebody asked for it, or as
-    something failed on this host.
+    """Tells whether a loop is to end after its current step: because somebody asked for it, or
+    because something failed on this host.
     """
 
-    def __init__(self, asked: Callable[[], bool] = lambda: False):
-        self._asked = asked
+    def __init__(self, stop_requested: Callable[[], bool] = lambda: False):
+        self._stop_requested = stop_requested
         # The first failure; the loop ends in order, and then with it.
         self.failure: InputError | Interrupted | None = None
 
@@ -65,7 +65,7 @@ class StopSignal:
     @property
     def requested(self) -> bool:
         """True where the loop is to end."""
-        return self.failure is not None or self._asked()
+        return self.failure is not None or self._stop_requested()
 
 
 class Loop:

@@ -17,8 +17,8 @@ from proteus_jax.schema import Rule
 
 
 class Saving(NamedTuple):
-    """Where a protocol that trains keeps its checkpoints, to whom it says so, and who hears of
-    requests to stop.
+    """What a protocol that trains is given to save with: the address of its checkpoints, what it
+    reports to, and the handler of requests to stop.
     """
 
     address: str

@@ -46,12 +46,12 @@ class BlockwiseFunction:
         return self._backbone.embed(params, images, mask)
 
     def heads(self, block: Params, tokens: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """What a block's heads say of the stream, side by side, before `attn.proj`."""
+        """Computes the outputs of a block's heads, side by side, before `attn.proj`."""
         module = self._block(block)
         return module.attn.mixed(module.norm1(tokens), self._rotation)
 
     def units(self, block: Params, tokens: Float[Array, "b t d"]) -> Float[Array, "b t m"]:
-        """A block's hidden units, of the stream after its attention, before their last Linear."""
+        """Computes a block's hidden units from the stream after its attention, before `fc2` or `w3`."""
         module = self._block(block)
         return module.mlp.units(module.norm2(tokens))
 
@@ -60,7 +60,7 @@ class BlockwiseFunction:
         return self._backbone.features(params, tokens)
 
     def pool(self, params: Params, tokens: Float[Array, "b t d"]) -> PoolParts:
-        """What an attention pool computes of the tokens after the last block."""
+        """Computes the steps of an attention pool from the tokens after the last block."""
         return self._backbone.pool_parts(params, tokens)
 
     def _block(self, block: Params) -> Block:

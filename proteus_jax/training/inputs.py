@@ -237,10 +237,10 @@ def _check_statistics(config: TrainConfig, models: Mapping[str, Path | None]) ->
         return []
     return [
         f"--config.{START}: expected a model of the channel statistics that students see, "
-        f"{_in_words(students)}, found {_in_words(found)}"
+        f"{_mean_and_deviation(students)}, found {_mean_and_deviation(found)}"
     ]
 
 
-def _in_words(statistics: Normalization) -> str:
+def _mean_and_deviation(statistics: Normalization) -> str:
     mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in statistics)
     return f"mean {mean} and deviation {deviation}"

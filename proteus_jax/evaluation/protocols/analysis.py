@@ -46,7 +46,7 @@ HIDDEN = 0.5
 
 
 class Settings(NamedTuple):
-    """With whom a model is compared, and on how many images at most."""
+    """The teacher that a model is compared with, and the largest number of images."""
 
     teacher: str
     images: int
