@@ -51,7 +51,7 @@ class BlockwiseFunction:
         return module.attn.mixed(module.norm1(tokens), self._rotation)
 
     def units(self, block: Params, tokens: Float[Array, "b t d"]) -> Float[Array, "b t m"]:
-        """Computes a block's hidden units from the stream after its attention, before `fc2` or `w3`."""
+        """Computes a block's hidden units from the stream after its attention."""
         module = self._block(block)
         return module.mlp.units(module.norm2(tokens))
 

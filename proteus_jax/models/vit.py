@@ -35,8 +35,8 @@ class Features(NamedTuple):
 
 
 class PoolParts(NamedTuple):
-    """The steps of an attention pool: the outputs of its heads, the token that they make, the hidden
-    units of its feed-forward layer, and the class token.
+    """The steps of an attention pool: the outputs of its heads, the token that they make, the
+    hidden units of its feed-forward layer, and the class token.
     """
 
     heads: Float[Array, "b d"]
