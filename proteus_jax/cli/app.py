@@ -73,7 +73,7 @@ def run(arguments: list[str], console: Console, command: str = "") -> int:
 
 
 def _flags(command: str, arguments: list[str]) -> tuple[str, ...]:
-    """Returns the flags that a command stands for; none where its arguments have one."""
+    """Returns the flags that a command stands for; none beside --devices."""
     flags = CONFIGURED[command].flags if command else ()
     return () if "--devices" in arguments else flags
 

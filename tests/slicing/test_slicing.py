@@ -18,7 +18,9 @@ from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.slicing.basis import principal_basis, zero_mean_basis
 from proteus_jax.slicing.fit import taken_blocks
+from proteus_jax.slicing.folding import without_key_bias
 from proteus_jax.slicing.least_squares import (
+    RIDGES,
     Sums,
     add_rows,
     no_sums,
@@ -165,15 +167,40 @@ def test_ridge_is_scikit_learns(rng: np.random.Generator) -> None:
 def test_the_penalty_is_the_one_that_does_best_on_what_was_held_out(
     rng: np.random.Generator,
 ) -> None:
-    """Twelve rows and ten inputs: the least penalty fits noise."""
+    """Of twelve noisy rows of ten inputs a large one, of clear ones the smallest."""
     x, kernel = rng.normal(size=(60, 10)).astype(np.float32), 0.1 * rng.normal(size=(10, 2))
-    y = (x @ kernel + rng.normal(size=(60, 2))).astype(np.float32)
-    fitted, held = (sums_of(x[part], y[part]) for part in (slice(12), slice(12, 60)))
-    found, free = solve_validated(fitted, held), solve(fitted, 1e-4)
-    assert np.linalg.norm(found.kernel) < 0.5 * np.linalg.norm(free.kernel)
-    clear = (x @ kernel).astype(np.float32)
-    parts = [sums_of(x[part], clear[part]) for part in (slice(20), slice(20, 60))]
-    np.testing.assert_allclose(solve_validated(parts[0], parts[1]).kernel, kernel, atol=1e-3)
+    noise = rng.normal(size=(60, 2))
+    some, others = slice(12), slice(12, 60)
+
+    def alpha(ridge: float, rows: np.ndarray) -> float:
+        return ridge * np.trace(np.cov(rows.T, bias=True)) / 10 * len(rows)
+
+    best = []
+    for scale in (1.0, 0.0):
+        y = (x @ kernel + scale * noise).astype(np.float32)
+        errors = [
+            np.mean(
+                (Ridge(alpha(r, x[some])).fit(x[some], y[some]).predict(x[others]) - y[others]) ** 2
+            )
+            for r in RIDGES
+        ]
+        best.append(RIDGES[int(np.argmin(errors))])
+        found = solve_validated(sums_of(x[some], y[some]), sums_of(x[others], y[others]))
+        expected = Ridge(alpha(best[-1], x)).fit(x, y)
+        np.testing.assert_allclose(found.kernel, expected.coef_.T, rtol=1e-2, atol=1e-4)
+    assert best[0] >= 0.1
+    assert best[1] == RIDGES[0]
+
+
+def test_a_bias_that_keys_do_not_have_is_their_norms(rng: np.random.Generator) -> None:
+    norm = {"scale": np.ones(6, np.float32), "bias": np.zeros(6, np.float32)}
+    kernel = rng.normal(size=(6, 18)).astype(np.float32)
+    qkv = {"kernel": kernel, "bias": rng.normal(size=18).astype(np.float32)}
+    moved, made = without_key_bias(norm, qkv)
+    assert not made["bias"][6:12].any()
+    rows = rng.normal(size=(5, 6)).astype(np.float32)
+    found = (rows + moved["bias"]) @ made["kernel"] + made["bias"]
+    np.testing.assert_allclose(found, rows @ kernel + qkv["bias"], rtol=1e-3, atol=1e-3)
 
 
 def test_the_basis_keeps_the_largest_directions(rng: np.random.Generator) -> None:
