@@ -34,16 +34,16 @@ if [ "$part" = --image ]; then
         echo "+ $step"
         alone env EXTRAS=gcs PATH="$PWD/.venv/bin:$PATH" bash -c "$step" </dev/null
     done
-    alone .venv/bin/python main.py --config=configs/quickstart.py --config.steps=3 --workdir=runs/image
+    alone .venv/bin/python main.py --config=configs/quickstart.py --config.steps=3 --config.init.images=64 --workdir=runs/image
     exit
 fi
 if [ "$part" = --part ]; then
     alone make .venv/locked.stamp PYTHON="${PYTHON:-python3}"
-    run=(.venv/bin/python main.py --config=configs/quickstart.py --config.steps=3)
+    run=(.venv/bin/python main.py --config=configs/quickstart.py --config.steps=3 --config.init.images=64)
 else
     alone make quickstart PYTHON="${PYTHON:-python3}"
     test -f runs/quickstart/student/model.safetensors
-    run=(.venv/bin/python main.py --config=configs/quickstart.py --config.steps=3)
+    run=(.venv/bin/python main.py --config=configs/quickstart.py --config.steps=3 --config.init.images=64)
 fi
 [ "$part" = --part ] && alone "${run[@]}" --workdir=runs/first
 echo "once more, without an index"

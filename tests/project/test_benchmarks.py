@@ -44,6 +44,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
     monkeypatch.setattr(accelerator, "JOB", script)
 
 
+@pytest.mark.slow
 def test_accelerator(runner: Any) -> None:
     """Each kind of job; what a CPU lacks is told, and nothing else is lost by it."""
     sizes = {"pair": "T", "batch": 4}

@@ -352,6 +352,7 @@ def test_a_pod_from_nothing_to_a_student(
 ONE_TASK = '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nSLURM_PROCID=0 exec "$@"\n'
 
 
+@pytest.mark.slow
 def test_slurm_from_nothing_to_a_student(
     tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:

@@ -564,6 +564,7 @@ def assert_measured_alike(many: Path, one: Path) -> None:
         assert np.abs(picture(many / name) - picture(one / name)).mean() < 2
 
 
+@pytest.mark.slow
 def test_a_dump_of_hosts_whose_devices_take_turns_is_that_of_one(
     tmp_path: Path, photographs: Path, tiny_teacher: Path
 ) -> None:
