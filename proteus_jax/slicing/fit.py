@@ -16,6 +16,7 @@ from proteus_jax.models.blockwise import (
 )
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction, Params
+from proteus_jax.runtime import sharding
 from proteus_jax.slicing import outer
 from proteus_jax.slicing.folding import columns_of, read, unit_norm, without_key_bias
 from proteus_jax.slicing.least_squares import (
@@ -68,7 +69,7 @@ class Fit:
     def run(self, progress: Callable[[str], None]) -> Slice:
         """Fits all blocks."""
         model, depth = self._source, self._student.depth
-        host = jax.device_get(model.params)
+        host = sharding.gather(model.params, model.mesh)
         target = model.embedded(model.parts, model.params)
         bias = host["norm_pre"]["bias"] if model.spec.pre_norm else np.float32(0)
         size = float(self._size(target, bias))
@@ -86,7 +87,7 @@ class Fit:
             grams = model.grams(last, before, middle)
             block, stream = self._attention(source, grams, stream, before, middle)
             block, stream = self._feed_forward(source, grams, block, stream, middle, target)
-            whole, inside, away = (float(each) for each in self._energies(stream, target))
+            whole, inside, away = map(float, jax.device_get(self._energies(stream, target)))
             errors.append(BlockError(1 - inside / whole, (whole - inside + away) / whole))
             blocks.append(block)
         stacked = jax.tree.map(lambda *layers: np.stack(layers), *blocks)

@@ -199,6 +199,12 @@ def _check_devices(config: TrainConfig) -> list[str]:
             f"--config.hosts, --config.devices: found {describe_devices()}, expected "
             f"{expected[0]} x {expected[1]}"
         ]
+    if hosts > 1 and (config.init.method == "slice" or config.init.heads == "least_squares"):
+        return [
+            "--config.init: slices and fitted heads are made on one host only, found "
+            f"{hosts}; make the slice there (proteus slice) and start from it with "
+            "--config.init.method=copy"
+        ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
     unit, count = config.batch_unit(devices), config.grad_accum_steps
