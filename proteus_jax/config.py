@@ -230,7 +230,10 @@ def _check_fields(config: ml_collections.ConfigDict, schema: Schema) -> list[str
             parent, name = _parent(config, field)
             wrong = schema.fault(field, parent[name])
         except (KeyError, TypeError):
-            wrong = f"--config.{field}: missing or of another type; {schema.origin(field)}"
+            wrong = (
+                f"--config.{field}: missing or of another type; a configuration starts from "
+                "configs/base.py, and has the fields of a method that it chooses"
+            )
         if wrong:
             problems.append(wrong)
     return problems

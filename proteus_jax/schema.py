@@ -77,12 +77,6 @@ class Schema(NamedTuple):
     # The names that fields once had, and have now.
     renamed: Mapping[str, str] = MappingProxyType({})
 
-    def origin(self, field: str) -> str:
-        """Returns where a field that is missing would come from, in words."""
-        if field.startswith("method."):
-            return "a method with fields of its own is chosen in a configuration that has them"
-        return "a configuration starts from configs/base.py"
-
     def fault(self, field: str, value: Any) -> str | None:
         """Returns what is wrong with a value, in words; None where nothing is."""
         absent = value is None and self.optional(field)

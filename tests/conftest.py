@@ -92,6 +92,9 @@ class Heard(Console):
     def log(self, text: str) -> None:
         pass
 
+    def dismiss_watcher(self) -> None:
+        """There is none."""
+
     def progress(self, text: str, *, last: bool = False) -> None:
         self.live.append(text)
 

@@ -1706,8 +1706,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/models/pooling.py",
-        "return pooled + fed.astype(tokens.dtype)",
-        "return fed.astype(tokens.dtype)",
+        "cls = pooled + Unscaled()",
+        "cls = Unscaled()",
         "SigLIP's class token lacks the attention it is added to",
         ("test_plain.py::test_a_model_and_its_gradient",),
     ),

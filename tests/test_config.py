@@ -37,7 +37,7 @@ def test_every_config_builds(name: str) -> None:
         name: TeacherInfo(TEACHERS[each.source].spec, TEACHERS[each.source].normalization)
         for name, each in settings.teachers.items()
     }
-    start = TEACHERS[settings.init.source].spec if settings.init.source else None
+    start = TEACHERS[settings.start].spec if settings.start else None
     assembly = assemble(settings, known, RunLength(10, 1), "tpu", start)
     crop = settings.data.crop
     images = jax.ShapeDtypeStruct((settings.batch, crop, crop, 3), jax.numpy.uint8)

@@ -16,10 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from proteus_jax.errors import InputError, exit_code
+from proteus_jax.cli.ending import end_at_a_signal, ending
+from proteus_jax.errors import InputError
 from proteus_jax.runtime import process
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import write_atomically
+from proteus_jax.slicing.sizes import FIELDS
 from proteus_jax.training import standalone_slice
 from proteus_jax.training.initialization import slice_in_words
 
@@ -27,7 +29,9 @@ COLUMNS = "width heads hidden depth   params  GFLOPs  lost  missed  class  patch
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code. Without a `console` the process is the command's
+    own, and ends at a signal.
+    """
     parser = argparse.ArgumentParser(
         prog="proteus slice",
         description=__doc__,
@@ -48,21 +52,19 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     if arguments is None:
         process.begin()
     options = parser.parse_args(arguments)
-    try:
-        return _run(options, console or Console())
-    except InputError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return exit_code(error)
+    if console is None:
+        console = Console()
+        end_at_a_signal(console)
+    return ending(lambda: _run(options, console), console)
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     _check(options)
     settings = standalone_slice.Settings(
-        tuple(options.roots), options.images, options.crop, options.seed
+        tuple(options.roots), options.images, options.crop, options.seed, options.sizes
     )
     bench = standalone_slice.Bench(options.teacher, settings, console.progress)
-    sizes = {name: getattr(options, name) for name in ("width", "heads", "hidden", "depth")}
+    sizes = {name: getattr(options, name) for name in FIELDS}
     if options.sizes:
         return _table(bench, options.output, console)
     spec = bench.spec_of(name=options.student, **sizes)
@@ -91,7 +93,7 @@ def _table(bench: standalone_slice.Bench, output: Path | None, console: Console)
             f"{row.error.missed:6.1%} {scores.agreement_class:6.3f} "
             f"{scores.agreement_patch:6.3f} {scores.cka:5.3f}"
         )
-        sizes = {key: getattr(spec, key) for key in ("width", "heads", "hidden", "depth")}
+        sizes = {key: getattr(spec, key) for key in FIELDS}
         figures = {"parameters": row.parameters, "gflops": row.gflops, "seconds": row.seconds}
         written.append(sizes | figures | row.error._asdict() | scores._asdict())
     if output is not None:
@@ -103,15 +105,19 @@ def _check(options: argparse.Namespace) -> None:
     """InputError lists what is wrong with the arguments."""
     problems = [
         f"--{name}: expected a number above 0, found {value}"
-        for name in ("width", "heads", "hidden", "depth", "images", "crop")
+        for name in (*FIELDS, "images", "crop")
         if (value := getattr(options, name)) is not None and value < 1
     ]
-    own = [name for name in ("width", "heads", "hidden", "depth") if getattr(options, name)]
+    if not 0 <= options.seed < 2**32:
+        problems.append(f"--seed: expected from 0 to 4294967295, found {options.seed}")
+    own = [name for name in FIELDS if getattr(options, name) is not None]
     if options.sizes and (own or options.student):
         problems.append("--sizes: expected without a size of its own")
     if not options.sizes:
         if not (own or options.student):
-            problems.append("--student: expected a name, or one of --width, --heads, --depth")
+            problems.append(
+                "--student: expected a name, or a size of its own (--width, --heads, ...)"
+            )
         if options.output is None:
             problems.append("--output: expected a directory")
         elif options.output.expanduser().exists():

@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float
 
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.layers import Block
+from proteus_jax.models.pooling import PoolParts
 from proteus_jax.models.rope import rotation
-from proteus_jax.models.vit import Features, PoolParts
+from proteus_jax.models.vit import Features
 
 # The last Linear of each branch of a block, by the kind of its feed-forward layer: where it lies in
 # the block's params.

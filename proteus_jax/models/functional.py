@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 
 from proteus_jax.models.attention import choose
 from proteus_jax.models.config import ViTSpec
+from proteus_jax.models.pooling import PoolParts
 from proteus_jax.models.student import Student, StudentOutput
-from proteus_jax.models.vit import Features, PoolParts, VisionTransformer
+from proteus_jax.models.vit import Features, VisionTransformer
 
 Params = dict[str, Any]
 

@@ -4,6 +4,8 @@ layer.
 Source: google-research/big_vision models/vit.py (MAPHead).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +14,17 @@ from jaxtyping import Array, Float
 
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.layers import LayerNorm, Mlp, Unscaled, linear
+
+
+class PoolParts(NamedTuple):
+    """The steps of an attention pool: the outputs of its heads side by side, float32, the token
+    that they make, the hidden units of its feed-forward layer, and the class token.
+    """
+
+    heads: Float[Array, "b d"]
+    pooled: Float[Array, "b d"]
+    units: Float[Array, "b m"]
+    cls: Float[Array, "b d"]
 
 
 class AttentionPool(nnx.Module):
@@ -27,15 +40,17 @@ class AttentionPool(nnx.Module):
 
     def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         """Pools the tokens that the query attends to."""
-        pooled = self.proj(self.mixed(tokens)).astype(tokens.dtype)
-        fed = self.mlp(self.norm(pooled), Unscaled())
-        return pooled + fed.astype(tokens.dtype)
+        return self.parts(tokens).cls
 
-    def mixed(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        """The outputs of all heads side by side, which `proj` reads, float32."""
+    def parts(self, tokens: Float[Array, "b n d"]) -> PoolParts:
+        """The steps of the same."""
         values = self._heads(self.qkv(tokens))[:, :, 2]
         mixed = jnp.einsum("bhn,bnhd->bhd", self.attention(tokens), values.astype(jnp.float32))
-        return mixed.reshape(len(tokens), -1)
+        heads = mixed.reshape(len(tokens), -1)
+        pooled = self.proj(heads).astype(tokens.dtype)
+        units = self.mlp.units(self.norm(pooled))
+        cls = pooled + Unscaled()(self.mlp.fc2, units).astype(tokens.dtype)
+        return PoolParts(heads, pooled, units, cls)
 
     def attention(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b h n"]:
         """How much the query attends to each token, float32."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.layers import LINEAR_INIT, Block, LayerNorm, torch_uniform
-from proteus_jax.models.pooling import AttentionPool
+from proteus_jax.models.pooling import AttentionPool, PoolParts
 from proteus_jax.models.pos_embed import resize_position_table
 from proteus_jax.models.remat import REMAT
 from proteus_jax.models.rope import Rotation, rotation
@@ -32,17 +32,6 @@ class Features(NamedTuple):
     cls: Float[Array, "b d"]
     patches: Float[Array, "b n d"]
     registers: Float[Array, "b r d"]
-
-
-class PoolParts(NamedTuple):
-    """The steps of an attention pool: the outputs of its heads, the token that they make, the
-    hidden units of its feed-forward layer, and the class token.
-    """
-
-    heads: Float[Array, "b d"]
-    pooled: Float[Array, "b d"]
-    units: Float[Array, "b m"]
-    cls: Float[Array, "b d"]
 
 
 class PatchEmbed(nnx.Module):
@@ -277,11 +266,7 @@ class VisionTransformer(nnx.Module):
 
     def pool_parts(self, tokens: jax.Array) -> PoolParts:
         """The steps of an attention pool, of the tokens after the last block."""
-        patches = self.features(tokens, normalize=True).patches
-        heads = self.pool.mixed(patches)
-        pooled = self.pool.proj(heads).astype(patches.dtype)
-        units = self.pool.mlp.units(self.pool.norm(pooled))
-        return PoolParts(heads, pooled, units, self.pool(patches))
+        return self.pool.parts(self.features(tokens, normalize=True).patches)
 
     def features(self, tokens: jax.Array, *, normalize: bool) -> Features:
         """Features from the tokens after a block."""

@@ -159,5 +159,7 @@ def read_metrics(workdir: Path) -> Iterator[dict[str, Any]]:
 
 
 def parameter_table(params: Any) -> str:
-    """Every parameter with its shape, size, mean and deviation, as text for the log."""
-    return parameter_overview.get_parameter_overview(params)
+    """Every parameter with its shape, size, mean, deviation and sharding, as text for the log; all
+    hosts must take part.
+    """
+    return parameter_overview.get_parameter_overview(params, include_stats="global")

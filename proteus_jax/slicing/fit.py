@@ -22,6 +22,7 @@ from proteus_jax.slicing.folding import columns_of, read, unit_norm, without_key
 from proteus_jax.slicing.least_squares import (
     Sums,
     add_rows,
+    covariance,
     no_sums,
     solve,
     standardized,
@@ -108,8 +109,8 @@ class Fit:
         spec, student = self._source.spec, self._student
         size = spec.width // spec.heads
         kernel = source["attn"]["proj"]["kernel"] @ self._basis
-        covariance = _centered(grams.heads, grams.heads_sum, grams.n)
-        heads = choose_groups(covariance, kernel, size, student.heads)
+        moments = covariance(grams.heads, grams.heads_sum, grams.n)
+        heads = choose_groups(moments, kernel, size, student.heads)
         of_qkv = columns_of(heads, size, spec.width, parts=3)
         seen = solve(self._input_sums(stream, before))
         norm, qkv = read(source["norm1"], source["attn"]["qkv"], seen, of_qkv)
@@ -138,9 +139,9 @@ class Fit:
         spec, student = self._source.spec, self._student
         first = FEED_FORWARD_INPUT[spec.feed_forward][1]
         last = FEED_FORWARD_OUTPUT[spec.feed_forward][1]
-        covariance = _centered(grams.units, grams.units_sum, grams.n)
+        moments = covariance(grams.units, grams.units_sum, grams.n)
         kernel = source["mlp"][last]["kernel"] @ self._basis
-        units = choose_groups(covariance, kernel, 1, student.hidden)
+        units = choose_groups(moments, kernel, 1, student.hidden)
         columns = columns_of(units, 1, spec.hidden, 2 if spec.feed_forward == "swiglu" else 1)
         seen = solve(self._input_sums(stream, middle))
         norm, own = read(source["norm2"], source["mlp"][first], seen, columns)
@@ -220,11 +221,6 @@ def taken_blocks(source: int, student: int) -> list[int]:
     equal shares. What the others of a share do is fitted into that one.
     """
     return [round((number + 1) * source / student) - 1 for number in range(student)]
-
-
-def _centered(gram: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    mean = np.asarray(total, np.float64) / count
-    return np.asarray(gram, np.float64) / count - np.outer(mean, mean)
 
 
 def _zeros(inputs: int, outputs: int) -> Params:

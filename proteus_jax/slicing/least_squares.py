@@ -27,6 +27,12 @@ class Sums(NamedTuple):
     yy: Any
 
 
+def covariance(gram: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Computes the covariance [k, k] from the sums of products, of values and of ones; float64."""
+    mean = np.asarray(total, np.float64) / count
+    return np.asarray(gram, np.float64) / count - np.outer(mean, mean)
+
+
 class Linear(NamedTuple):
     """The map y = x @ kernel + bias, float32 on the host."""
 

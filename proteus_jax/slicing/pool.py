@@ -6,16 +6,15 @@ source computes, and its weights are taken as they are.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import Params
-from proteus_jax.models.vit import PoolParts
+from proteus_jax.models.pooling import PoolParts
 from proteus_jax.slicing.basis import principal_basis
 from proteus_jax.slicing.folding import columns_of, read
-from proteus_jax.slicing.least_squares import Linear, product, standardized
+from proteus_jax.slicing.least_squares import Linear, covariance, product, standardized
 from proteus_jax.slicing.selection import choose_groups
 
 
@@ -50,11 +49,11 @@ def sliced_pool(
     """The pool of a student, whose last norm's tokens `seen` turns into the source's before scale
     and bias.
     """
-    pool, sums = params["pool"], jax.tree.map(lambda part: np.asarray(part, np.float64), sums)
+    pool = params["pool"]
     size = spec.width // spec.heads
     basis = principal_basis(sums.tokens, student.width)
     heads = choose_groups(
-        _centered(sums.heads, sums.heads_sum, sums.n),
+        covariance(sums.heads, sums.heads_sum, sums.n),
         pool["proj"]["kernel"] @ basis,
         size,
         student.heads,
@@ -64,9 +63,9 @@ def sliced_pool(
     # The learned query meets the kernel alone, so that the bias can say what it comes to.
     query = pool["probe"].reshape(-1) @ pool["qkv"]["kernel"] + pool["qkv"]["bias"]
     qkv["bias"][: student.width] = query[columns]
-    covariance = _centered(sums.units, sums.units_sum, sums.n)
+    moments = covariance(sums.units, sums.units_sum, sums.n)
     last = pool["mlp"]["fc2"]
-    units = choose_groups(covariance, last["kernel"] @ basis, 1, student.hidden)
+    units = choose_groups(moments, last["kernel"] @ basis, 1, student.hidden)
     ratio = np.float32((spec.width / student.width) ** 0.5)
     inside = Linear(ratio * basis.T, np.zeros(spec.width, np.float32))
     norm, first = read(pool["norm"], pool["mlp"]["fc1"], inside, units)
@@ -84,8 +83,3 @@ def _written(linear: Params, rows: np.ndarray, basis: np.ndarray) -> Params:
         "kernel": np.asarray(linear["kernel"][rows] @ basis, np.float32),
         "bias": np.asarray(linear["bias"] @ basis, np.float32),
     }
-
-
-def _centered(gram: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    mean = total / count
-    return gram / count - np.outer(mean, mean)

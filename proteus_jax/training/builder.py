@@ -231,7 +231,7 @@ def spec_of(config: TrainConfig, name: str, start: ViTSpec | None) -> ViTSpec:
     """The spec of a student by its name; `start` is what it is copied or sliced from. ValueError
     where they do not fit together.
     """
-    if start is not None and config.init.method == "slice":
+    if start is not None and config.init.slices:
         return sliced_spec(start, config.data.crop, name=name)
     return student_spec(name, config.data.crop, start)
 

@@ -10,8 +10,11 @@ from proteus_jax.config import to_record
 from proteus_jax.data.splits import HeldOut, Subset
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.methods.base import Method
-from proteus_jax.methods.config import MethodConfig, TeacherConfig
+from proteus_jax.methods.config import PRIMARY, MethodConfig, TeacherConfig
 from proteus_jax.methods.registry import make_method
+
+# The values of init.method and init.heads.
+RANDOM, COPY, SLICE, LEAST_SQUARES = "random", "copy", "slice", "least_squares"
 
 
 class InitConfig(NamedTuple):
@@ -25,6 +28,16 @@ class InitConfig(NamedTuple):
     heads: str
     images: int
     stream_scale: float
+
+    @property
+    def slices(self) -> bool:
+        """True where students are cut out of a larger model."""
+        return self.method == SLICE
+
+    @property
+    def fits_heads(self) -> bool:
+        """True where heads start by least squares."""
+        return self.heads == LEAST_SQUARES
 
 
 class OptimizerConfig(NamedTuple):
@@ -106,6 +119,12 @@ class TrainConfig:
         """The side in pixels of the crops that are made: the largest that any model wants."""
         sizes = [teacher.image_size or 0 for teacher in self.teachers.values()]
         return max(self.data.crop, *sizes)
+
+    @property
+    def start(self) -> str:
+        """The model that students are copied or sliced from; empty for random weights."""
+        sliced_teacher = self.init.slices and not self.init.source
+        return self.teachers[PRIMARY].source if sliced_teacher else self.init.source
 
     def make_method(self) -> Method:
         """Makes the method that the students learn by."""

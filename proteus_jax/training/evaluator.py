@@ -158,8 +158,7 @@ class Evaluator:
         has.
         """
         if self._untrained is None:
-            random = self.config.init.method == "random"
-            params = {} if random else self.experiment.init.random().params
+            params = self.experiment.init.random().params if self.config.start else {}
             self._untrained = {
                 name: self._online.measure(name, each["backbone"], step)
                 for name, each in params.items()

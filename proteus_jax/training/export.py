@@ -70,8 +70,12 @@ def _recipe(experiment: Experiment, step: int) -> dict[str, Any]:
         "images": ", ".join(config.data.root),
         "proteus_jax": proteus_jax.__version__,
     }
-    if config.init.source:
-        recipe |= {"start": config.init.source, "start_sha256": experiment.facts["start"]}
+    if config.start:
+        recipe |= {
+            "init": config.init.method,
+            "start": config.start,
+            "start_sha256": experiment.facts["start"],
+        }
     return recipe
 
 

@@ -1,6 +1,7 @@
 """What students start from: random weights, a copy or a slice of a model; and their heads."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from proteus_jax.models.pos_embed import resize_position_table
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.filesystem import write_atomically
 from proteus_jax.slicing.fit import BlockError
-from proteus_jax.slicing.heads import fit_heads
+from proteus_jax.slicing.heads import FittedHeads, fit_heads
 from proteus_jax.slicing.outer import scaled
 from proteus_jax.slicing.slicer import Slicer
 from proteus_jax.slicing.source import SourceModel
@@ -39,10 +40,12 @@ from proteus_jax.weights.model_dir import load_model
 # Images that a device takes at once while slices and heads are fitted, and the least number of such
 # groups: every fourth is held out.
 IMAGES_AT_ONCE, LEAST_GROUPS = 16, 4
+# What makes other crops of a run's seed.
 OTHER_CROPS = 0x5EED
 # The errors of slices, in a workdir.
 FILE = "slices.json"
 Progress = Callable[[str], None]
+Groups = Callable[[], jax.Array]
 
 
 def init_from_pretrained(params: Params, old: ViTSpec, new: ViTSpec) -> Params:
@@ -75,15 +78,19 @@ class InitialState:
     mesh: Mesh
     random: Callable[[], TrainState]
     errors: dict[str, list[BlockError]] = dataclasses.field(default_factory=dict)
+    # What was fitted, on the host: the report wants the same state once more.
+    _backbones: dict[str, Params] | None = None
+    _heads: dict[str, FittedHeads] | None = None
 
     def __call__(self, progress: Progress = lambda text: None) -> TrainState:
         """Makes the state; `progress` hears of what takes a while."""
         state = self.random()
         with jax.transfer_guard("allow"):
+            groups = functools.cache(lambda: self._groups(progress))
             if self.source is not None:
-                state = self._with_backbones(state, progress)
-            if self.config.init.heads == "least_squares":
-                state = self._with_heads(state, progress)
+                state = self._with_backbones(state, groups, progress)
+            if self.config.init.fits_heads:
+                state = self._with_heads(state, groups, progress)
         return state
 
     def report(self, workdir: Path) -> list[str]:
@@ -94,17 +101,11 @@ class InitialState:
         write_atomically(workdir / FILE, json.dumps(rows, indent=2) + "\n")
         return [slice_in_words(name, errors) for name, errors in self.errors.items()]
 
-    def _with_backbones(self, state: TrainState, progress: Progress) -> TrainState:
+    def _with_backbones(self, state: TrainState, groups: Groups, progress: Progress) -> TrainState:
         """The state with backbones from a model."""
-        assert self.source is not None
-        params, card = load_model(self.source)
-        if self.config.init.method == "slice":
-            backbones = self._slices(params, card.spec, progress)
-        else:
-            backbones = {
-                name: init_from_pretrained(params, card.spec, student.spec)
-                for name, student in self.assembly.students.items()
-            }
+        if self._backbones is None:
+            self._backbones = self._made_backbones(groups, progress)
+        backbones = self._backbones
         placed = {name: sharding.place_tree(each, self.mesh) for name, each in backbones.items()}
         learning = {
             name: {**values, "backbone": placed[name]} for name, values in state.params.items()
@@ -115,7 +116,20 @@ class InitialState:
             ema = {name: sharding.place_tree(each, self.mesh) for name, each in backbones.items()}
         return state._replace(params=learning, ema=ema)
 
-    def _slices(self, params: Params, spec: ViTSpec, progress: Progress) -> dict[str, Params]:
+    def _made_backbones(self, groups: Groups, progress: Progress) -> dict[str, Params]:
+        """Each student's backbone, copied or sliced from the model; host arrays."""
+        assert self.source is not None
+        params, card = load_model(self.source)
+        if self.config.init.slices:
+            return self._slices(params, card.spec, groups, progress)
+        return {
+            name: init_from_pretrained(params, card.spec, student.spec)
+            for name, student in self.assembly.students.items()
+        }
+
+    def _slices(
+        self, params: Params, spec: ViTSpec, groups: Groups, progress: Progress
+    ) -> dict[str, Params]:
         """Each student as a slice of a model."""
         students = self.assembly.students
         student = next(iter(students.values()))
@@ -124,7 +138,7 @@ class InitialState:
             params,
             spec,
             crop // spec.patch_size,
-            self._groups(progress),
+            groups(),
             lambda images: resize_images(self.assembly.normalization(images), crop),
             self.mesh,
             student.dtype,
@@ -137,19 +151,35 @@ class InitialState:
             made[name] = scaled(sliced.params, self.config.init.stream_scale)
         return made
 
-    def _with_heads(self, state: TrainState, progress: Progress) -> TrainState:
+    def _with_heads(self, state: TrainState, groups: Groups, progress: Progress) -> TrainState:
         """The state with heads by least squares."""
-        assembly, groups = self.assembly, self._groups(progress)
+        if self._heads is None:
+            self._heads = self._fitted_heads(state, groups(), progress)
+        learning, statistics = dict(state.params), dict(state.statistics)
+        for name, fitted in self._heads.items():
+            heads = {
+                teacher: {**own, **sharding.place_tree(fitted.params[teacher], self.mesh)}
+                for teacher, own in state.params[name]["heads"].items()
+            }
+            learning[name] = {**learning[name], "heads": heads}
+            statistics |= sharding.place_tree(fitted.moments, self.mesh)
+        return state._replace(params=learning, statistics=statistics)
+
+    def _fitted_heads(
+        self, state: TrainState, groups: jax.Array, progress: Progress
+    ) -> dict[str, FittedHeads]:
+        """The heads of each student, on the host."""
+        assembly = self.assembly
         grid = next(iter(assembly.students.values())).spec.grid
 
         def draw(number: int) -> Any:
             key = jax.random.fold_in(jax.random.key(self.config.seed), number)
             return assembly.method.draw(key, groups.shape[1], grid**2)
 
-        learning, statistics = dict(state.params), dict(state.statistics)
+        fitted = {}
         for name, student in assembly.students.items():
             progress(f"{name}: fitting heads")
-            fitted = fit_heads(
+            fitted[name] = fit_heads(
                 student,
                 state.params[name]["backbone"],
                 assembly.teachers,
@@ -160,13 +190,7 @@ class InitialState:
                 assembly.method.heads,
                 self.mesh,
             )
-            heads = {
-                teacher: {**own, **sharding.place_tree(fitted.params[teacher], self.mesh)}
-                for teacher, own in state.params[name]["heads"].items()
-            }
-            learning[name] = {**learning[name], "heads": heads}
-            statistics |= sharding.place_tree(fitted.moments, self.mesh)
-        return state._replace(params=learning, statistics=statistics)
+        return fitted
 
     def _groups(self, progress: Progress) -> jax.Array:
         """The images that are fitted on."""

@@ -120,8 +120,7 @@ START = "init.source"
 
 def start_field(config: TrainConfig) -> str:
     """The field that names the model which students are copied or sliced from."""
-    sliced_teacher = config.init.method == "slice" and not config.init.source
-    return _field(PRIMARY) if sliced_teacher else START
+    return _field(PRIMARY) if config.init.slices and not config.init.source else START
 
 
 def _field(teacher: str) -> str:
@@ -199,12 +198,6 @@ def _check_devices(config: TrainConfig) -> list[str]:
             f"--config.hosts, --config.devices: found {describe_devices()}, expected "
             f"{expected[0]} x {expected[1]}"
         ]
-    if hosts > 1 and (config.init.method == "slice" or config.init.heads == "least_squares"):
-        return [
-            "--config.init: slices and fitted heads are made on one host only, found "
-            f"{hosts}; make the slice there (proteus slice) and start from it with "
-            "--config.init.method=copy"
-        ]
     if devices % config.fsdp:
         return [f"--config.fsdp: expected a divisor of the {devices} devices, found {config.fsdp}"]
     unit, count = config.batch_unit(devices), config.grad_accum_steps
@@ -235,7 +228,7 @@ def _check_models(config: TrainConfig, models: Mapping[str, Path | None]) -> lis
 def _check_statistics(config: TrainConfig, models: Mapping[str, Path | None]) -> list[str]:
     """A slice computes what its source does only on images of the same channel statistics."""
     primary, start = models.get(_field(PRIMARY)), models.get(START)
-    if config.init.method != "slice" or primary is None or start is None:
+    if not config.init.slices or primary is None or start is None:
         return []
     students = config.teachers[PRIMARY].statistics(load_card(primary).normalization)
     found = load_card(start).normalization

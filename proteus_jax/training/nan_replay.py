@@ -213,9 +213,7 @@ def _assembled(config: TrainConfig, images: int) -> tuple[Assembly, dict]:
     """The functions of a run, and where its teachers' weights lie."""
     directories = {name: obtain_model(each.source) for name, each in config.teachers.items()}
     cards = {name: load_card(directory) for name, directory in directories.items()}
-    start = None
-    if config.init.source:
-        start = load_card(obtain_model(config.init.source)).spec
+    start = load_card(obtain_model(config.start)).spec if config.start else None
     known = {name: TeacherInfo(card.spec, card.normalization) for name, card in cards.items()}
     steps = run_length(config, images)
     return assemble(config, known, steps, jax.default_backend(), start), directories

@@ -26,11 +26,16 @@ from proteus_jax.schema import (
     share,
     up_to,
 )
-from proteus_jax.training.config import TrainConfig, resolve
+from proteus_jax.training.config import (
+    COPY,
+    LEAST_SQUARES,
+    RANDOM,
+    SLICE,
+    TrainConfig,
+    resolve,
+)
 from proteus_jax.training.optimizer import PARTS
 
-RANDOM, COPY, SLICE = "random", "copy", "slice"
-LEAST_SQUARES = "least_squares"
 _OPTIONAL = (
     "steps",
     "learning_rate",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import proteus_jax
 from proteus_jax.data.dataset import open_images
 from proteus_jax.data.loader import held_out_views
 from proteus_jax.data.sampler import Sampler
-from proteus_jax.data.sources.base import Source
 from proteus_jax.data.splits import HeldOut
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError, collecting
@@ -32,7 +31,6 @@ from proteus_jax.slicing.least_squares import add_rows, no_sums, rows, solve, st
 from proteus_jax.slicing.sizes import sliced_spec
 from proteus_jax.slicing.slicer import Slicer
 from proteus_jax.training.initialization import (
-    LEAST_GROUPS,
     Progress,
     fitting_images,
     make_slicer,
@@ -41,19 +39,24 @@ from proteus_jax.weights.fetch import obtain_model
 from proteus_jax.weights.model_card import license_of, text_of
 from proteus_jax.weights.model_dir import ModelCard, load_model, save_model
 
+# Images that slices are scored on, and never fitted on.
+HELD_OUT, NOTHING = HeldOut(share=0.1, minimum=1, maximum=512), HeldOut(0.0, 1, 1)
 # Widths of the table of sizes, as shares of the source's heads; and depths, of its blocks.
-HELD_OUT = HeldOut(share=0.1, minimum=8, maximum=512)
 SHARES, DEPTHS = (0.25, 1 / 3, 0.5, 2 / 3, 0.75), (1.0, 0.5)
+THREADS = 4
 _EPSILON = 1e-5
 
 
 class Settings(NamedTuple):
-    """The images to fit on: how many, and the side of their crops in pixels."""
+    """The images to fit on: how many, and the side of their crops in pixels; some others are held
+    out where slices are to be `scored`.
+    """
 
     roots: tuple[str, ...]
     images: int = 512
     crop: int = 224
     seed: int = 0
+    scored: bool = False
 
 
 class Scores(NamedTuple):
@@ -85,18 +88,18 @@ class Row(NamedTuple):
 
 
 class Bench:
-    """A source on the devices, with the images to slice it on."""
+    """A model, and images to slice it on, which are made when they are first needed."""
 
     def __init__(self, source: str, settings: Settings, progress: Progress):
-        """Fetches the model and reads the images; InputError where either cannot be had."""
+        """Opens the images and fetches the model; InputError where either cannot be had."""
         problems: list[str] = []
         with collecting(problems):
-            split = open_images(settings.roots, held_out=HELD_OUT)
+            split = open_images(settings.roots, held_out=HELD_OUT if settings.scored else NOTHING)
         with collecting(problems):
             directory = obtain_model(source)
         if problems:
             raise InputError(problems)
-        self.name, self.settings = source, settings
+        self.name, self.settings, self._split, self._progress = source, settings, split, progress
         self.params, self.card = load_model(directory)
         self.spec = self.card.spec
         if settings.crop % self.spec.patch_size:
@@ -105,21 +108,28 @@ class Bench:
                 f"{settings.crop}"
             )
         self.mesh = sharding.make_mesh()
-        self.images = fitting_images(
-            split.training,
-            Sampler(settings.seed, split.parts, (), 1),
-            TrainTransform(settings.crop),
-            settings.images,
+
+    @functools.cached_property
+    def images(self) -> jax.Array:
+        """The images to fit on, uint8 [n, b, h, w, 3]."""
+        return fitting_images(
+            self._split.training,
+            Sampler(self.settings.seed, self._split.parts, (), 1),
+            TrainTransform(self.settings.crop),
+            self.settings.images,
             self.mesh,
-            4,
-            progress,
+            THREADS,
+            self._progress,
         )
-        self.views = self._views(split.held_out)
+
+    @functools.cached_property
+    def slicer(self) -> Slicer:
+        """The model on the devices."""
         dtype = dtype_of("auto", jax.default_backend())
-        self.slicer: Slicer = make_slicer(
+        return make_slicer(
             self.params,
             self.spec,
-            settings.crop // self.spec.patch_size,
+            self.settings.crop // self.spec.patch_size,
             self.images,
             self.card.normalization,
             self.mesh,
@@ -127,11 +137,11 @@ class Bench:
             fastest_attention(self.spec, dtype),
         )
 
-    def _views(self, held_out: Source | None) -> np.ndarray:
-        """Held-out views in groups; where nothing is held out, some of the images to fit on."""
-        group = self.images.shape[1]
-        if held_out is None:
-            return np.asarray(self.images[:LEAST_GROUPS])
+    @functools.cached_property
+    def views(self) -> np.ndarray:
+        """Held-out views in groups as large as those of the images."""
+        group, held_out = self.images.shape[1], self._split.held_out
+        assert held_out is not None
         views, _ = held_out_views(held_out, count=HELD_OUT.views, size=self.settings.crop)
         rows = np.arange(-(-len(views) // group) * group) % len(views)
         return views[rows].reshape(-1, group, *views.shape[1:])
@@ -237,8 +247,7 @@ def save_slice(bench: Bench, spec: ViTSpec, sliced: Slice, output: Path, name: s
         license=license_of({bench.name: bench.card}),
         source={"student": name, "teacher": bench.name, **recipe},
     )
-    errors: Mapping[str, float] = {}
-    readme = text_of(card, name, {"teacher": (bench.name, bench.card)}, recipe, errors)
+    readme = text_of(card, name, {"teacher": (bench.name, bench.card)}, recipe, results={})
     save_model(output, sliced.params, card, readme=readme)
 
 

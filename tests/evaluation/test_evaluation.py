@@ -20,11 +20,17 @@ from proteus_jax.evaluation.classifiers import knn
 from proteus_jax.evaluation.feature_extraction import FeatureTable
 from proteus_jax.evaluation.protocols import knn as neighbors
 from proteus_jax.evaluation.protocols import ridge
+from proteus_jax.evaluation.protocols.registry import PROTOCOLS
 from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.runner import _check_place
 from proteus_jax.runtime.metric_writer import read_metrics
 from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_fields_are_those_that_have_rules(name: str) -> None:
+    assert set(PROTOCOLS[name].settings._fields) == set(PROTOCOLS[name].rules)
 
 
 def test_neighbors_from_the_command_line(

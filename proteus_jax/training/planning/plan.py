@@ -6,7 +6,7 @@ named, the real step is compiled for it and the compiler's own figures come as w
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from proteus_jax.data.sources import skimage
 from proteus_jax.data.throughput import views_per_second
 from proteus_jax.data.transforms.random_resized_crop import TrainTransform
 from proteus_jax.errors import InputError
-from proteus_jax.methods.config import PRIMARY
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import stored_shapes
 from proteus_jax.models.normalization import IMAGENET
@@ -72,7 +71,7 @@ def plan(config: TrainConfig, settings: Settings) -> Iterator[str]:
     teachers = {
         name: TeacherInfo(_spec(each.source), IMAGENET) for name, each in config.teachers.items()
     }
-    start = _start(config, teachers)
+    start = _spec(config.start) if config.start else None
     problems = check_platform(config, topology.platform)
     problems += check_compatibility(
         config, {name: known.spec for name, known in teachers.items()}, start
@@ -107,13 +106,6 @@ def _images(config: TrainConfig) -> tuple[int, str]:
         return IMAGENET_IMAGES, f"ImageNet-1K's, as {skimage.NAME}'s are not fetched for a plan"
     training = open_split(config).training
     return len(training), "those of --config.data.root to train on"
-
-
-def _start(config: TrainConfig, teachers: Mapping[str, TeacherInfo]) -> ViTSpec | None:
-    """The spec of the model that students are copied or sliced from."""
-    if config.init.source:
-        return _spec(config.init.source)
-    return teachers[PRIMARY].spec if config.init.method == "slice" else None
 
 
 def _spec(source: str) -> ViTSpec:
