@@ -119,7 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     # Where the images are: one place, or several separated by commas. A place is a folder, searched
-    # to its bottom; a text file of paths; one image; tar, parquet or ArrayRecord files (as
+    # to its bottom; a text file of paths; one image; tar, zip, parquet or ArrayRecord files (as
     # DIR/train-*.parquet, or their folder); tfds:NAME; gs:// and s3:// (docs/data.md says which);
     # what --doctor wrote; or "scikit-image": the nineteen pictures of that wheel. No labels are
     # needed.
@@ -131,6 +131,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.subset.classes = 1.0
     # Share of the images of each of these classes.
     config.data.subset.images = 1.0
+    # What becomes black and white in images of more than 8 bits (PNG and TIFF of 16, floats): auto,
+    # LOW,HIGH, or full, all that the file's numbers can hold. auto is full where a file uses the
+    # upper half of that, and the file's own smallest and largest value where it does not.
+    config.data.range = "auto"
+    # What becomes of transparency: drop (hidden colors show), or a color that images are laid on,
+    # as white or #808080.
+    config.data.alpha = "drop"
+    # The columns of images and of classes in parquet files; found where none is named.
+    config.data.image_column = ""
+    config.data.label_column = ""
     # Number of images that count as one epoch; where none is given, as many as there are.
     config.data.epoch = config_dict.placeholder(int)
     # Consecutive augmented views of each image; the length of an epoch is unchanged.

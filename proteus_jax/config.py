@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +215,9 @@ def _parse(kind: type, text: str | None) -> Any:
         ]
     assert text is not None
     if kind is tuple:
-        if text.strip().startswith(("(", "[")):
+        if os.path.exists(os.path.expanduser(text)):  # noqa: PTH110, PTH111
+            value = [text]  # one path, whatever commas and brackets it has
+        elif text.strip().startswith(("(", "[")):
             value = [str(part) for part in ast.literal_eval(text)]
         else:
             value = [part.strip() for part in text.split(",") if part.strip()]

@@ -96,7 +96,7 @@ def with_direction(fields: Mapping[str, Any], teachers: Mapping[str, Any]) -> Wi
     return WithDirection(**proteus.settings(fields, teachers))
 
 
-class Stripes:
+class Stripes(Source):
     """A source: images that are computed, of as many kinds as its name says."""
 
     def __init__(self, place: str):
@@ -118,12 +118,6 @@ class Stripes:
     def read(self, index: int) -> np.ndarray:
         rows = np.arange(40)[:, None, None] * (index + 3) % 256
         return np.broadcast_to(rows, (40, 40, 3)).astype(np.uint8)
-
-    def labels(self) -> None:
-        """There are no classes."""
-
-    def digests(self) -> None:
-        """No two are the same."""
 
 
 class Settings(NamedTuple):

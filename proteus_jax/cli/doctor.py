@@ -10,6 +10,7 @@ Training takes the file that is written (WORKDIR/doctor.json or --output) in pla
 Exit codes: 0 done; 2 the input was wrong, and nothing was written; 75 interrupted.
 """
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ from typing import Any
 
 from proteus_jax.cli.arguments import Arguments
 from proteus_jax.data import dataset
+from proteus_jax.data.passed_over import PassedOver
+from proteus_jax.data.pixel_range import AUTO
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.validate import Findings, examine
 from proteus_jax.data.workers import in_parallel, worker_pool
@@ -33,6 +36,8 @@ from proteus_jax.training.config import TrainConfig
 MANIFEST = "doctor.json"
 # So many names of a kind are shown.
 _SHOWN = 5
+# Fewer images than this are few to train on from random weights.
+_FEW = 5000
 
 
 def run(configuration: TrainConfig, read: Arguments, problems: list[str], console: Console) -> int:
@@ -58,15 +63,17 @@ def run_doctor(
         try:
             if root.lower().endswith(".json"):
                 raise InputError(f"{root}: expected a place of images, found what --doctor wrote")
-            source, skipped = dataset.open_source(root)
+            source, passed = dataset.open_source(root, config.data.reading)
         except InputError as error:
             faults += [f"--config.data.root: {problem}" for problem in error.problems]
             continue
         findings, elapsed = _examined(config, root, source, console)
         images, seconds = images + len(source), seconds + elapsed
-        for line in _report(source, skipped, findings, elapsed):
+        for line in _report(source, passed, findings, elapsed):
             console.line(line)
-        manifests.append(_manifest(root, source, skipped, findings))
+        for line in _verdict(config, source, findings):
+            console.line(line)
+        manifests.append(_manifest(root, source, passed, findings))
     if not config.data.root:
         faults.append("--config.data.root: expected a place of images, found none")
     if images:
@@ -112,23 +119,29 @@ def _examined(
 
 
 def _report(
-    source: Source,
-    skipped: Sequence[str],
-    findings: Findings,
-    elapsed: float,
+    source: Source, passed: PassedOver, findings: Findings, elapsed: float
 ) -> Iterator[str]:
+    for line in passed._replace(no_images=()).lines():
+        yield f"  passed over: {line}"
     unreadable = findings.unreadable()
-    for name in skipped[:_SHOWN]:
-        yield f"  no image, or empty: {name}"
-    for index, fault in list(unreadable.items())[:_SHOWN]:
-        yield f"  cannot be read: {source.name(index)}: {fault}"
-    yield f"  {len(unreadable) + len(skipped):8}  cannot be read"
-    for kind, count in Counter(map(_kind, unreadable.values())).items():
-        yield f"  {count:8}    {kind}"
-    if skipped:
-        yield f"  {len(skipped):8}    empty, or no image from the first byte on"
+    broken = [f"{name}: no image, or empty" for name in passed.no_images]
+    broken += [f"{source.name(index)}: {fault}" for index, fault in unreadable.items()]
+    for text in broken[:_SHOWN]:
+        yield f"  cannot be read: {text}"
+    if len(broken) > _SHOWN:
+        yield f"  and {len(broken) - _SHOWN} more, all of them in {MANIFEST}"
+    yield f"  {len(broken):8}  cannot be read"
+    kinds = Counter(map(_kind, unreadable.values()))
+    kinds["empty, or no image from the first byte on"] += len(passed.no_images)
+    for kind, count in kinds.items():
+        if count:
+            yield f"  {count:8}    {kind}"
     for kind, indices in findings.odd().items():
         yield f"  {len(indices):8}  {kind}{_examples(source, indices)}"
+    for index, (low, high, highest) in itertools.islice(findings.ranges().items(), _SHOWN):
+        yield f"              {source.name(index)}: {low:g} to {high:g} of {highest:g}"
+    flat = findings.flat()
+    yield f"  {len(flat):8}  of nearly one color{_examples(source, flat)}"
     equal, alike = findings.equal(), findings.alike()
     for what, groups in (("exact copies", equal), ("that look like another", alike)):
         copies = [index for group in groups for index in group[1:]]
@@ -143,6 +156,40 @@ def _report(
         f"  looked at in {duration(elapsed)}, {len(findings.records) / elapsed:.0f} images/s; one "
         f"core decodes {findings.decode_rate():.0f} images/s"
     )
+
+
+def _verdict(config: TrainConfig, source: Source, findings: Findings) -> Iterator[str]:
+    """What there is to do before a run, or that there is nothing to do."""
+    total, advice = len(source), []
+    readable = total - len(findings.unreadable())
+    kept = total - len(findings.excluded())
+    if readable < total * (1 - config.data.max_corrupt_fraction):
+        advice.append(
+            f"{total - readable} of {total} images cannot be read, and a run would stop: train on "
+            f"{MANIFEST}, which leaves them out"
+        )
+    elif kept < total:
+        advice.append(f"{total - kept} images are broken or copies: {MANIFEST} leaves them out")
+    if kept < _FEW:
+        advice.append(
+            f"{kept} images are few: begin with a slice of the teacher (--config=fast), and "
+            "compare with what it scores before training"
+        )
+    small = findings.smaller_than(config.data.crop)
+    if 2 * small > readable:
+        advice.append(
+            f"{small} images are smaller than the crops of {config.data.crop} px and get enlarged: "
+            "give a smaller --config.data.crop"
+        )
+    ranges = findings.ranges()
+    if ranges and config.data.range == AUTO:
+        low, high = min(r[0] for r in ranges.values()), max(r[1] for r in ranges.values())
+        advice.append(
+            f"{len(ranges)} images have more than 8 bits, and each is stretched as its own values "
+            f"ask for; one range for all would be --config.data.range={low:g},{high:g}"
+        )
+    for line in advice or ["nothing stands in the way of a run"]:
+        yield f"  {'to do' if advice else 'verdict'}: {line}"
 
 
 def _what_the_run_needs(config: TrainConfig, images: int, seconds: float) -> str:
@@ -183,9 +230,7 @@ def _examples(source: Source, indices: Sequence[int]) -> str:
     return f", as {shown}"
 
 
-def _manifest(
-    root: str, source: Source, skipped: Sequence[str], findings: Findings
-) -> dict[str, Any]:
+def _manifest(root: str, source: Source, passed: PassedOver, findings: Findings) -> dict[str, Any]:
     def named(groups: Sequence[Sequence[int]]) -> list[list[str]]:
         return [[source.name(index) for index in group] for group in groups]
 
@@ -197,11 +242,17 @@ def _manifest(
             {"index": index, "name": source.name(index), "reason": reason}
             for index, reason in findings.excluded().items()
         ],
-        "no_images": list(skipped),
+        "no_images": list(passed.no_images),
+        "passed_over": passed.as_json(),
         "odd": {
             kind: [source.name(index) for index in indices]
             for kind, indices in findings.odd().items()
         },
+        "ranges": {
+            source.name(index): {"lowest": low, "highest": high, "of": most}
+            for index, (low, high, most) in findings.ranges().items()
+        },
+        "nearly_one_color": [source.name(index) for index in findings.flat()],
         "copies": named(findings.equal()),
         "look_alike": named(findings.alike()),
         "shorter_side": dict(findings.histogram()),

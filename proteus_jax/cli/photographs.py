@@ -27,7 +27,7 @@ def photographs(folder: Path | None, side: int) -> np.ndarray:
     squares = []
     for index in range(min(len(source), len(PHOTOGRAPHS))):
         try:
-            squares.append(view(decode.open_image(source.read(index))))
+            squares.append(view(source.open(index)))
         except Unreadable as error:
             raise InputError(f"{folder}: {source.name(index)}: {error}") from None
     return np.stack(squares)

@@ -2,23 +2,21 @@
 Pillow.
 """
 
-import io
 from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
 
-from proteus_jax.errors import Unreadable
+from proteus_jax.data.pillow_images import (
+    PLAIN,
+    Decoding,
+    decode_with_pillow,
+    is_turned,
+    refuse_bomb,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# A header can claim any size: what would need gigabytes is refused before it is decoded.
-MAXIMUM_PIXELS = 2**27
-Image.MAX_IMAGE_PIXELS = None
 REDUCTIONS = (8, 4, 2)
-_ORIENTATION = 0x0112
 # Rows that a JPEG codes together, at most.
 _MCU = 16
 
@@ -90,21 +88,16 @@ class _Jpeg:
             )
         except Exception:
             # What it calls an error may be a flaw that Pillow reads past: Pillow is the judge.
-            array = _decode_with_pillow(self._data)
+            array = decode_with_pillow(self._data)
             if reduction > 1:
                 whole = (width, -(-self.height // reduction))
                 array = cv2.resize(array, whole, interpolation=cv2.INTER_AREA)
             return array
 
 
-def looks_like_image(head: bytes) -> bool:
-    """Returns True for the beginning of a JPEG, PNG, WebP or BMP file."""
-    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
-        head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    )
-
-
-def open_image(content: bytes | np.ndarray, *, reused: bool = False) -> LazyImage:
+def open_image(
+    content: bytes | np.ndarray, decoding: Decoding = PLAIN, *, reused: bool = False
+) -> LazyImage:
     """A picture of a file's bytes, or of pixels uint8 [H, W, 3]; `reused` where more than one view
     of it is wanted.
 
@@ -119,21 +112,21 @@ def open_image(content: bytes | np.ndarray, *, reused: bool = False) -> LazyImag
             header = simplejpeg.decode_jpeg_header(content)
         except Exception:
             # It raises what it likes for what it does not know; Pillow is the judge.
-            return _Pixels(_decode_with_pillow(content))
+            return _Pixels(decode_with_pillow(content))
         height, width, colors = int(header[0]), int(header[1]), header[2]
-        _refuse_bomb(width, height)
-        if colors in ("YCbCr", "Gray") and not (tagged and _is_turned(content)):
+        refuse_bomb(width, height)
+        if colors in ("YCbCr", "Gray") and not (tagged and is_turned(content)):
             return _Jpeg(content, height, width, frame, reused)
-    return _Pixels(_decode_with_pillow(content))
+    return _Pixels(decode_with_pillow(content, decoding))
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Uint8 [H, W, 3], upright: EXIF orientation applied; gray, palette, CMYK, alpha and 16 bits
-    become RGB.
+def decode(data: bytes, decoding: Decoding = PLAIN) -> np.ndarray:
+    """Uint8 [H, W, 3], upright: EXIF orientation applied; gray, palette, CMYK, alpha and more than
+    8 bits become RGB.
 
     Unreadable for anything that cannot be decoded whole.
     """
-    return open_image(data).pixels()
+    return open_image(data, decoding).pixels()
 
 
 def _markers(jpeg: bytes) -> tuple[bool, int]:
@@ -152,37 +145,6 @@ def _markers(jpeg: bytes) -> tuple[bool, int]:
     return tagged, frame
 
 
-def _is_turned(data: bytes) -> bool:
-    """Returns True where Pillow would turn or mirror an image upright."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-    except Exception:
-        return True  # for Pillow to say what is wrong
-
-
 def _ends(jpeg: bytes) -> bool:
     """Returns True where a JPEG has its end: it was not cut short."""
     return jpeg.endswith(b"\xff\xd9") or b"\xff\xd9" in jpeg[-64:]
-
-
-def _refuse_bomb(width: int, height: int) -> None:
-    if width * height > MAXIMUM_PIXELS:
-        raise Unreadable(f"{width} x {height} pixels are more than {MAXIMUM_PIXELS}")
-
-
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _refuse_bomb(image.width, image.height)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                # Pillow's own conversion would clip 16 bits to white.
-                gray = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                upright = Image.fromarray(gray)
-            return np.asarray(upright.convert("RGB"))
-    except Unreadable:
-        raise
-    except Exception as error:
-        # Decoders raise whatever a broken file provokes (OSError, SyntaxError, struct.error, ...).
-        raise Unreadable(f"{type(error).__name__}: {error}") from None

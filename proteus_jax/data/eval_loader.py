@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proteus_jax.data import decode
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import assembled, edges_of, in_parallel
@@ -42,7 +41,7 @@ class _Pieces(NamedTuple):
         )
         for slot, image in enumerate(self.chosen[first : first + count]):
             try:
-                made.images[slot] = self.view(decode.open_image(self.source.read(int(image))))
+                made.images[slot] = self.view(self.source.open(int(image)))
                 made.numbers[slot] = image
             except Unreadable:
                 continue

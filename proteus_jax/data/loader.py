@@ -58,7 +58,7 @@ class _Chunks(NamedTuple):
         )
         # The same image several times in a row is read and decoded once.
         open_once = functools.lru_cache(maxsize=1)(
-            lambda index: decode.open_image(self.source.read(index), reused=self.order.repeats > 1)
+            lambda index: self.source.open(index, reused=self.order.repeats > 1)
         )
         randomness = ViewRandomness(self.order.seed)
         base = (self.start + step) * self.batch + self.first + low
@@ -128,7 +128,7 @@ def held_out_views(source: Source, *, count: int, size: int) -> tuple[np.ndarray
         if index in unreadable:
             continue
         try:
-            picture = decode.open_image(source.read(index))
+            picture = source.open(index)
             views.append(recipe(picture, held_out_generator(index, turn)))
         except Unreadable:
             unreadable.append(index)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from proteus_jax.data.passed_over import NOTHING, PassedOver, joined
 from proteus_jax.data.sampler import apart, subset_indices
 from proteus_jax.data.sources.base import ConcatSource, MemorySource, Source, SubsetSource
 from proteus_jax.errors import InputError
@@ -17,7 +18,7 @@ class Split(NamedTuple):
 
     training: Source
     held_out: Source | None
-    skipped: tuple[str, ...] = ()
+    passed_over: PassedOver = NOTHING
     sizes: tuple[int, ...] = ()
 
     @property
@@ -78,7 +79,7 @@ class Subset(NamedTuple):
 WHOLE = Subset()
 
 
-def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> Split:
+def split(source: Source, held_out: HeldOut, passed_over: PassedOver = NOTHING) -> Split:
     """Whole images held out. Where their content is known, which ones follows from it, so that
     equal images fall on one side.
 
@@ -88,7 +89,7 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
     if wanted >= total:
         raise InputError(
             f"found {total} images of which {wanted} would be held out: at least {wanted + 1} are "
-            f"needed, or set data.held_out.minimum lower{named(skipped)}"
+            f"needed, or set data.held_out.minimum lower{_told(passed_over)}"
         )
     digests = source.digests()
     out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
@@ -100,7 +101,7 @@ def split(source: Source, held_out: HeldOut, *, skipped: Sequence[str] = ()) -> 
     kept = np.ones(total, bool)
     kept[out] = False
     training = SubsetSource(source, np.flatnonzero(kept))
-    return Split(training, SubsetSource(source, out) if len(out) else None, tuple(skipped))
+    return Split(training, SubsetSource(source, out) if len(out) else None, passed_over)
 
 
 def split_within(pictures: Sequence[np.ndarray], names: Sequence[str]) -> Split:
@@ -131,7 +132,7 @@ def mixed(splits: Sequence[Split]) -> Split:
     return Split(
         ConcatSource(training),
         ConcatSource(held_out) if held_out else None,
-        tuple(name for split in splits for name in split.skipped),
+        joined(split.passed_over for split in splits),
         tuple(map(len, training)),
     )
 
@@ -154,11 +155,10 @@ def _without(source: Source, out: set[str | bytes]) -> Source:
     return source if len(kept) == len(source) else SubsetSource(source, np.array(kept))
 
 
-def named(skipped: Sequence[str]) -> str:
-    """Files that were passed over, for the end of a message."""
-    if not skipped:
-        return ""
-    return f" ({len(skipped)} files with such a name are no images, as {skipped[0]})"
+def _told(passed_over: PassedOver) -> str:
+    """What was passed over, for the end of a message."""
+    lines = "; ".join(passed_over.lines())
+    return f" (passed over: {lines})" if lines else ""
 
 
 def _by_content(digests: Sequence[bytes], wanted: int) -> np.ndarray:

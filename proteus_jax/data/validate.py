@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import itertools
 import time
 from collections import Counter
@@ -12,9 +11,8 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from proteus_jax.data import decode
+from proteus_jax.data.pillow_images import ORIENTATION, deep_image, opened
 from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import Unreadable
 
@@ -24,13 +22,17 @@ CHUNK = 64
 TINY = 32
 # Copies whose perceptual hashes differ in so many of 64 bits or fewer look alike.
 ALIKE = 3
+_JPEG = b"\xff\xd8\xff"
+# An image whose pixels differ by less of 255 shows nothing.
+FAINT = 8
 # Of an image with less contrast than this the perceptual hash says nothing.
 _FLAT = 4.0
 # How many neighbors in the order of their hashes an image is compared with.
 _NEIGHBORS = 32
 _SIDES = (0, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
-ODD = ("CMYK", "16 bits", "animated", "turned by EXIF", "tiny", "alpha or palette")
-_EXIF_ORIENTATION = 0x0112
+_DEEP = "more than 8 bits"
+ODD = ("CMYK", _DEEP, "several pages or frames", "turned by EXIF", "tiny", "transparency")
+
 
 _RECORD = np.dtype(
     [
@@ -41,6 +43,11 @@ _RECORD = np.dtype(
         ("look", np.uint64),
         ("flat", np.bool_),
         ("seconds", np.float32),
+        # Of more than 8 bits: the values that are used, and the largest that there may be.
+        ("used", np.float64, 2),
+        ("highest", np.float64),
+        # Darkest and brightest of the pixels that a run sees.
+        ("seen", np.uint8, 2),
     ]
 )
 
@@ -69,6 +76,21 @@ class Findings(NamedTuple):
             for column, kind in enumerate(ODD)
         }
 
+    def ranges(self) -> dict[int, tuple[float, float, float]]:
+        """Of each image of more than 8 bits the values used, and the largest there may be."""
+        deep = np.flatnonzero(self.records["odd"][:, ODD.index(_DEEP)])
+        rows = self.records[deep]
+        return {
+            int(index): (float(row["used"][0]), float(row["used"][1]), float(row["highest"]))
+            for index, row in zip(deep, rows, strict=True)
+        }
+
+    def flat(self) -> list[int]:
+        """Images that have nearly one color, as black ones."""
+        seen = self.records["seen"].astype(int)
+        low = seen[:, 1] - seen[:, 0] < FAINT
+        return [index for index in self._readable() if low[index]]
+
     def equal(self) -> list[list[int]]:
         """Groups of images with the same content."""
         return _groups(self.records["content"], self._readable())
@@ -94,6 +116,11 @@ class Findings(NamedTuple):
             index: f"the same as image {group[0]}" for group in self.equal() for index in group[1:]
         }
         return dict(sorted((self.unreadable() | copies).items()))
+
+    def smaller_than(self, side: int) -> int:
+        """The number of images whose shorter side is shorter."""
+        sides = np.minimum(self.records["height"], self.records["width"])[self._readable()]
+        return int((sides < side).sum())
 
     def histogram(self) -> list[tuple[str, int]]:
         """Numbers of images by their shorter side."""
@@ -132,8 +159,7 @@ def _look(piece: int, *, source: Source) -> Look:
     records, faults = np.zeros(len(indices), _RECORD), []
     for record, index in zip(records, indices, strict=True):
         try:
-            content = source.read(index)
-            _describe(record, content)
+            _describe(record, source, index)
             faults.append("")
         except Unreadable as error:
             faults.append(str(error))
@@ -141,12 +167,13 @@ def _look(piece: int, *, source: Source) -> Look:
     return Look(records.view(np.uint8), tuple(faults))
 
 
-def _describe(record: Any, content: bytes | np.ndarray) -> None:
+def _describe(record: Any, source: Source, index: int) -> None:
+    content = source.read(index)
     data = content if isinstance(content, bytes) else content.tobytes()
     if not data:
         raise Unreadable("empty")
     start = time.thread_time()
-    pixels = decode.open_image(content).pixels()
+    pixels = source.open(index).pixels()
     record["seconds"] = time.thread_time() - start
     record["height"], record["width"] = pixels.shape[:2]
     record["content"] = int.from_bytes(sha256(data).digest()[:8], "little")
@@ -156,24 +183,25 @@ def _describe(record: Any, content: bytes | np.ndarray) -> None:
     brighter = small[:, 1:] > small[:, :-1]
     record["look"] = int.from_bytes(np.packbits(brighter).tobytes(), "big")
     record["flat"] = float(small.std()) < _FLAT
+    record["seen"] = pixels.min(), pixels.max()
     odd = {"tiny": min(pixels.shape[:2]) < TINY}
     if isinstance(content, bytes):
         odd |= _oddities(content)
+        deep = None if content.startswith(_JPEG) else deep_image(content)
+        if deep is not None:
+            odd[_DEEP] = True
+            record["used"], record["highest"] = deep.used(), deep.highest
     record["odd"] = [odd.get(kind, False) for kind in ODD]
 
 
 def _oddities(data: bytes) -> dict[str, bool]:
     """Oddities of a decoded image, by its header; none where Pillow trips over that."""
-    with (
-        contextlib.suppress(Exception),
-        Image.open(io.BytesIO(data), formats=decode.FORMATS) as image,
-    ):
+    with contextlib.suppress(Unreadable), opened(data) as image:
         return {
             "CMYK": image.mode == "CMYK",
-            "16 bits": image.mode.startswith("I"),
-            "animated": getattr(image, "n_frames", 1) > 1,
-            "turned by EXIF": image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1),
-            "alpha or palette": image.mode in ("P", "PA", "LA", "RGBA"),
+            "several pages or frames": getattr(image, "n_frames", 1) > 1,
+            "turned by EXIF": image.getexif().get(ORIENTATION, 1) not in (0, 1),
+            "transparency": image.has_transparency_data,
         }
     return {}
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import absl.flags
 import grain
 import numpy as np
 
+from proteus_jax.data.absl_settings import parse_flags
 from proteus_jax.errors import Interrupted
 from proteus_jax.runtime.cluster_env import processes_here
 from proteus_jax.runtime.cpu_quota import cores
@@ -162,9 +162,7 @@ def in_parallel(
     if not workers:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return _closing(iter(dataset.to_iter_dataset(options)))
-    # Grain's workers read its flags, which only programs of absl.app have parsed.
-    if not absl.flags.FLAGS.is_parsed():
-        absl.flags.FLAGS.mark_as_parsed()
+    parse_flags()
     ahead = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     ).mp_prefetch(

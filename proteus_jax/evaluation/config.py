@@ -5,6 +5,8 @@ means.
 import dataclasses
 from typing import Any, NamedTuple
 
+from proteus_jax.data.dataset import Reading
+
 
 class EvalDataConfig(NamedTuple):
     """The images, and how they are read."""
@@ -14,6 +16,15 @@ class EvalDataConfig(NamedTuple):
     crop: int
     workers: int | None
     threads: int
+    range: str
+    alpha: str
+    image_column: str
+    label_column: str
+
+    @property
+    def reading(self) -> Reading:
+        """How images are found and become pixels."""
+        return Reading.of(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

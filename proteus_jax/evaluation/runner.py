@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 import proteus_jax
+from proteus_jax.data.passed_over import PassedOver
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import worker_pool
 from proteus_jax.errors import InputError, about, collecting
@@ -138,6 +139,8 @@ def run(config: EvalConfig, inputs: Inputs, place: Workdir, console: Console) ->
     console.line(f"proteus_jax {proteus_jax.__version__}: {config.protocol} of {config.model}")
     for remark in filter(None, [unseen_gpus(jax.default_backend()), readers.remark]):
         console.line(remark)
+    for line in getattr(inputs.data, "passed_over", PassedOver()).lines():
+        console.line(f"passed over: {line}")
     with PreemptionHandler(DEADLINE, console.error) as handler:
         saving = Saving(place.address_of(workdir / PROBE), console, handler)
         context = context._replace(saving=saving)

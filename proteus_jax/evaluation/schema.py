@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proteus_jax.config import to_record
+from proteus_jax.data.reading_rules import READING_RULES
 from proteus_jax.evaluation.config import EvalConfig
 from proteus_jax.evaluation.protocols.registry import PROTOCOLS
 from proteus_jax.models.precision import PRECISIONS
@@ -16,6 +17,7 @@ _RULES: dict[str, Rule] = {
     "batch": at_least(1),
     "precision": one_of(*PRECISIONS),
     "data.root": Rule(lambda value: isinstance(value, str), "a place of images"),
+    **READING_RULES,
     "data.resize": at_least(1),
     "data.crop": at_least(1),
     "data.workers": up_to(MOST_WORKERS),

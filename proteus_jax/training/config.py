@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from proteus_jax.config import to_record
+from proteus_jax.data.dataset import Reading
 from proteus_jax.data.splits import HeldOut, Subset
 from proteus_jax.data.transforms.randaugment import RandAugment
 from proteus_jax.methods.base import Method
@@ -69,6 +70,15 @@ class DataConfig(NamedTuple):
     threads: int
     max_corrupt_fraction: float
     held_out: HeldOut
+    range: str
+    alpha: str
+    image_column: str
+    label_column: str
+
+    @property
+    def reading(self) -> Reading:
+        """How images are found and become pixels."""
+        return Reading.of(self)
 
 
 class OnlineEvalConfig(NamedTuple):

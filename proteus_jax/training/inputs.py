@@ -112,7 +112,13 @@ def _found(config: TrainConfig, problems: list[str]) -> Inputs:
 def open_split(config: TrainConfig) -> Split:
     """Opens the images of a run; see proteus_jax.data.dataset.open_images."""
     data = config.data
-    return open_images(data.root, held_out=data.held_out, subset=data.subset, seed=config.seed)
+    return open_images(
+        data.root,
+        held_out=data.held_out,
+        subset=data.subset,
+        seed=config.seed,
+        reading=data.reading,
+    )
 
 
 START = "init.source"

@@ -10,6 +10,7 @@ import jax
 
 from proteus_jax.config import Override, load
 from proteus_jax.data.datasets.labeled import TrainTestSplit
+from proteus_jax.data.reading_rules import READING_RULES
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.workers import worker_pool
 from proteus_jax.errors import InputError
@@ -66,6 +67,7 @@ def _evaluation_config(config: TrainConfig, name: str) -> EvalConfig:
         "seed": config.seed,
         "batch": config.batch,
         "data.root": config.eval.root,
+        **{field: getattr(config.data, field.removeprefix("data.")) for field in READING_RULES},
         "data.resize": round(crop * MARGIN),
         "data.crop": crop,
         "data.workers": config.data.workers,

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from proteus_jax.data.reading_rules import READING_RULES
 from proteus_jax.evaluation.protocols.registry import PROTOCOLS
 from proteus_jax.evaluation.schema import evaluation_schema
 from proteus_jax.methods.config import NATIVE, PRIMARY
@@ -114,6 +115,7 @@ _RULES: dict[str, Rule] = {
         lambda weights: all(isinstance(w, float | int) and 0 < w < math.inf for w in weights),
         "numbers above 0",
     ),
+    **READING_RULES,
     "data.subset.classes": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.subset.images": Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "data.epoch": at_least(1),

@@ -46,11 +46,8 @@ def print_header(
         )
     split, roots = experiment.split, ", ".join(config.data.root)
     console.line(f"images   {len(split.training)} to train on, from {roots}")
-    if split.skipped:
-        console.line(
-            f"         {len(split.skipped)} files are no images and are skipped, as "
-            f"{split.skipped[0]}"
-        )
+    for line in split.passed_over.lines():
+        console.line(f"         passed over: {line}")
     console.line(
         f"training {experiment.total_steps} steps of {config.batch} crops of {config.data.crop} "
         f"px, in {workdir}"

@@ -66,11 +66,11 @@ def test_each_trouble_is_found(hospital: Path) -> None:
     odd = {kind: [names[index] for index in indices] for kind, indices in findings.odd().items()}
     assert odd == {
         "CMYK": ["cmyk.jpg"],
-        "16 bits": ["deep.png"],
-        "animated": ["animated.webp"],
+        "more than 8 bits": ["deep.png"],
+        "several pages or frames": ["animated.webp"],
         "turned by EXIF": ["turned.jpg"],
         "tiny": ["tiny.png"],
-        "alpha or palette": ["palette.png"],
+        "transparency": [],
     }
     groups = [[names[index] for index in group] for group in findings.equal()]
     assert groups == [["copy.png", "healthy 03.png"]]

@@ -1,25 +1,30 @@
 """Images with classes: one folder a class, or a split of tensorflow-datasets."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
-from proteus_jax.data import decode
-from proteus_jax.data.dataset import open_source
+from proteus_jax.data.dataset import AS_IT_IS, Reading, decoded, open_source
+from proteus_jax.data.passed_over import NOTHING, PassedOver, is_clutter, joined
 from proteus_jax.data.sampler import subset_indices
+from proteus_jax.data.shard_folders import SPLITS, TEST, TRAIN, find_shards
 from proteus_jax.data.sources import skimage
-from proteus_jax.data.sources.base import MemorySource, Source, SubsetSource
+from proteus_jax.data.sources.base import (
+    BelowSource,
+    MemorySource,
+    Source,
+    SubsetSource,
+)
 from proteus_jax.data.sources.image_folder import FileSource
-from proteus_jax.data.sources.tfds import PREFIX, TfdsSource
+from proteus_jax.data.sources.registry import SHARDS
+from proteus_jax.data.sources.tfds import PREFIX
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
 
-TRAIN, TEST = "train", ("test", "val", "validation")
-# Names that say a folder is a split, in other spellings than those that are read.
-SPLITS = (TRAIN, "training", *TEST, "testing", "valid")
 # Of a folder that is not split, one image in so many is tested on.
 TESTED = 5
 # Of files with the same name on both sides so many are compared.
@@ -34,12 +39,12 @@ class LabeledDataset(NamedTuple):
     source: Source
     labels: np.ndarray
     classes: tuple[str, ...]
+    passed_over: PassedOver = NOTHING
 
     def part(self, indices: np.ndarray) -> "LabeledDataset":
         """Some of the images."""
-        return LabeledDataset(
-            SubsetSource(self.source, indices), self.labels[indices], self.classes
-        )
+        subset = SubsetSource(self.source, indices)
+        return self._replace(source=subset, labels=self.labels[indices])
 
 
 class TrainTestSplit(NamedTuple):
@@ -49,36 +54,74 @@ class TrainTestSplit(NamedTuple):
     test: LabeledDataset
     test_name: str
 
+    @property
+    def passed_over(self) -> PassedOver:
+        """What both places hold beside images."""
+        same = self.train.passed_over is self.test.passed_over
+        return joined([self.train.passed_over] + [self.test.passed_over] * (not same))
 
-def open_labeled(root: str) -> LabeledDataset:
+
+def open_labeled(root: str, reading: Reading = AS_IT_IS) -> LabeledDataset:
     """A place of images whose classes are known; a folder's are the names right inside it.
 
     InputError where there is none, or where there are not two classes.
     """
-    source, _ = open_source(root)
-    if isinstance(source, FileSource):
-        parts = [PurePosixPath(source.name(index)).parts for index in range(len(source))]
-        if root.lower().endswith(".txt"):
-            # Its paths may begin anywhere: the class is the folder that an image lies in.
-            parts = [part[-2:] for part in parts]
-        loose = [part[0] for part in parts if len(part) == 1]
-        if loose:
-            raise InputError(
-                f"{root}: expected one folder a class, found images outside of them, as {loose[0]}"
-            )
-        names: Sequence[str] = [part[0] for part in parts]
-    else:
+    return labeled(root, *open_source(root, reading))
+
+
+def labeled(root: str, source: Source, passed_over: PassedOver = NOTHING) -> LabeledDataset:
+    """The images of a source that `root` names, with their classes; InputError as of
+    open_labeled.
+    """
+    names = _folder_names(root, source)
+    if names is None:
         values = source.labels()
         if values is None:
             raise InputError(f"{root}: expected images with classes, found none")
-        if values.min() < 0:
-            raise InputError(f"{root}: its labels are {values.min()}: this split has no classes")
-        known = source.class_names() if isinstance(source, TfdsSource) else ()
+        if values.max() < 0:
+            raise InputError(f"{root}: its labels are {values.max()}: this split has no classes")
+        source, values, passed_over = _with_class(source, values, passed_over)
+        known = source.class_names()
+        if known and values.max() >= len(known):
+            raise InputError(
+                f"{root}: its labels go to {values.max()}, its classes are {len(known)}"
+            )
         names = [known[label] if known else str(label) for label in values.tolist()]
     classes, labels = np.unique(names, return_inverse=True)
     if len(classes) < 2:
         raise InputError(f"{root}: expected two classes or more, found only {classes[0]}")
-    return LabeledDataset(source, labels.astype(np.int64), tuple(classes.tolist()))
+    return LabeledDataset(source, labels.astype(np.int64), tuple(classes.tolist()), passed_over)
+
+
+def _with_class(
+    source: Source, values: np.ndarray, passed_over: PassedOver
+) -> tuple[Source, np.ndarray, PassedOver]:
+    """The images that have a class; those without are counted."""
+    without = np.flatnonzero(values < 0)
+    if not len(without):
+        return source, values, passed_over
+    names = tuple(source.name(int(index)) for index in without)
+    kept = np.flatnonzero(values >= 0)
+    passed_over = passed_over._replace(unlabeled=names)
+    return SubsetSource(source, kept), values[kept], passed_over
+
+
+def _folder_names(root: str, source: Source) -> list[str] | None:
+    """The folder right below the root that each image lies in; None of a source without folders."""
+    if source.path(0) is None:
+        return None
+    parts = [PurePosixPath(str(source.path(index))).parts for index in range(len(source))]
+    if root.lower().endswith(".txt"):
+        # Its paths may begin anywhere: the class is the folder that an image lies in.
+        parts = [part[-2:] for part in parts]
+    loose = [part[0] for part in parts if len(part) == 1]
+    if len(loose) == len(parts) and not isinstance(source, FileSource):
+        return None
+    if loose:
+        raise InputError(
+            f"{root}: expected one folder a class, found images outside of them, as {loose[0]}"
+        )
+    return [part[0] for part in parts]
 
 
 def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[int]]:
@@ -87,7 +130,7 @@ def tiles(source: Source, side: int, most: int) -> tuple[list[np.ndarray], list[
     """
     squares, labels = [], []
     for number in range(len(source)):
-        pixels = decode.open_image(source.read(number)).pixels()
+        pixels = source.open(number).pixels()
         height, width = pixels.shape[:2]
         length = min(side, height, width)
         corners = [
@@ -120,29 +163,76 @@ def open_pictures_pair() -> TrainTestSplit:
     )
 
 
-def open_pair(root: str) -> TrainTestSplit:
-    """A folder with train/ and test/ (or val/), each with one folder a class; tfds:NAME with such
-    splits; a folder of classes, of whose images every fifth is tested on; or "scikit-image", see
-    open_pictures_pair.
+def open_pair(root: str, reading: Reading = AS_IT_IS) -> TrainTestSplit:
+    """A folder with train/ and test/ (or val/), each with one folder a class, or an archive of such
+    a folder; shards whose names tell train and test; tfds:NAME with such splits; a folder of
+    classes, of whose images every fifth is tested on; or "scikit-image", see open_pictures_pair.
 
     InputError where that is not so, or where the classes of both differ.
     """
     if root == skimage.NAME:
         return open_pictures_pair()
     if root.lower().startswith(PREFIX):
-        return _matched(open_labeled(f"{root}:{TRAIN}"), *_first(root, TEST, ":"))
+        return _matched(
+            open_labeled(f"{root}:{TRAIN}", reading), *_first_of(root, _tfds_tests(root, reading))
+        )
     inside = _folders(root)
-    if TRAIN not in inside:
-        if inside and inside <= {name for name in inside if name.lower() in SPLITS}:
-            raise InputError(
-                f"{root}: expected {TRAIN}/ and {TEST[0]}/, or classes, found "
-                f"{', '.join(sorted(inside))}"
-            )
-        return _parted(open_labeled(root))
-    tests = [name for name in TEST if name in inside]
-    if not tests:
-        raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
-    return _matched(open_labeled(f"{root}/{TRAIN}"), *_first(root, tests, "/"))
+    if TRAIN in inside:
+        tests = [name for name in TEST if name in inside]
+        if not tests:
+            raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
+        opened = {name: partial(open_labeled, f"{root}/{name}", reading) for name in tests}
+        return _matched(open_labeled(f"{root}/{TRAIN}", reading), *_first_of(root, opened))
+    if inside and inside <= {name for name in inside if name.lower() in SPLITS}:
+        raise InputError(
+            f"{root}: expected {TRAIN}/ and {TEST[0]}/, or classes, found "
+            f"{', '.join(sorted(inside))}"
+        )
+    return _of_shards(root, reading) or _of_one_place(root, reading)
+
+
+def _tfds_tests(root: str, reading: Reading) -> dict[str, Callable[[], LabeledDataset]]:
+    return {name: partial(open_labeled, f"{root}:{name}", reading) for name in TEST}
+
+
+def _of_shards(root: str, reading: Reading) -> TrainTestSplit | None:
+    """A folder of shards whose names tell train and test; None of anything else."""
+    if not _is_folder(root):
+        return None
+    by_split = {shards.split: shards for shards in find_shards(root)}
+    tests = [name for name in TEST if name in by_split]
+    if TRAIN not in by_split or not tests:
+        return None
+
+    def opened(split: str) -> LabeledDataset:
+        shards = by_split[split]
+        source, passed = SHARDS[shards.kind](shards.paths, reading.columns)
+        return labeled(f"{root} ({split})", decoded(source, reading), passed)
+
+    by_name = {name: partial(opened, name) for name in tests}
+    return _matched(opened(TRAIN), *_first_of(root, by_name))
+
+
+def _is_folder(root: str) -> bool:
+    return not remote_fs.is_remote(root) and remote_fs.local(root).is_dir()
+
+
+def _of_one_place(root: str, reading: Reading) -> TrainTestSplit:
+    """Train and test folders inside an archive; or classes, of which a part is tested on."""
+    source, passed = open_source(root, reading)
+    if _is_folder(root) or source.path(0) is None:
+        return _parted(labeled(root, source, passed))
+    tops = np.array([str(source.path(index)).partition("/")[0] for index in range(len(source))])
+    tests = [name for name in TEST if name in tops]
+    if TRAIN not in tops or not tests:
+        return _parted(labeled(root, source, passed))
+
+    def opened(split: str) -> LabeledDataset:
+        part = SubsetSource(source, np.flatnonzero(tops == split))
+        return labeled(f"{root} ({split})", BelowSource(part, split), passed)
+
+    by_name = {name: partial(opened, name) for name in tests}
+    return _matched(opened(TRAIN), *_first_of(root, by_name))
 
 
 def images_on_both_sides(pair: TrainTestSplit) -> str:
@@ -150,16 +240,16 @@ def images_on_both_sides(pair: TrainTestSplit) -> str:
     sides some are compared. Returns an empty text where none is the same.
     """
     sides = (pair.train.source, pair.test.source)
-    if not all(isinstance(side, FileSource) for side in sides):
+    if any(side.path(0) is None for side in sides):
         return ""
-    train = {sides[0].name(index): index for index in range(len(sides[0]))}
-    common = [index for index in range(len(sides[1])) if sides[1].name(index) in train]
+    train = {sides[0].path(index): index for index in range(len(sides[0]))}
+    common = [index for index in range(len(sides[1])) if sides[1].path(index) in train]
     spread = np.linspace(0, len(common) - 1, min(len(common), LOOKED_AT)).astype(int)
     picked = [common[at] for at in spread]
     same = 0
     for index in picked:
         with contextlib.suppress(Unreadable):
-            same += sides[0].read(train[sides[1].name(index)]) == sides[1].read(index)
+            same += sides[0].read(train[sides[1].path(index)]) == sides[1].read(index)
     if not same:
         return ""
     return (
@@ -171,21 +261,23 @@ def images_on_both_sides(pair: TrainTestSplit) -> str:
 def _folders(root: str) -> set[str]:
     """Names of the folders right inside a folder or an address; none inside anything else."""
     if remote_fs.is_remote(root):
-        if not root.rstrip("/").lower().endswith((".txt", ".tar", ".parquet")):
+        if not root.rstrip("/").lower().endswith((".txt", ".tar", ".zip", ".parquet")):
             return {n.partition("/")[0] for n, _ in remote_fs.remote_listing(root) if "/" in n}
         return set()
     place = remote_fs.local(root)
     if not place.is_dir():
         return set()
-    return {path.name for path in place.iterdir() if path.is_dir() and path.name[0] != "."}
+    return {path.name for path in place.iterdir() if path.is_dir() and not is_clutter(path.name)}
 
 
-def _first(root: str, splits: Sequence[str], between: str) -> tuple[LabeledDataset, str]:
+def _first_of(
+    root: str, splits: Mapping[str, Callable[[], LabeledDataset]]
+) -> tuple[LabeledDataset, str]:
     """The first split that has classes, and its name: a test set is often published without."""
     reasons = []
-    for split in splits:
+    for split, opened in splits.items():
         try:
-            return open_labeled(f"{root}{between}{split}"), split
+            return opened(), split
         except InputError as error:
             reasons += error.problems
     raise InputError([f"{root}: no split to test on", *reasons])
@@ -202,7 +294,7 @@ def _matched(train: LabeledDataset, test: LabeledDataset, test_name: str) -> Tra
         )
     own = np.array([number[name] for name in test.classes])
     return TrainTestSplit(
-        train, LabeledDataset(test.source, own[test.labels], train.classes), test_name
+        train, test._replace(labels=own[test.labels], classes=train.classes), test_name
     )
 
 

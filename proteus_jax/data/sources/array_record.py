@@ -7,17 +7,21 @@ from pathlib import Path
 
 import grain
 
-from proteus_jax.data import decode
+from proteus_jax.data import image_formats
+from proteus_jax.data.absl_settings import silence
+from proteus_jax.data.passed_over import PassedOver
+from proteus_jax.data.sources.base import FOUND, Columns, Source
 from proteus_jax.data.sources.tfds import PREFIX
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
 
 
-class RecordSource:
-    """ArrayRecord files each of whose records is the bytes of an image."""
+class RecordSource(Source):
+    """ArrayRecord files each of whose records is the bytes of an image; they have no classes."""
 
     def __init__(self, paths: Sequence[str]):
         self._paths = list(paths)
+        silence()
         try:
             self._records = grain.sources.ArrayRecordDataSource(self._paths)
             self._length = len(self._records)  # pyright: ignore[reportArgumentType]
@@ -26,11 +30,11 @@ class RecordSource:
             raise InputError(f"{paths[0]}: expected ArrayRecord files: {error}") from None
         if not self._length:
             raise InputError(f"{paths[0]}: no record")
-        head = self._records[0][:16]
-        if not decode.looks_like_image(head):
+        head = self._records[0][: image_formats.HEAD]
+        if not image_formats.looks_like_image(head):
             raise InputError(
                 f"{paths[0]}: expected records that are image files, found one that begins with "
-                f"{head!r}; a data set that tensorflow-datasets prepared is named as "
+                f"{head[:16]!r}; a data set that tensorflow-datasets prepared is named as "
                 f"{PREFIX}NAME or {PREFIX}DIRECTORY"
             )
         joined = hashlib.sha256()
@@ -59,16 +63,10 @@ class RecordSource:
         except Exception as error:
             raise Unreadable(str(error)) from None
 
-    def labels(self) -> None:
-        """Records have no classes."""
 
-    def digests(self) -> None:
-        """Not known without reading everything."""
-
-
-def open_records(paths: Sequence[str]) -> RecordSource:
+def open_records(paths: Sequence[str], columns: Columns = FOUND) -> tuple[RecordSource, PassedOver]:
     """ArrayRecord files of one's own. InputError for other files, and for files on a store."""
     remote = [path for path in paths if remote_fs.is_remote(path)]
     if remote:
         raise InputError(f"{remote[0]}: ArrayRecord files are read from a disk; copy them to one")
-    return RecordSource([str(Path(path)) for path in paths])
+    return RecordSource([str(Path(path)) for path in paths]), PassedOver()

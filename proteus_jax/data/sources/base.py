@@ -1,20 +1,32 @@
 """Sources of images: random access, a length, a fingerprint."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from proteus_jax.data.decode import LazyImage, open_image
+from proteus_jax.data.pillow_images import Decoding
+
+
+class Columns(NamedTuple):
+    """The columns of images and of classes of a set that has columns; found where none is named."""
+
+    image: str = ""
+    label: str = ""
+
+
+FOUND = Columns()
 
 
 @runtime_checkable
 class Source(Protocol):
     """Images by index. A copy in another process must cost little."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the images or their order do."""
-        ...
+    # Changes when the images or their order do.
+    fingerprint: str
 
     def __len__(self) -> int: ...
 
@@ -32,16 +44,41 @@ class Source(Protocol):
         """
         ...
 
+    def open(self, index: int, *, reused: bool = False) -> LazyImage:
+        """The picture of an image; `reused` where more than one view of it is wanted. Unreadable
+        where there is none.
+        """
+        return open_image(self.read(index), reused=reused)
+
+    def path(self, index: int) -> str | None:
+        """The path of an image below the root, by which folders are classes; None where the
+        source has no folders.
+        """
+        return None
+
     def labels(self) -> np.ndarray | None:
-        """The class of each image as a whole number; None where the source has no classes."""
-        ...
+        """The class of each image as a whole number, -1 of one that has none; None where no image
+        has a class. InputError where a label cannot be one.
+        """
+        return None
+
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes by number; none where the numbers are all there is."""
+        return ()
 
     def digests(self) -> Sequence[bytes] | None:
         """A hash of each image's content; None where that would take long."""
-        ...
+        return None
 
 
-class MemorySource:
+def folder_classes(names: Iterable[str]) -> np.ndarray | None:
+    """The class of each image by the directory that holds it; None where one holds all."""
+    parents = [PurePosixPath(name).parent.as_posix() for name in names]
+    labels = np.unique(parents, return_inverse=True)[1]
+    return labels if labels.max(initial=0) else None
+
+
+class MemorySource(Source):
     """A few images, decoded once."""
 
     def __init__(self, pictures: Sequence[np.ndarray], names: Sequence[str]):
@@ -69,14 +106,41 @@ class MemorySource:
         """See Source."""
         return self._pictures[index]
 
-    def labels(self) -> None:
-        """There are no classes."""
 
-    def digests(self) -> None:
-        """Not needed: the source is split by hand."""
+class _Wrapped(Source):
+    """A source whose images are those of others."""
+
+    def _within(self, index: int) -> tuple[Source, int]:
+        """The source of an image, and its index there."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """See Source."""
+        source, within = self._within(index)
+        return source.name(within)
+
+    def key(self, index: int) -> str:
+        """See Source."""
+        source, within = self._within(index)
+        return source.key(within)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        """See Source."""
+        source, within = self._within(index)
+        return source.read(within)
+
+    def open(self, index: int, *, reused: bool = False) -> LazyImage:
+        """See Source."""
+        source, within = self._within(index)
+        return source.open(within, reused=reused)
+
+    def path(self, index: int) -> str | None:
+        """See Source."""
+        source, within = self._within(index)
+        return source.path(within)
 
 
-class SubsetSource:
+class SubsetSource(_Wrapped):
     """Some images of a source, by sorted indices."""
 
     def __init__(self, source: Source, indices: np.ndarray):
@@ -87,22 +151,17 @@ class SubsetSource:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def name(self, index: int) -> str:
-        """See Source."""
-        return self._source.name(int(self._indices[index]))
-
-    def key(self, index: int) -> str:
-        """See Source."""
-        return self._source.key(int(self._indices[index]))
-
-    def read(self, index: int) -> bytes | np.ndarray:
-        """See Source."""
-        return self._source.read(int(self._indices[index]))
+    def _within(self, index: int) -> tuple[Source, int]:
+        return self._source, int(self._indices[index])
 
     def labels(self) -> np.ndarray | None:
         """See Source."""
         labels = self._source.labels()
         return None if labels is None else labels[self._indices]
+
+    def class_names(self) -> Sequence[str]:
+        """See Source."""
+        return self._source.class_names()
 
     def digests(self) -> Sequence[bytes] | None:
         """See Source."""
@@ -110,8 +169,10 @@ class SubsetSource:
         return None if digests is None else [digests[index] for index in self._indices]
 
 
-class ConcatSource:
-    """Several sources, one after the other in one index. They have no classes in common."""
+class ConcatSource(_Wrapped):
+    """Several sources, one after the other in one index. They have no classes in common, and are
+    split one by one.
+    """
 
     def __init__(self, sources: Sequence[Source]):
         self._sources = list(sources)
@@ -122,27 +183,61 @@ class ConcatSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def _within(self, index: int) -> tuple[Source, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self._sources[number], index - (int(self._ends[number - 1]) if number else 0)
 
-    def name(self, index: int) -> str:
+    def path(self, index: int) -> str | None:
+        """Folders of several places are no classes."""
+        return None
+
+
+class _Same(_Wrapped):
+    """A source in another light: the same images in the same order."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.fingerprint = source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def _within(self, index: int) -> tuple[Source, int]:
+        return self._source, index
+
+    def labels(self) -> np.ndarray | None:
         """See Source."""
-        source, within = self._find(index)
-        return source.name(within)
+        return self._source.labels()
 
-    def key(self, index: int) -> str:
+    def class_names(self) -> Sequence[str]:
         """See Source."""
-        source, within = self._find(index)
-        return source.key(within)
+        return self._source.class_names()
 
-    def read(self, index: int) -> bytes | np.ndarray:
+    def digests(self) -> Sequence[bytes] | None:
         """See Source."""
-        source, within = self._find(index)
-        return source.read(within)
+        return self._source.digests()
 
-    def labels(self) -> None:
-        """There are no classes in common."""
 
-    def digests(self) -> None:
-        """Each source is split on its own."""
+class BelowSource(_Same):
+    """A source all of whose images lie in one folder, as seen from inside that folder."""
+
+    def __init__(self, source: Source, folder: str):
+        super().__init__(source)
+        self._folder = folder
+
+    def path(self, index: int) -> str | None:
+        """See Source."""
+        path = self._source.path(index)
+        return None if path is None else path.removeprefix(f"{self._folder}/")
+
+
+class DecodedSource(_Same):
+    """A source whose files become pixels in another way than the usual one."""
+
+    def __init__(self, source: Source, decoding: Decoding):
+        super().__init__(source)
+        self._decoding = decoding
+
+    def open(self, index: int, *, reused: bool = False) -> LazyImage:
+        """See Source."""
+        return open_image(self.read(index), self._decoding, reused=reused)

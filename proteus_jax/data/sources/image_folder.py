@@ -9,13 +9,19 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
-from proteus_jax.data import decode
+from proteus_jax.data import image_formats
 from proteus_jax.data.mmap_table import Names, Table, read_table, write_table
-from proteus_jax.data.splits import named
+from proteus_jax.data.passed_over import (
+    PassedOver,
+    is_clutter,
+    kind_of,
+    lies_in_clutter,
+)
+from proteus_jax.data.sources.base import Source, folder_classes
 from proteus_jax.errors import InputError
 from proteus_jax.runtime import remote_fs
 from proteus_jax.runtime.filesystem import cache_directory
@@ -25,9 +31,11 @@ HASHED_BYTES = 1 << 16
 # A tree of no more files than this is looked at file by file, each time; of a larger one only names
 # and sizes are known. (The beginnings of 1.28 million files are 84 GB.)
 SMALL = 10_000
+# Listings of an earlier form are made again.
+_FORM = f"2 {image_formats.FORMATS}"
 
 
-class FileSource:
+class FileSource(Source):
     """Image files, known by the table of their names."""
 
     def __init__(self, root: str, table: Table, digests: Sequence[bytes] | None = None):
@@ -53,32 +61,32 @@ class FileSource:
         """See Source."""
         return remote_fs.read(self._root, self._names[index])
 
+    def path(self, index: int) -> str:
+        """See Source."""
+        return self._names[index]
+
     @functools.cached_property
-    def _labels(self) -> np.ndarray:
-        parents = [PurePosixPath(self.name(index)).parent.as_posix() for index in range(len(self))]
-        return np.unique(parents, return_inverse=True)[1]
+    def _labels(self) -> np.ndarray | None:
+        return folder_classes(self.name(index) for index in range(len(self)))
 
     def labels(self) -> np.ndarray | None:
         """The directory that holds an image is its class; None where one directory holds all."""
-        return self._labels if self._labels.max(initial=0) else None
+        return self._labels
 
     def digests(self) -> Sequence[bytes] | None:
         """Hashes of size and beginning, for a small tree."""
         return self._digests
 
 
-def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
-    """Every JPEG, PNG, WebP and BMP of a tree, in the order of the names, and what was passed over:
-    directories that cannot be read, and, of a small tree, files with such a name that are no
-    images.
+def open_folder(root: str) -> tuple[FileSource, PassedOver]:
+    """Every image of a tree, in the order of the names, and what was passed over: hidden files and
+    folders, files of other kinds, directories that cannot be read, and, of a small tree, files with
+    the name of an image that are none. A file without a suffix is an image if it begins like one.
 
     InputError where there is no folder or no image in it.
     """
     if remote_fs.is_remote(root):
-        listed = (
-            e for e in remote_fs.remote_listing(root) if e[0].lower().endswith(decode.SUFFIXES)
-        )
-        return _source(root, sorted(listed)), ()
+        return _remote_folder(root)
     folder = remote_fs.local(root)
     if not os.path.isdir(folder):
         raise InputError(f"{root}: no such folder")
@@ -87,24 +95,39 @@ def open_folder(root: str) -> tuple[FileSource, tuple[str, ...]]:
     path = cache_directory() / "listings" / _key(folder)
     known = _known(path, folder)
     if known is not None:
-        return FileSource(str(folder.resolve()), known), ()
+        found = PassedOver.from_json(known.facts["passed_over"])
+        return FileSource(str(folder.resolve()), known), found
     walk = _Walk(str(folder))
     entries = sorted(walk.files(""))
+    passed = walk.passed_over(entries)
     if len(entries) <= SMALL:
-        source, skipped = _looked_at(root, folder, entries)
-        return source, (*walk.unreadable, *skipped)
-    source = _source(str(folder.resolve()), entries, walk.directories)
+        return _looked_at(root, folder, entries, passed)
+    source = _source(str(folder.resolve()), entries, passed, walk.directories)
     try:
         write_table(path, source._table.facts, source._table.columns)
     except OSError:
         # Without a place to keep it the listing is made again next time, and copied to workers.
-        return source, tuple(walk.unreadable)
-    return FileSource(str(folder.resolve()), read_table(path)), tuple(walk.unreadable)
+        return source, passed
+    return FileSource(str(folder.resolve()), read_table(path)), passed
 
 
-def open_list(path: str) -> FileSource:
+def _remote_folder(root: str) -> tuple[FileSource, PassedOver]:
+    entries, hidden, kinds = [], 0, Counter[str]()
+    for name, size in remote_fs.remote_listing(root):
+        if lies_in_clutter(name):
+            hidden += 1
+        elif image_formats.has_image_suffix(name):
+            entries.append((name, size))
+        else:
+            kinds[kind_of(name)] += 1
+    passed = PassedOver(dict(kinds), hidden)
+    return _source(root, sorted(entries), passed), passed
+
+
+def open_list(path: str) -> tuple[FileSource, PassedOver]:
     """The images that a text file names, one path a line, from the file's own folder where they
-    are relative; empty lines and those that begin with # do not count.
+    are relative; empty lines and those that begin with # do not count, and what lies in hidden
+    folders is passed over.
 
     InputError where it names none, one twice, or what is no image.
     """
@@ -116,27 +139,33 @@ def open_list(path: str) -> FileSource:
     if b"\0" in content:
         raise InputError(f"{path}: expected text with one path a line, found bytes of zero")
     lines = (line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
-    names = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
+    listed = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
+    # Where the data lie may be hidden; what is hidden among them is not meant.
+    folder = file.parent.absolute()
+    above = os.path.commonpath([folder, *(folder / name for name in listed)])
+    names = [name for name in listed if not lies_in_clutter(os.path.relpath(folder / name, above))]
     if not names:
         raise InputError(f"{path}: names no image")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise InputError(f"{path}: names {name} twice")
-    root = file.parent
+    root, passed = file.parent, PassedOver(hidden=len(listed) - len(names))
     if len(names) > SMALL:
-        return _source(str(root.resolve()), [(name, 0) for name in names])
+        return _source(str(root.resolve()), [(name, 0) for name in names], passed), passed
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise InputError(f"{path}: {len(missing)} of its files are missing, as {missing[0]}")
-    source, skipped = _looked_at(path, root, [(name, 0) for name in names])
-    if skipped:
-        raise InputError(f"{path}: {len(skipped)} of its files are no images, as {skipped[0]}")
-    return source
+    source, passed = _looked_at(path, root, [(name, 0) for name in names], passed)
+    if passed.no_images:
+        raise InputError(
+            f"{path}: {len(passed.no_images)} of its files are no images, as {passed.no_images[0]}"
+        )
+    return source, passed
 
 
 def open_names(folder: Path, names: Sequence[str]) -> FileSource:
     """Files below a folder, in the order given; one may be named more than once."""
-    return _source(str(folder.resolve()), [(name, 0) for name in names])
+    return _source(str(folder.resolve()), [(name, 0) for name in names], PassedOver())
 
 
 def open_single(path: str) -> FileSource:
@@ -144,18 +173,20 @@ def open_single(path: str) -> FileSource:
     file = remote_fs.local(path)
     if not file.is_file():
         raise InputError(f"{path}: no such file")
-    return _looked_at(path, file.parent, [(file.name, 0)])[0]
+    return _looked_at(path, file.parent, [(file.name, 0)], PassedOver())[0]
 
 
 class _Walk:
-    """Every file of a tree with the name of an image; links are followed, loops are not."""
+    """Every image of a tree, and what else there is; links are followed, loops are not."""
 
     def __init__(self, root: str):
         self._root = root
         self._seen: set[tuple[int, int]] = set()
+        self._kinds: Counter[str] = Counter()
+        self._hidden = 0
         # Each directory and its time of change; and what could not be read.
         self.directories: list[tuple[str, int]] = []
-        self.unreadable: list[str] = []
+        self._unreadable: list[str] = []
 
     def files(self, below: str) -> Iterator[tuple[str, int]]:
         """Names and sizes in bytes, in no order."""
@@ -168,16 +199,42 @@ class _Walk:
             self.directories.append((below, status.st_mtime_ns))
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if _is_directory(entry):
+                    if is_clutter(entry.name):
+                        self._hidden += 1
+                    elif _is_directory(entry):
                         inside.append(prefix + entry.name)
-                    elif entry.name.lower().endswith(decode.SUFFIXES):
+                    elif _is_named_like_image(entry):
                         yield prefix + entry.name, _size(entry)
+                    else:
+                        self._kinds[kind_of(entry.name)] += 1
         except OSError:
-            self.unreadable.append(below or self._root)
+            self._unreadable.append(below or self._root)
         # In a fixed order: which of two links to one directory is met first must not depend on the
         # disk.
         for name in sorted(inside):
             yield from self.files(name)
+
+    def passed_over(self, entries: Sequence[tuple[str, int]]) -> PassedOver:
+        """What is no image, when all files have been seen."""
+        holding = {name.partition("/")[0] for name, _ in entries}
+        inside = {name.partition("/")[0] for name, _ in self.directories} - {""}
+        return PassedOver(
+            dict(self._kinds),
+            self._hidden,
+            unreadable=tuple(self._unreadable),
+            empty=tuple(sorted(inside - holding)) if inside & holding else (),
+        )
+
+
+def _is_named_like_image(entry: os.DirEntry[str]) -> bool:
+    """Returns True for the suffix of an image; without any suffix the content decides."""
+    if image_formats.suffix_of(entry.name):
+        return image_formats.has_image_suffix(entry.name)
+    try:
+        with remote_fs.open_regular(entry.path) as file:
+            return image_formats.looks_like_image(file.read(image_formats.HEAD))
+    except OSError:
+        return False
 
 
 def _is_directory(entry: os.DirEntry[str]) -> bool:
@@ -195,7 +252,7 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def _key(folder: Path) -> str:
-    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    return hashlib.sha256(_FORM.encode() + os.fsencode(folder.resolve())).hexdigest()[:32]
 
 
 def _known(path: Path, folder: Path) -> Table | None:
@@ -214,11 +271,12 @@ def _known(path: Path, folder: Path) -> Table | None:
 def _source(
     root: str,
     entries: Sequence[tuple[str, int]],
+    passed: PassedOver,
     directories: Sequence[tuple[str, int]] = (),
 ) -> FileSource:
     """Files known by names and sizes."""
     if not entries:
-        raise InputError(f"{root}: no image ({', '.join(decode.SUFFIXES)}) below it")
+        raise InputError(_no_image(root, passed))
     names = Names.of([name for name, _ in entries])
     sizes = np.fromiter((size for _, size in entries), np.int64, len(entries))
     joined = hashlib.sha256()
@@ -229,31 +287,37 @@ def _source(
         places = Names.of([name for name, _ in directories])
         times = np.fromiter((time for _, time in directories), np.int64, len(directories))
         columns |= {"directories": places.text, "directory_ends": places.ends, "times": times}
-    return FileSource(root, Table({"fingerprint": joined.hexdigest()}, columns))
+    facts = {"fingerprint": joined.hexdigest(), "passed_over": passed.as_json()}
+    return FileSource(root, Table(facts, columns))
+
+
+def _no_image(root: str, passed: PassedOver) -> str:
+    """Words for a place that holds no image: what it holds."""
+    there = "; ".join(passed.lines()) or "nothing at all"
+    return f"{root}: no image below it (of {image_formats.listed()}), but {there}"
 
 
 def _looked_at(
-    given: str, root: Path, entries: Sequence[tuple[str, int]]
-) -> tuple[FileSource, tuple[str, ...]]:
+    given: str, root: Path, entries: Sequence[tuple[str, int]], passed: PassedOver
+) -> tuple[FileSource, PassedOver]:
     """Files each of which begins like an image, known by their content; and the others."""
-    names, digests, skipped = [], [], []
+    names, digests, others = [], [], []
     for name, _ in entries:
         digest = _digest(root / name)
         if digest is None:
-            skipped.append(name)
+            others.append(name)
         else:
             names.append(name)
             digests.append(digest)
+    passed = passed._replace(no_images=tuple(others))
     if not names:
-        raise InputError(
-            f"{given}: no image ({', '.join(decode.SUFFIXES)}) below it" + named(skipped)
-        )
+        raise InputError(_no_image(given, passed))
     joined = hashlib.sha256()
     for name, digest in zip(names, digests, strict=True):
         joined.update(os.fsencode(name) + b"\0" + digest)
     packed = Names.of(names)
     table = Table({"fingerprint": joined.hexdigest()}, {"text": packed.text, "ends": packed.ends})
-    return FileSource(str(root.resolve()), table, digests), tuple(skipped)
+    return FileSource(str(root.resolve()), table, digests), passed
 
 
 def _digest(path: Path) -> bytes | None:
@@ -266,6 +330,6 @@ def _digest(path: Path) -> bytes | None:
             size = os.fstat(file.fileno()).st_size
     except OSError:
         return None
-    if not decode.looks_like_image(head):
+    if not image_formats.looks_like_image(head, path.name):
         return None
     return hashlib.sha256(size.to_bytes(8, "little") + head).digest()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from proteus_jax.data.mmap_table import read_table, write_table
+from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
 from proteus_jax.runtime.filesystem import cache_directory
@@ -19,7 +20,7 @@ from proteus_jax.runtime.filesystem import cache_directory
 PREFIX = "tfds:"
 
 
-class TfdsSource:
+class TfdsSource(Source):
     """A split of a tensorflow-datasets builder prepared as ArrayRecord."""
 
     def __init__(self, name: str, split: str, data_dir: str | None):
@@ -71,7 +72,8 @@ class TfdsSource:
 
     def class_names(self) -> list[str]:
         """Names of the classes by number; none where the builder does not know them."""
-        return list(getattr(self._builder.info.features[self._label], "names", None) or ())
+        feature = self._builder.info.features[self._label] if self._label else None
+        return list(getattr(feature, "names", None) or ())
 
     def labels(self) -> np.ndarray | None:
         """The feature `label`; read once from every example, and kept in the cache."""
@@ -90,9 +92,6 @@ class TfdsSource:
     def values(self, feature: str) -> Iterator[Any]:
         """A feature of every example, in order; no image is decoded."""
         return (self._records[index][feature] for index in range(len(self)))
-
-    def digests(self) -> None:
-        """Not known without reading everything."""
 
 
 def _builder(name: str, data_dir: str | None) -> Any:

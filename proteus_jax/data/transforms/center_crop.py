@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from proteus_jax.data import decode
+from proteus_jax.data.pillow_images import MAXIMUM_PIXELS
 from proteus_jax.errors import Unreadable
 
 
@@ -27,7 +28,7 @@ class CenterCrop(NamedTuple):
         if shorter != self.resize:
             # In whole numbers, as torchvision rounds down.
             sides = [self.resize * side // shorter for side in (height, width)]
-            if sides[0] * sides[1] > decode.MAXIMUM_PIXELS:
+            if sides[0] * sides[1] > MAXIMUM_PIXELS:
                 raise Unreadable(f"{width} x {height} pixels are too thin to be resized")
             image = Image.fromarray(pixels)
             pixels = np.asarray(image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.dataset import open_source
-from proteus_jax.data.decode import open_image
+from proteus_jax.data.passed_over import PassedOver
 from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import InputError, Unreadable, collecting
 from proteus_jax.evaluation.cka import effective_rank, linear_cka, spectrum
@@ -59,6 +59,7 @@ class Data(NamedTuple):
     chosen: np.ndarray
     teacher: Model
     heads: Heads | None
+    passed_over: PassedOver = PassedOver()
 
 
 class Layers(NamedTuple):
@@ -75,10 +76,11 @@ class Layers(NamedTuple):
 def open_data(config: EvalConfig) -> Data:
     """The images of --config.data.root and the teacher."""
     problems, source, teacher, heads = [], None, None, None
+    passed_over = PassedOver()
     with collecting(problems, "--config.data.root"):
         if not config.data.root:
             raise InputError("expected a place of images, found nothing")
-        source, _ = open_source(config.data.root)
+        source, passed_over = open_source(config.data.root, config.data.reading)
         if len(source) < 2:
             raise InputError(f"expected two images or more, found {len(source)}")
     with collecting(problems, "--config.analysis.teacher"):
@@ -92,7 +94,7 @@ def open_data(config: EvalConfig) -> Data:
         raise InputError(problems)
     count = min(config.settings.images, len(source))
     chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
-    return Data(source, chosen, teacher, heads)
+    return Data(source, chosen, teacher, heads, passed_over)
 
 
 def _refuse_crop(config: EvalConfig, teacher: Model) -> None:
@@ -174,6 +176,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
             "root": context.config.data.root,
             "images": len(numbers),
             "unreadable": tables["student"].unreadable,
+            "passed_over": data.passed_over.as_json(),
         },
     }
 
@@ -202,7 +205,7 @@ def _views(context: Context, data: Data, numbers: np.ndarray) -> np.ndarray:
     views = []
     for number in numbers.tolist():
         try:
-            views.append(context.view(open_image(data.source.read(number))))
+            views.append(context.view(data.source.open(number)))
         except Unreadable:  # between the pass and now
             views.append(np.zeros((context.view.crop, context.view.crop, 3), np.uint8))
     return np.stack(views)

@@ -35,7 +35,7 @@ def open_data(config: EvalConfig) -> TrainTestSplit:
     with about("--config.data.root"):
         if not config.data.root:
             raise InputError("expected images with classes, one folder a class; found nothing")
-        return open_pair(config.data.root)
+        return open_pair(config.data.root, config.data.reading)
 
 
 def described(config: EvalConfig, pair: TrainTestSplit, unreadable: int) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def described(config: EvalConfig, pair: TrainTestSplit, unreadable: int) -> dict
         "test_images": len(pair.test.labels),
         "classes": len(pair.train.classes),
         "unreadable": unreadable,
+        "passed_over": pair.passed_over.as_json(),
         "train_fingerprint": pair.train.source.fingerprint,
         "test_fingerprint": pair.test.source.fingerprint,
     }

@@ -6,6 +6,7 @@ relative to AlexNet's, mean of the 15 corruptions (Hendrycks and Dietterich 2019
 """
 
 import functools
+import itertools
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proteus_jax.data.datasets.labeled import LabeledDataset, open_labeled
+from proteus_jax.data.passed_over import PassedOver, joined
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError, about, collecting
 from proteus_jax.evaluation.classifiers.linear_heads import Kind, last_tokens
@@ -75,6 +77,12 @@ class Data(NamedTuple):
     corrupted: dict[str, dict[int, LabeledDataset]]
     absent: dict[str, str]
 
+    @property
+    def passed_over(self) -> PassedOver:
+        """What the folders of the sets hold beside images."""
+        levels = itertools.chain(*(part.values() for part in self.corrupted.values()))
+        return joined(part.passed_over for part in (*self.plain.values(), *levels))
+
 
 def open_head(directory: str) -> Head:
     """Opens the head in the workdir of a linear evaluation; InputError where there is none."""
@@ -115,21 +123,23 @@ def open_data(config: EvalConfig) -> Data:
     if problems or head is None:
         raise InputError(problems)
     plain, corrupted, absent = {}, {}, {}
+    reading = config.data.reading
     with about("--config.data.root"):
         for name in PLAIN:
             if (root / name).is_dir():
-                plain[name] = _matched(open_labeled(str(root / name)), head, name)
+                plain[name] = _matched(open_labeled(str(root / name), reading), head, name)
             else:
                 absent[name] = f"no folder {name}"
         for name in ALEXNET:
             place = root / CORRUPTED / name
-            missing = [level for level in SEVERITIES if not (place / str(level)).is_dir()]
+            levels = {level: place / str(level) for level in SEVERITIES}
+            missing = [level for level, path in levels.items() if not path.is_dir()]
             if missing:
                 absent[f"{CORRUPTED}/{name}"] = f"no folder of severity {missing[0]}"
                 continue
             corrupted[name] = {
-                level: _matched(open_labeled(str(place / str(level))), head, f"{name}/{level}")
-                for level in SEVERITIES
+                level: _matched(open_labeled(str(path), reading), head, f"{name}/{level}")
+                for level, path in levels.items()
             }
     if not plain and not corrupted:
         raise InputError(f"--config.data.root: {root}: none of {', '.join(PLAIN)}, {CORRUPTED}")
@@ -203,6 +213,7 @@ def measure(context: Context, data: Data) -> dict[str, Any]:
             "root": context.config.data.root,
             "images": {name: len(part.labels) for name, part in data.plain.items()},
             "unreadable": unreadable,
+            "passed_over": data.passed_over.as_json(),
         },
         "constants": {
             "alexnet": ALEXNET,
