@@ -142,7 +142,7 @@ def open_list(path: str) -> tuple[FileSource, PassedOver]:
     listed = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
     # Where the data lie may be hidden; what is hidden among them is not meant.
     folder = file.parent.absolute()
-    above = os.path.commonpath([folder, *(folder / name for name in listed)])
+    above = os.path.commonpath([(folder / name).parent for name in listed] or [folder])
     names = [name for name in listed if not lies_in_clutter(os.path.relpath(folder / name, above))]
     if not names:
         raise InputError(f"{path}: names no image")

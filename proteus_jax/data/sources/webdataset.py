@@ -136,14 +136,15 @@ def _samples(members: Sequence[Member]) -> Iterator[list[int]]:
 
 
 def _runs_of_a_key(members: Sequence[Member]) -> Iterator[list[int]]:
-    """An image and a label with nothing between, where what differs in their names is words:
+    """One image and its labels with nothing between, where what differs in their names is words:
     s1.input.jpg and s1.target.cls are one sample of WebDataset, 22.1.jpg and 22.5.cls are not.
     """
     keys = itertools.groupby(range(len(members)), lambda at: _key(members[at].name))
     for key, run in keys:
         group = list(run)
         middles = (_stem(members[at].name).removeprefix(key) for at in group)
-        if len(group) == 2 and not any(map(str.isdigit, "".join(middles))):
+        images = sum(members[at].label is None for at in group)
+        if images == 1 and not any(map(str.isdigit, "".join(middles))):
             yield group
 
 
