@@ -182,6 +182,15 @@ def saved(folder: Path, *steps: int, **more: Any) -> list[int]:
     return told
 
 
+def official(spec: ViTSpec) -> dict[str, Any]:
+    """Random weights under the official names; none is constant, so that a mix-up would show."""
+    arrays = state_dict.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(0.5, 0.1, value.shape).astype(np.float32) for name, value in arrays.items()
+    }
+
+
 def reference(*names: str) -> Path:
     if not REFERENCE or not Path(REFERENCE).is_dir():
         pytest.skip("PROTEUS_JAX_REFERENCE names no folder of golden files")

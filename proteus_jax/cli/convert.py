@@ -16,6 +16,7 @@ export differed when loaded back, and nothing was written.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
+def _grid(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected rows and columns as 16x12, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="proteus convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -91,6 +99,10 @@ def _add_import(commands: Any) -> None:
     command.add_argument("--offline", action="store_true", help="fetch nothing")
     command.add_argument("--heads", type=int, help="attention heads, where not width / 64")
     command.add_argument("--prefix", help="only names that begin so belong to the model")
+    command.add_argument("--key", help="the entry that holds the model, where several do")
+    command.add_argument(
+        "--grid", type=_grid, metavar="ROWSxCOLUMNS", help="of a position table that is no square"
+    )
     command.add_argument("--family", choices=FAMILIES, help="where the names do not tell it")
     command.add_argument(
         "--normalization",
@@ -122,6 +134,7 @@ def _add_verify(commands: Any) -> None:
         "--images", type=_path, help="a folder of photographs (default: four of scikit-image's)"
     )
     command.add_argument("--prefix", help="only names of SOURCE that begin so belong to the model")
+    command.add_argument("--key", help="the entry of SOURCE that holds the model")
     command.set_defaults(run=_verify)
 
 
@@ -164,6 +177,8 @@ def _import(options: argparse.Namespace) -> int:
             directory,
             heads=options.heads,
             prefix=options.prefix,
+            key=options.key,
+            grid=options.grid,
             family=options.family,
             normalization=STATISTICS[options.normalization] if options.normalization else None,
             license=options.license,
@@ -190,7 +205,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"outputs of {options.golden}; errors in standard deviations")
     else:
         pictures = photographs(options.images, spec.grid * spec.patch_size)
-        comparisons = verify(directory, options.against, pictures, options.prefix)
+        comparisons = verify(directory, options.against, pictures, options.prefix, options.key)
         print(
             f"{len(pictures)} photographs of {spec.grid * spec.patch_size} px; errors in "
             "standard deviations"

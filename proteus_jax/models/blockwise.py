@@ -34,7 +34,7 @@ class BlockwiseFunction:
         self._graph = nnx.graphdef(make)
         self._rotation = None
         if spec.positions == "rotary":
-            grid = (spec.grid, spec.grid)
+            grid = spec.table_shape
             self._rotation = rotation(grid, spec.width // spec.heads, spec.prefix)
 
     def embed(

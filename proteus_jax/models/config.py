@@ -39,6 +39,8 @@ class ViTSpec:
     heads: int
     patch_size: int = 14
     grid: int = 16
+    # Columns of a table that is no square, of `grid` rows; 0 for as many as rows.
+    grid_columns: int = 0
     feed_forward: str = "mlp"
     registers: int = 0
     norm_epsilon: float = 1e-6
@@ -97,6 +99,11 @@ class ViTSpec:
         return int(self.class_token) + self.registers
 
     @property
+    def table_shape(self) -> tuple[int, int]:
+        """Rows and columns of the position table."""
+        return self.grid, self.grid_columns or self.grid
+
+    @property
     def table_prefix(self) -> int:
         """Entries of the position table before those of patches."""
         return int(self.class_token and self.class_position)
@@ -145,6 +152,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "heads": (1, 4096),
     "patch_size": (1, 1024),
     "grid": (1, 1024),
+    "grid_columns": (0, 1024),
     "inner": (0, 262144),
     "registers": (0, 1024),
     "norm_epsilon": (0.0, 1.0),
@@ -221,4 +229,4 @@ def student_spec(name: str, crop: int, start: ViTSpec | None = None) -> ViTSpec:
         raise ValueError(
             f"{name} has patches of {spec.patch_size} px, which do not divide crops of {crop} px"
         )
-    return dataclasses.replace(spec, grid=crop // spec.patch_size)
+    return dataclasses.replace(spec, grid=crop // spec.patch_size, grid_columns=0)

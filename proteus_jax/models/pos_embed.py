@@ -58,21 +58,21 @@ def resize_matrix(source: int, target: int, offset: float, antialias: bool) -> n
 def resize_position_table(
     table: Float[Array, "1 length d"], spec: ViTSpec, grid: tuple[int, int]
 ) -> Float[Array, "1 length2 d"]:
-    """The table [1, (1 +) grid^2, D] for another grid (rows, columns) of patches; the class entry,
-    where there is one, stays.
+    """The table [1, (1 +) rows * columns, D] for another grid (rows, columns) of patches; the
+    class entry, where there is one, stays.
 
     Float32 whatever the table's dtype; the table itself where the grid is already its own.
     """
-    if grid == (spec.grid, spec.grid):
+    if grid == spec.table_shape:
         return table
     rows, columns = (
         jnp.asarray(
-            resize_matrix(spec.grid, side, spec.interpolate_offset, spec.interpolate_antialias)
+            resize_matrix(source, side, spec.interpolate_offset, spec.interpolate_antialias)
         )
-        for side in grid
+        for source, side in zip(spec.table_shape, grid, strict=True)
     )
     first = spec.table_prefix
-    patches = table[:, first:].astype(jnp.float32).reshape(spec.grid, spec.grid, -1)
+    patches = table[:, first:].astype(jnp.float32).reshape(*spec.table_shape, -1)
     # A rounded position table would move every token: full precision, also where matmuls default to
     # less.
     patches = jnp.einsum(

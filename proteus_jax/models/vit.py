@@ -5,6 +5,7 @@ Source: facebookresearch/dinov2 models/vision_transformer.py, as used by arXiv 2
 authors' pretrain/models_synclr.py and models_clip.py.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class VisionTransformer(nnx.Module):
             shape = (spec.width,) if spec.pre_norm else (1, 1, spec.width)
             self.cls_token = nnx.Param(tiny(rngs.params(), shape))
         if spec.positions == "table":
-            length = spec.table_prefix + spec.grid**2
+            length = spec.table_prefix + math.prod(spec.table_shape)
             self.pos_embed = nnx.Param(LINEAR_INIT(rngs.params(), (1, length, spec.width)))
         mask_token = jnp.zeros((1, spec.width))
         if spec.mask_deviation:

@@ -36,7 +36,7 @@ def description(directory: Path, card: ModelCard) -> Iterator[str]:
         f"{directory}: {card.family}, {spec.depth} blocks, {spec.width} wide, {spec.heads} heads, "
         f"{spec.feed_forward}, patch {spec.patch_size}, "
         f"{'rotary positions' if spec.positions == 'rotary' else 'table'} {spec.grid} x "
-        f"{spec.grid}, {spec.registers} registers"
+        f"{spec.table_shape[1]}, {spec.registers} registers"
     )
     mean, deviation = (", ".join(f"{value:.3g}" for value in part) for part in card.normalization)
     yield f"image statistics: mean {mean}; deviation {deviation}"

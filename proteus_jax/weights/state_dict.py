@@ -9,6 +9,7 @@ one stacked array.
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def infer_spec(arrays: Arrays, heads: int | None = None, **choices: Any) -> ViTS
         "positions": "table" if "pos_embed" in arrays else "rotary",
         "pooling": "attention" if "pool.probe" in arrays else "token",
     }
-    found |= _of_the_table(arrays.get("pos_embed"), found["class_token"])
+    found |= _of_the_table(arrays.get("pos_embed"), found["class_token"], choices)
     try:
         spec = ViTSpec(**(found | choices))
         return dataclasses.replace(spec, inner=_inner(arrays, spec))
@@ -79,15 +80,25 @@ def infer_spec(arrays: Arrays, heads: int | None = None, **choices: Any) -> ViTS
         raise InputError(str(error)) from None
 
 
-def _of_the_table(table: np.ndarray | None, class_token: bool) -> dict[str, Any]:
+def _of_the_table(
+    table: np.ndarray | None, class_token: bool, choices: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sides of the position table, and whether it has a row for the class token."""
     if table is None:
         return {}
     count = table.shape[1] if table.ndim == 3 else 0
+    given = (choices["grid"], choices["grid_columns"]) if choices.get("grid_columns") else None
     for prefix in (1, 0) if class_token else (0,):
-        grid = math.isqrt(max(count - prefix, 0))
-        if grid >= 1 and grid**2 + prefix == count:
-            return {"grid": grid, "class_position": prefix == 1 or not class_token}
-    raise InputError(f"pos_embed should be [1, 1 + side * side, width], found {list(table.shape)}")
+        side = math.isqrt(max(count - prefix, 0))
+        rows, columns = given or (side, side)
+        if rows >= 1 and rows * columns + prefix == count:
+            return {"grid": rows, "class_position": prefix == 1 or not class_token}
+    if given is not None:
+        raise InputError(f"pos_embed has {count} rows, which are none of a grid of {given}")
+    raise InputError(
+        f"pos_embed should be [1, 1 + side * side, width], found {list(table.shape)}: of a table "
+        "that is no square give rows and columns, as --grid 16x12"
+    )
 
 
 def _inner(arrays: Arrays, spec: ViTSpec) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import photograph
 from PIL import Image
 
 from proteus_jax.config import Override, load
@@ -22,7 +23,6 @@ from proteus_jax.data.sources import image_folder
 from proteus_jax.data.splits import HeldOut
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.training.schema import schema_of
-from tests.conftest import photograph
 
 # 0 to 65535 in equal steps.
 RAMP = np.linspace(0, 65535, 40 * 50).round().reshape(40, 50).astype(np.uint16)

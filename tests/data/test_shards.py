@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import photograph
 from PIL import Image
 
 from proteus_jax.data.dataset import Reading, open_source
 from proteus_jax.data.datasets.labeled import open_labeled, open_pair
 from proteus_jax.data.sources.base import Columns
 from proteus_jax.errors import InputError, Unreadable
-from tests.conftest import photograph
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -53,7 +53,7 @@ def label_of_each(root: str, contents: list[bytes]) -> dict[int, str]:
     """The class of each image, by its number in the contents."""
     found = open_labeled(root)
     return {
-        contents.index(found.source.read(index)): found.classes[label]
+        contents.index(bytes(found.source.read(index))): found.classes[label]
         for index, label in enumerate(found.labels)
     }
 

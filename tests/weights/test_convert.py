@@ -10,6 +10,7 @@ import onnx
 import pytest
 import safetensors.numpy
 from conftest import TINY
+from small import official
 
 from proteus_jax.cli import convert
 from proteus_jax.errors import InputError
@@ -36,15 +37,6 @@ SPECS = {
         interpolate_antialias=True,
     ),
 }
-
-
-def official(spec: ViTSpec) -> dict[str, Any]:
-    """Random weights under the official names; none is constant, so that a mix-up would show."""
-    arrays = state_dict.from_params(BackboneFunction(spec).init(jax.random.key(0)), spec)
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.normal(0.5, 0.1, value.shape).astype(np.float32) for name, value in arrays.items()
-    }
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -18,11 +18,12 @@ from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.normalization import CLIP, HALF, IMAGENET, Normalization
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
-from proteus_jax.weights.convert.detection import detect_architecture, find_prefix
+from proteus_jax.weights.convert.detection import detect_architecture
 from proteus_jax.weights.convert.families import FAMILIES
-from proteus_jax.weights.convert.hf_directory import INDEX, read_directory
+from proteus_jax.weights.convert.hf_directory import INDICES, read_directory
 from proteus_jax.weights.convert.import_weights import import_weights, read_model
 from proteus_jax.weights.convert.parity import compare, our_outputs
+from proteus_jax.weights.convert.selection import find_prefix
 from proteus_jax.weights.convert.torch_reference import run_transformers, transformers_outputs
 from proteus_jax.weights.model_dir import load_model
 
@@ -236,7 +237,7 @@ def test_a_directory_of_several_files(tmp_path: Path) -> None:
     for file, own in parts.items():
         safetensors.numpy.save_file({name: arrays[name] for name in own}, tmp_path / file)
     index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
-    (tmp_path / INDEX).write_text(json.dumps(index))
+    (tmp_path / next(iter(INDICES))).write_text(json.dumps(index))
     (tmp_path / "config.json").write_text('{"model_type": "dinov2", "num_attention_heads": 1}')
     found, facts = read_model(tmp_path)
     assert found.spec.width == 64
@@ -246,7 +247,7 @@ def test_a_directory_of_several_files(tmp_path: Path) -> None:
         read_model(tmp_path)
     for outside in ("../b.safetensors", "/etc/passwd"):
         text = json.dumps({"weight_map": {"x": outside}})
-        (tmp_path / INDEX).write_text(text)
+        (tmp_path / next(iter(INDICES))).write_text(text)
         with pytest.raises(InputError, match=r"refused: .* points outside the folder"):
             read_model(tmp_path)
 
@@ -389,7 +390,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         read_model(tmp_path)
     with pytest.raises(InputError, match="not a ViT: none of its 1 names"):
         find_prefix(["a"])
-    with pytest.raises(InputError, match=r"--prefix: student\.backbone\., teacher\.backbone\."):
+    with pytest.raises(InputError, match=r"--key student \(student\.backbone\.\), --key teacher"):
         find_prefix([f"{who}.backbone.patch_embed.proj.weight" for who in ("teacher", "student")])
     with pytest.raises(InputError, match=r"naflex"):
         detect_architecture({"embeddings.patch_embedding.weight": np.zeros((8, 12), np.float32)})

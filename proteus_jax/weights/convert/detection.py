@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from proteus_jax.errors import InputError
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.normalization import Normalization
@@ -14,21 +16,19 @@ from proteus_jax.weights.convert import name_maps
 from proteus_jax.weights.convert.families import FAMILIES, LAYOUTS, NEEDED, Arrays
 from proteus_jax.weights.convert.name_maps import NameMap
 
-# The name that every family's patch embedding has: what comes before it is a prefix.
-_PATCHES = (
-    "patch_embed.proj.weight",
-    "conv1.weight",
-    "embeddings.patch_embedding.weight",
-    "embeddings.patch_embeddings.projection.weight",
-    "embeddings.patch_embeddings.weight",
-)
-
-
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 # DINOv3's own image size, as its positions have no table to tell it.
 _DINOV3_SIDE = 224
+
+
+# Types of transformers' models: plain ViTs, and those whose names tell the family.
+_PLAIN = ("vit", "vit_msn", "vit_mae", "deit", "ijepa")
+_TOLD_BY_NAMES = (
+    *("dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "siglip_vision_model"),
+    *("siglip2", "siglip2_vision_model"),
+)
 
 
 class Detected(NamedTuple):
@@ -43,25 +43,6 @@ class Detected(NamedTuple):
     layout: NameMap
 
 
-def find_prefix(names: list[str]) -> str:
-    """Finds the prefix of all names of the one ViT among the arrays; InputError where there is
-    none, or several.
-    """
-    prefixes = set()
-    for name in names:
-        for patches in _PATCHES:
-            before = name.removesuffix(patches)
-            if before != name and (not before or before.endswith(".")):
-                prefixes.add(before)
-    if not prefixes:
-        raise InputError(f"not a ViT: none of its {len(names)} names ends in {', '.join(_PATCHES)}")
-    if len(prefixes) > 1:
-        raise InputError(
-            f"several models in it: choose one by --prefix: {', '.join(sorted(prefixes))}"
-        )
-    return prefixes.pop()
-
-
 def detect_architecture(
     arrays: Arrays,
     settings: Mapping[str, Any] | None = None,
@@ -69,6 +50,7 @@ def detect_architecture(
     family: str | None = None,
     heads: int | None = None,
     prefix: str = "",
+    grid: tuple[int, int] | None = None,
 ) -> Detected:
     """Canonical arrays and their spec, from names and shapes, and from the `settings` of a
     Hugging Face or timm directory where there are any.
@@ -82,7 +64,10 @@ def detect_architecture(
         for name, array in arrays.items()
         if array.size or not name.endswith("register_tokens")
     }
+    arrays, plain = _without_decoder(arrays), _is_plain(arrays)
+    arrays = _with_distillation_as_register(arrays)
     layout, fitting = _layout(arrays)
+    family = family or ("timm" if plain and "timm" in fitting else None)
     name = _chosen(fitting, family, _configured_family(settings, prefix))
     canonical = layout.to_canonical(arrays)
     ignored_keys = tuple(
@@ -94,6 +79,9 @@ def detect_architecture(
         if layout is name_maps.TIMM_MEAN:
             choices |= {"final_norm": "class"}
     choices |= _configured_choices(settings)
+    sides = grid or _configured_grid(settings)
+    if sides is not None and sides[0] != sides[1]:
+        choices |= {"grid": sides[0], "grid_columns": sides[1]}
     if name == "dinov3" and "grid" not in choices:
         choices["grid"] = max(1, _DINOV3_SIDE // canonical["patch_embed.proj.weight"].shape[-1])
     _refuse_without(name, canonical)
@@ -101,6 +89,59 @@ def detect_architecture(
     spec = state_dict.infer_spec(canonical, heads, **choices)
     normalization = _configured_normalization(settings) or FAMILIES[name].normalization
     return Detected(name, canonical, spec, normalization, ignored_keys, layout)
+
+
+# Tokens of DeiT that were taught by a teacher's labels.
+_DISTILLATION = {
+    "dist_token": ("register_tokens", "pos_embed"),
+    "embeddings.distillation_token": (
+        "embeddings.register_tokens",
+        "embeddings.position_embeddings",
+    ),
+}
+
+
+def _is_plain(arrays: Arrays) -> bool:
+    """Returns True for what only plain ViTs have: DeiT's second token, MAE's mask token."""
+    return bool(_DISTILLATION.keys() & arrays.keys()) or _has_decoders_mask(arrays)
+
+
+def _has_decoders_mask(arrays: Arrays) -> bool:
+    """Returns True where the mask token is that of MAE's decoder, as wide as that."""
+    cls, mask = arrays.get("cls_token"), arrays.get("mask_token")
+    return cls is not None and mask is not None and mask.shape[-1] != cls.shape[-1]
+
+
+def _without_decoder(arrays: Arrays) -> Arrays:
+    if not _has_decoders_mask(arrays):
+        return arrays
+    return {name: array for name, array in arrays.items() if name != "mask_token"}
+
+
+def _with_distillation_as_register(arrays: Arrays) -> Arrays:
+    """DeiT's distillation token comes after the class token and has a row of the position table:
+    with that row it is a register, which has none.
+    """
+    found = [name for name in _DISTILLATION if name in arrays]
+    if not found:
+        return arrays
+    register, table = _DISTILLATION[found[0]]
+    if table not in arrays or arrays[table].ndim != 3 or arrays[table].shape[1] < 3:
+        raise InputError(f"it has a {found[0]} and no {table} with a row for it")
+    rows = arrays[table]
+    token = arrays[found[0]].reshape(1, 1, -1) + rows[:, 1:2]
+    rest = {name: array for name, array in arrays.items() if name != found[0]}
+    return rest | {register: token, table: np.concatenate([rows[:, :1], rows[:, 2:]], axis=1)}
+
+
+def _configured_grid(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches, where config.json has two sides of an image."""
+    sides, patch = settings.get("image_size"), settings.get("patch_size")
+    if not isinstance(sides, list) or len(sides) != 2 or not isinstance(patch, int) or patch < 1:
+        return None
+    if not all(isinstance(side, int) and side >= patch for side in sides):
+        return None
+    return sides[0] // patch, sides[1] // patch
 
 
 def _refuse_without(family: str, arrays: Arrays) -> None:
@@ -138,8 +179,13 @@ def _configured_family(settings: Mapping[str, Any], prefix: str) -> str | None:
     if "clip" in kind:
         # transformers leaves out of a file what is its default, and QuickGELU is.
         return "openclip" if settings.get("hidden_act", "quick_gelu") == "gelu" else "clip"
-    if kind == "vit":
+    if kind in _PLAIN:
         return "timm"
+    if kind and kind not in _TOLD_BY_NAMES:
+        raise InputError(
+            f"config.json: a model of the type {kind!r} is not read; those that are: "
+            f"{', '.join(sorted({*_PLAIN, *_TOLD_BY_NAMES}))}"
+        )
     if "clip" in architecture:
         return "clip" if "quickgelu" in architecture else "openclip"
     if architecture:
@@ -153,7 +199,8 @@ def _configured_choices(settings: Mapping[str, Any]) -> dict[str, Any]:
         choices["norm_epsilon"] = float(_number(settings, "layer_norm_eps", 1e-15, 1.0))
     if "num_attention_heads" in settings:
         _number(settings, "num_attention_heads", 1, 4096, whole=True)
-    if "hidden_act" in settings:
+    # The gate of a SwiGLU layer has its own.
+    if "hidden_act" in settings and settings["hidden_act"] != "silu":
         activation = _ACTIVATIONS.get(str(settings["hidden_act"]))
         if activation is None:
             raise InputError(

@@ -105,11 +105,13 @@ LAYOUTS = [
     Layout(name_maps.CLIP, ("clip", "openclip"), lambda a: "class_embedding" in a),
     Layout(name_maps.HF_CLIP, ("clip", "openclip"), lambda a: "embeddings.class_embedding" in a),
     Layout(name_maps.HF_SIGLIP, ("siglip",), _is_flexible),
+    Layout(name_maps.HF_DINOV3_GATED, ("dinov3",), lambda a: "layer.0.mlp.gate_proj.weight" in a),
     Layout(name_maps.HF_DINOV3, ("dinov3",), lambda a: "embeddings.patch_embeddings.weight" in a),
     Layout(
         name_maps.HF_VIT, ("timm", "synclr"), lambda a: any(".layernorm_before." in n for n in a)
     ),
     Layout(name_maps.HF_DINOV2, ("dinov2",), lambda a: any(n.startswith("embeddings.") for n in a)),
+    Layout(name_maps.DINOV3_GATED, ("dinov3",), lambda a: "blocks.0.mlp.w1.weight" in a),
     Layout(
         name_maps.DINOV3, ("dinov3",), lambda a: "storage_tokens" in a or "rope_embed.periods" in a
     ),
@@ -131,7 +133,8 @@ def transformers_layout(family: str, spec: ViTSpec) -> NameMap:
     if family == "siglip":
         return name_maps.HF_SIGLIP
     if family == "dinov3":
-        return name_maps.HF_DINOV3
+        gated = spec.feed_forward == "swiglu"
+        return name_maps.HF_DINOV3_GATED if gated else name_maps.HF_DINOV3
     if spec.layer_scale:
         return name_maps.HF_DINOV2
     return name_maps.HF_VIT

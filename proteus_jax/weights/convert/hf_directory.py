@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 from proteus_jax.errors import InputError, refusing
 from proteus_jax.weights.convert.readers import Arrays, Weights, read_weights
 
-INDEX = "model.safetensors.index.json"
+INDICES = {
+    "model.safetensors.index.json": "model-*-of-*.safetensors",
+    "pytorch_model.bin.index.json": "pytorch_model-*-of-*.bin",
+}
 DESCRIPTIONS, PROCESSOR = ("config.json", "open_clip_config.json"), "preprocessor_config.json"
 _WEIGHTS = (
     "model.safetensors",
@@ -25,9 +28,10 @@ def wanted_files(names: Iterable[str]) -> list[str]:
     """Which files of a repository make such a directory: descriptions, and one set of weights."""
     there = set(names)
     described = [name for name in (*DESCRIPTIONS, PROCESSOR) if name in there]
-    if INDEX in there:
-        shards = [name for name in there if fnmatch.fnmatch(name, "model-*-of-*.safetensors")]
-        return sorted([*described, INDEX, *shards])
+    index = next((name for name in INDICES if name in there), None)
+    if index is not None:
+        shards = [name for name in there if fnmatch.fnmatch(name, INDICES[index])]
+        return sorted([*described, index, *shards])
     weights = [name for name in _WEIGHTS if name in there][:1]
     return [*described, *weights] if weights else []
 
@@ -48,12 +52,13 @@ def is_described(folder: Path) -> bool:
 def read_directory(folder: Path) -> Directory:
     """InputError where it is no such directory, or names a file outside of it."""
     settings = _settings(folder)
-    if (folder / INDEX).is_file():
-        files = _shards(folder)
+    index = next((name for name in INDICES if (folder / name).is_file()), None)
+    if index is not None:
+        files = _shards(folder / index)
     else:
         files = [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
     if not files:
-        raise InputError(f"{folder}: expected one of {', '.join((*_WEIGHTS, INDEX))} in it")
+        raise InputError(f"{folder}: expected one of {', '.join((*_WEIGHTS, *INDICES))} in it")
     for file in files:
         _refuse_outside(folder, file)
     parts = [read_weights(file) for file in files]
@@ -67,15 +72,15 @@ def read_directory(folder: Path) -> Directory:
     return Directory(settings, Weights(arrays, precision), tuple(files))
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shards(index: Path) -> list[Path]:
     """The files of an index, each once."""
-    listed = _json(folder / INDEX).get("weight_map")
+    folder, listed = index.parent, _json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise InputError(f"{folder / INDEX}: expected a weight_map of names to files")
+        raise InputError(f"{index}: expected a weight_map of names to files")
     names = sorted(set(listed.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise InputError(f"{folder / INDEX}: refused: {outside[0]} points outside the folder")
+        raise InputError(f"{index}: refused: {outside[0]} points outside the folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError([f"{folder / name}: a part of the model, and missing" for name in missing])

@@ -31,6 +31,8 @@ class NameMap:
     arrays: dict[str, str] = dataclasses.field(default_factory=dict)
     block_arrays: dict[str, str] = dataclasses.field(default_factory=dict)
     axes: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Modules of a block that are several of theirs, one after the other.
+    merged: dict[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     # Names without a counterpart, which carry nothing that a backbone needs.
     ignored_keys: str = ""
 
@@ -51,16 +53,17 @@ class NameMap:
             else:
                 result[whole] = _with_axes(array, self._canonical_axes(whole, array))
         for whole, found in parts.items():
-            if whole.endswith(".bias") and 1 not in found and len(found) == 2:
+            if whole.endswith(f"{QKV}.bias") and 1 not in found and len(found) == 2:
                 # DINOv3 has no bias of keys: a constant 0, which the model never reads.
                 found[1] = np.zeros_like(found[0])
-            missing = [self.qkv[part] for part in range(3) if part not in found]
+            names = self._parts_of(whole)
+            missing = [name for part, name in enumerate(names) if part not in found]
             if missing:
                 raise InputError(f"{whole}: its part {' and '.join(missing)} is missing")
-            shapes = [list(found[part].shape) for part in range(3)]
+            shapes = [list(found[part].shape) for part in range(len(names))]
             if any(shape != shapes[0] for shape in shapes):
-                raise InputError(f"{whole}: its three parts differ in shape: {shapes}")
-            result[whole] = np.concatenate([found[part] for part in range(3)])
+                raise InputError(f"{whole}: its parts differ in shape: {shapes}")
+            result[whole] = np.concatenate([found[part] for part in range(len(names))])
         return result
 
     def from_canonical(self, arrays: Arrays, *, key_bias: bool = True) -> Arrays:
@@ -72,14 +75,20 @@ class NameMap:
             if name in theirs:
                 result[theirs[name]] = _with_axes(array, self.axes.get(name, array.ndim))
             elif f"{name}#0" in theirs:
-                if not array.ndim or array.shape[0] % 3:
-                    raise InputError(f"{name}: expected three parts, found {list(array.shape)}")
-                for part, values in enumerate(np.split(array, 3)):
-                    if part != 1 or key_bias or not name.endswith(".bias"):
+                count = len(self._parts_of(name))
+                if not array.ndim or array.shape[0] % count:
+                    raise InputError(f"{name}: expected {count} parts, found {list(array.shape)}")
+                for part, values in enumerate(np.split(array, count)):
+                    if part != 1 or key_bias or not name.endswith(f"{QKV}.bias"):
                         result[theirs[f"{name}#{part}"]] = np.ascontiguousarray(values)
             else:
                 raise InputError(f"{name}: there is no such parameter in that layout")
         return result
+
+    def _parts_of(self, name: str) -> Sequence[str]:
+        """The modules whose parameters, one after the other, are one of ours."""
+        module = name.rpartition(".")[0].split(".", 2)[-1]
+        return self.merged.get(module, self.qkv)
 
     @property
     def _number(self) -> re.Pattern[str]:
@@ -98,6 +107,9 @@ class NameMap:
         else:
             for part, module in enumerate(self.qkv):
                 inside |= {f"{ours}#{part}": theirs for ours, theirs in _parameters({QKV: module})}
+        for module, several in self.merged.items():
+            for part, each in enumerate(several):
+                inside |= {f"{ours}#{part}": theirs for ours, theirs in _parameters({module: each})}
         for layer in layers:
             for ours, theirs in inside.items():
                 yield f"blocks.{layer}.{ours}", self.block.format(layer) + theirs
@@ -181,6 +193,13 @@ DINOV3 = dataclasses.replace(
     DINOV2,
     arrays=_TOKENS | {"register_tokens": "storage_tokens"},
     ignored_keys=r"rope_embed\.periods|blocks\.\d+\.attn\.qkv\.bias_mask",
+)
+# The gate and the values of DINOv3's largest models are two modules.
+DINOV3_GATED = dataclasses.replace(
+    DINOV3,
+    block_modules={n: m for n, m in _PLAIN_BLOCK.items() if not n.startswith("mlp.")}
+    | {"mlp.w3": "mlp.w3"},
+    merged={"mlp.w12": ("mlp.w1", "mlp.w2")},
 )
 CLIP = NameMap(
     block="transformer.resblocks.{}.",
@@ -278,4 +297,10 @@ HF_DINOV3 = NameMap(
     arrays={name: theirs for name, theirs in _HF_TOKENS.items() if name != "pos_embed"},
     block_arrays=_HF_SCALES,
     axes={"mask_token": 3},
+)
+HF_DINOV3_GATED = dataclasses.replace(
+    HF_DINOV3,
+    block_modules={n: m for n, m in HF_DINOV3.block_modules.items() if not n.startswith("mlp.")}
+    | {"mlp.w3": "mlp.down_proj"},
+    merged={"mlp.w12": ("mlp.gate_proj", "mlp.up_proj")},
 )

@@ -114,7 +114,11 @@ def _golden_outputs(params: Params, spec: ViTSpec, pixels: np.ndarray) -> Output
 
 
 def verify(
-    directory: Path, source: Path, images: UInt8[np.ndarray, "b h w 3"], prefix: str | None = None
+    directory: Path,
+    source: Path,
+    images: UInt8[np.ndarray, "b h w 3"],
+    prefix: str | None = None,
+    key: str | None = None,
 ) -> Iterator[Comparison]:
     """Compares every block's output, class token and patches with transformers', and the last two
     with timm's where it is installed and has such a model, on square images of the position table's
@@ -129,7 +133,7 @@ def verify(
             f"{images.shape[1:3]}"
         )
     pixels = np.asarray(card.normalization(jnp.asarray(images)))
-    model, _ = read_model(source, prefix=prefix, family=card.family, heads=spec.heads)
+    model, _ = read_model(source, prefix=prefix, key=key, family=card.family, heads=spec.heads)
     arrays: Arrays = model.arrays
     try:
         state_dict.to_params(arrays, spec, optional=OPTIONAL)
