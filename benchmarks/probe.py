@@ -32,10 +32,10 @@ from proteus_jax.evaluation.linear_training import RandomCrops
 from proteus_jax.evaluation.probe_training import train_probe
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.schema import evaluation_schema
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.config import SPECS
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import ModelCard
 
 

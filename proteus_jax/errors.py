@@ -2,9 +2,18 @@
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 
 DEFECT = 1
+
+
+def _readable(text: str) -> str:
+    """A text without addresses of objects, and without codes that a terminal would obey: names of
+    files and texts of libraries may hold either.
+    """
+    text = re.sub(r" at 0x[0-9a-fA-F]{4,}", "", text)
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class InputError(Exception):
@@ -15,7 +24,8 @@ class InputError(Exception):
     EXIT_CODE = 2
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        given = [problems] if isinstance(problems, str) else problems
+        self.problems = [_readable(problem) for problem in given]
         super().__init__("\n".join(self.problems))
 
 
@@ -25,6 +35,9 @@ class Unreachable(InputError):
 
 class Unreadable(Exception):
     """A file that should be an image and is none."""
+
+    def __init__(self, reason: str):
+        super().__init__(_readable(reason))
 
 
 @contextlib.contextmanager

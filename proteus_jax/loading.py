@@ -14,6 +14,7 @@ from proteus_jax.checkpoint.checkpointer import Checkpoints
 from proteus_jax.checkpoint.items import FORMAT, PARAMS, STATISTICS, VERSION
 from proteus_jax.checkpoint.store import CheckpointStore
 from proteus_jax.errors import InputError
+from proteus_jax.feature_extractor import Model
 from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.feature_standardization import RunningMoments, init_moments, unstandardize
 from proteus_jax.models.config import ViTSpec
@@ -23,7 +24,6 @@ from proteus_jax.models.precision import dtype_of
 from proteus_jax.models.vit import Features
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
 from proteus_jax.weights.convert.hf_directory import wanted_files
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.fetch import obtain_model
 from proteus_jax.weights.model_dir import CARD, WEIGHTS, ModelCard, load_model
 

@@ -92,6 +92,9 @@ class Heard(Console):
     def log(self, text: str) -> None:
         pass
 
+    def error(self, text: str) -> None:
+        self.lines.append(text)
+
     def dismiss_watcher(self) -> None:
         """There is none."""
 

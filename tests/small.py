@@ -21,6 +21,7 @@ from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.evaluation.feature_extraction import LoaderConfig, freeze
 from proteus_jax.evaluation.protocol import Context
 from proteus_jax.evaluation.results import weights_digest
+from proteus_jax.feature_extractor import Model
 from proteus_jax.methods.losses import LossWeights
 from proteus_jax.methods.proteus import Proteus
 from proteus_jax.methods.teacher import Teacher
@@ -31,7 +32,6 @@ from proteus_jax.runtime import sharding
 from proteus_jax.training.train_state import Skipped, TrainState, init_state, to_items
 from proteus_jax.training.train_step import TrainStep
 from proteus_jax.weights import state_dict
-from proteus_jax.weights.feature_extractor import Model
 
 PLAIN = ViTSpec(width=32, depth=2, heads=2, patch_size=8, grid=4, **SYNCLR)
 SMALL = ViTSpec(width=16, depth=2, heads=2, grid=3, patch_size=4)

@@ -29,6 +29,7 @@ CONFIGURED = {
 }
 OTHERS = {
     "convert": Command("weights in and out, checked both ways"),
+    "features": Command("features of images, as a file or a folder of parts"),
     "slice": Command("a smaller model out of a larger one, in seconds, without training"),
     "visualize": Command("what models see in images, as a picture"),
     "table": Command("models against benchmarks"),

@@ -25,3 +25,17 @@ def all_hosts(
         place, about, timeout=seconds, progress=console.progress, say=console.error
     ) as group:
         yield group
+
+
+@contextlib.contextmanager
+def meet(problems: list[str], console: Console) -> Iterator[ProcessGroup | None]:
+    """The same for a command without flags of its own for hosts: SLURM, a TPU pod and the like tell
+    them by the environment.
+    """
+    place, seconds = process_info({}, problems)
+    about = {"version": proteus_jax.__version__}
+    with distributed.initialize_distributed(
+        place, about, timeout=seconds, progress=console.progress, say=console.error
+    ) as group:
+        console.quiet = place.host != 0
+        yield group

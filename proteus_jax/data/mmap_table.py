@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from proteus_jax.errors import InputError
+from proteus_jax.runtime.filesystem import as_open_as_any_other
 
 _MAGIC = b"proteus_jax table 1\n"
 _ALIGNMENT = 64
@@ -75,6 +76,7 @@ def write_table(path: Path, facts: Mapping[str, Any], columns: Mapping[str, np.n
             file.flush()
             os.fsync(file.fileno())
             file.close()
+            as_open_as_any_other(Path(file.name))
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A frozen model over a set of images, once: on every device, each image exactly once."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +14,11 @@ from proteus_jax.data.eval_loader import evaluation_batches
 from proteus_jax.data.sources.base import Source
 from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.errors import InputError
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction, Params, fastest_attention, in_precision
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.feature_extractor import Model
 
 # (backbone, parameters, normalized images [b, h, w, 3]) -> arrays whose first axis is the batch's.
 Function = Callable[[BackboneFunction, Params, jax.Array], Any]
@@ -152,6 +152,30 @@ def feature_pass(
     InputError where none of the images can be read.
     """
     total = len(source) if chosen is None else len(chosen)
+    passes = feature_batches(compiled, params, source, view, reading, mesh, chosen, progress)
+    with contextlib.closing(passes):
+        parts = list(passes)
+    values = jax.tree.map(lambda *rows: np.concatenate(rows), *[part for part, _ in parts])
+    numbers = np.concatenate([part for _, part in parts])
+    if not len(numbers):
+        raise InputError(f"none of the {total} images can be read, as {source.name(0)}")
+    return FeatureTable(values, numbers, total - len(numbers))
+
+
+def feature_batches(
+    compiled: Compiled,
+    params: Any,
+    source: Source,
+    view: CenterCrop,
+    reading: LoaderConfig,
+    mesh: Mesh,
+    chosen: Sequence[int] | np.ndarray | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Generator[tuple[Any, np.ndarray]]:
+    """Applies a `compiled_pass` batch by batch: arrays [b, ...] and the numbers of their images,
+    without those that cannot be read; whole on every host. To be closed.
+    """
+    total = len(source) if chosen is None else len(chosen)
     # A batch has a share for every device.
     batch = -(-min(reading.batch, total) // mesh.size) * mesh.size
     batches = evaluation_batches(
@@ -164,21 +188,16 @@ def feature_pass(
         workers=reading.workers,
         threads=reading.threads,
     )
-    parts, pending = [], None
+    pending = None
     with contextlib.closing(batches):
         for number, made in enumerate(batches):
             outputs = compiled(params, *(sharding.place_batch(part, mesh) for part in made))
             if pending is not None:
                 # Fetched while the device is busy with the next batch.
-                parts.append(_readable(*jax.device_get(pending)))
+                yield _readable(*jax.device_get(pending))
             pending = outputs
             progress(f"{min((number + 1) * batch, total)} of {total} images")
-    parts.append(_readable(*jax.device_get(pending)))
-    values = jax.tree.map(lambda *rows: np.concatenate(rows), *[part for part, _ in parts])
-    numbers = np.concatenate([part for _, part in parts])
-    if not len(numbers):
-        raise InputError(f"none of the {total} images can be read, as {source.name(0)}")
-    return FeatureTable(values, numbers, total - len(numbers))
+    yield _readable(*jax.device_get(pending))
 
 
 def _readable(values: Any, numbers: np.ndarray) -> tuple[Any, np.ndarray]:

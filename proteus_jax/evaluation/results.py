@@ -12,9 +12,9 @@ import numpy as np
 
 import proteus_jax
 from proteus_jax.errors import InputError
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.functional import Params
 from proteus_jax.runtime.filesystem import write_atomically
-from proteus_jax.weights.feature_extractor import Model
 
 FILE = "results.json"
 

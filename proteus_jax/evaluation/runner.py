@@ -23,6 +23,7 @@ from proteus_jax.evaluation.results import (
     weights_digest,
     write_results,
 )
+from proteus_jax.feature_extractor import Model
 from proteus_jax.loading import load_any
 from proteus_jax.models.precision import dtype_of
 from proteus_jax.runtime import collectives, sharding
@@ -35,7 +36,6 @@ from proteus_jax.runtime.metric_writer import FILE as METRICS
 from proteus_jax.runtime.preemption import PreemptionHandler
 from proteus_jax.runtime.workdir import CHECKPOINTS, Workdir, is_remote
 from proteus_jax.runtime.workdir_checks import first_of, why_no_workdir
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import WEIGHTS
 
 HOLDS_A_MODEL_OR_RUN = (WEIGHTS, CHECKPOINTS, METRICS)

@@ -5,6 +5,7 @@ chatter.
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -86,9 +87,9 @@ class Console:
 
     def progress(self, text: str, *, last: bool = False) -> None:
         """The state of a long work: one line that renews itself, or without a terminal a line now
-        and then.
+        and then. That all is done ("9 of 9") is always said.
         """
-        now = time.monotonic()
+        now, last = time.monotonic(), last or _ALL.search(text) is not None
         if self.quiet:
             return
         if not last and now - self._last < (LIVE_INTERVAL if self._live else PLAIN_INTERVAL):
@@ -108,6 +109,9 @@ class Console:
         if self._shown:
             _print("\r\x1b[2K", sys.stdout)
             self._shown = False
+
+
+_ALL = re.compile(r"(?<!\d)(\d+) of \1(?!\d)")
 
 
 def _watch(log: IO[bytes], stderr: int) -> int:

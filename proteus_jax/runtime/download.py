@@ -17,7 +17,12 @@ from pathlib import Path
 
 from proteus_jax.errors import InputError, Unreachable
 from proteus_jax.runtime.console import waiting
-from proteus_jax.runtime.filesystem import cache_directory, sha256, write_atomically
+from proteus_jax.runtime.filesystem import (
+    as_open_as_any_other,
+    cache_directory,
+    sha256,
+    write_atomically,
+)
 
 # Seconds of silence after which a server is given up, and before each further try.
 TIMEOUT = 30.0
@@ -217,6 +222,7 @@ def _download(url: str, target: Path) -> None:
                         ) from None
                     print(f"fetching {url}: {reason}; again in {pause:.0f} s", flush=True)
                     time.sleep(pause)
+        as_open_as_any_other(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,21 +29,46 @@ def synced(path: str | os.PathLike[str]) -> None:
         os.close(number)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is the old one or the whole new one, never a part."""
+def as_open_as_any_other(path: Path) -> None:
+    """Gives a file or folder the permissions that a new one has: a temporary one is private."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
+    # It can only be read by setting it. Linux tells it, and no thread is disturbed.
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A file to write, which gets its name only when the block ends without an error."""
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=BESIDE.format(name=path.name), delete=False
+        dir=target.parent,
+        prefix=BESIDE.format(name=target.name),
+        suffix=target.suffix,
+        delete=False,
     ) as file:
         beside = Path(file.name)
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+    try:
+        yield beside
+        synced(beside)
+        as_open_as_any_other(beside)
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is the old one or the whole new one, never a part."""
+    with atomic_file(path) as beside:
+        beside.write_text(text)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -109,9 +134,9 @@ def _named_at_the_end(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
+            # Libraries write private files too.
+            as_open_as_any_other(path)
             synced(path)
-        # mkdtemp makes it private; the finished directory is as open as any other.
-        temporary.chmod(0o755)
         if target.exists():
             # Under a name that nothing removes, as it may hold what somebody else put there.
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.before-", dir=target.parent))

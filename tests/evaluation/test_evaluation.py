@@ -23,8 +23,8 @@ from proteus_jax.evaluation.protocols import ridge
 from proteus_jax.evaluation.protocols.registry import PROTOCOLS
 from proteus_jax.evaluation.results import write_results
 from proteus_jax.evaluation.runner import _check_place
+from proteus_jax.feature_extractor import Model
 from proteus_jax.runtime.metric_writer import read_metrics
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 

@@ -20,10 +20,10 @@ from proteus_jax.evaluation.feature_extraction import (
     class_token,
     freeze,
 )
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import CLIP
 from proteus_jax.runtime import sharding
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 VIEW = CenterCrop(32, 28)

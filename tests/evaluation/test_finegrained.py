@@ -23,8 +23,8 @@ from proteus_jax.errors import InputError
 from proteus_jax.evaluation.feature_extraction import FeatureTable, FrozenBackbone
 from proteus_jax.evaluation.protocols import fine_grained
 from proteus_jax.evaluation.protocols.fine_grained import Features, average_precision, evaluate
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.normalization import CLIP, Normalization
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 

@@ -20,10 +20,10 @@ from proteus_jax.evaluation.classifiers import linear_heads
 from proteus_jax.evaluation.classifiers.linear_heads import Kind, Probe, Tokens
 from proteus_jax.evaluation.protocol import Saving
 from proteus_jax.evaluation.protocols import linear
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.normalization import IMAGENET
 from proteus_jax.runtime import sharding
 from proteus_jax.runtime.preemption import PreemptionHandler
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 KINDS = tuple(Kind(n, pooled) for n in (1, 2) for pooled in (False, True))

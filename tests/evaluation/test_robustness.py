@@ -20,8 +20,8 @@ from proteus_jax.evaluation.cka import linear_cka
 from proteus_jax.evaluation.classifiers.linear_heads import Kind
 from proteus_jax.evaluation.protocols import robustness
 from proteus_jax.evaluation.results import describe
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import ModelCard, load_model, save_model
 
 WNIDS = ("n01", "n02", "n03")

@@ -12,9 +12,9 @@ from proteus_jax.cli.visualize import main
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.reporting.figures import GAP, HEADING, foreground_colors
 from proteus_jax.evaluation.reporting.visualize import HEIGHT, columns
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import load_model
 
 

@@ -47,7 +47,11 @@ class _Class:
         self.module, self.name = module, name
 
 
-class Pickler(pickle._Pickler):  # pyright: ignore[reportAttributeAccessIssue]
+# Python's own pickler, whose methods can be put in the place of.
+_Pickler: Any = pickle._Pickler  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Pickler(_Pickler):
     """Writes tensors by storages, as torch.save does, and names of classes that are not here."""
 
     KINDS = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}  # noqa: RUF012

@@ -14,6 +14,7 @@ from small import official
 
 from proteus_jax.cli import convert
 from proteus_jax.errors import InputError
+from proteus_jax.feature_extractor import Model
 from proteus_jax.models.config import ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.models.normalization import CLIP, HALF
@@ -21,7 +22,6 @@ from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import name_maps
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.readers import read_weights
-from proteus_jax.weights.feature_extractor import Model
 from proteus_jax.weights.model_dir import ModelCard, load_card, load_model, save_model
 
 SPECS = {

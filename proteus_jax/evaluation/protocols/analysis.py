@@ -29,6 +29,7 @@ from proteus_jax.evaluation.protocol import Context, Protocol
 from proteus_jax.evaluation.reporting import figures
 from proteus_jax.evaluation.results import describe
 from proteus_jax.evaluation.teacher_agreement import nearest
+from proteus_jax.feature_extractor import Model
 from proteus_jax.loading import Heads, load_any, load_heads
 from proteus_jax.methods.config import PRIMARY
 from proteus_jax.methods.feature_standardization import standardize
@@ -36,7 +37,6 @@ from proteus_jax.methods.resample import renormalize, resize_images, resize_patc
 from proteus_jax.models.functional import BackboneFunction, Params
 from proteus_jax.models.normalization import Normalization
 from proteus_jax.schema import Rule, at_least
-from proteus_jax.weights.feature_extractor import Model
 
 QUERIES, NEIGHBORS = 6, 5
 # So many shares of the spectrum are written down.

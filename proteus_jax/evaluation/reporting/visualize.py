@@ -10,9 +10,9 @@ import numpy as np
 from proteus_jax.data import decode
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.evaluation.reporting import figures
+from proteus_jax.feature_extractor import Model
 from proteus_jax.loading import load_any
 from proteus_jax.runtime.filesystem import why_unwritable
-from proteus_jax.weights.feature_extractor import Model
 
 SIZE, HEIGHT, THIN = 448, 224, 20
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from proteus_jax.errors import InputError
-from proteus_jax.runtime.filesystem import atomic_directory, made_folder
+from proteus_jax.runtime.filesystem import as_open_as_any_other, atomic_directory, made_folder
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert.export_formats import FORMATS, ExportSource, Settings
 from proteus_jax.weights.convert.parity import Comparison, compare, our_outputs
@@ -86,5 +86,5 @@ def _unfinished(output: Path, *, is_directory: bool) -> Iterator[Path]:
     ):
         temporary = Path(folder) / output.name
         yield temporary
-        temporary.chmod(0o644)
+        as_open_as_any_other(temporary)
         os.replace(temporary, output)
