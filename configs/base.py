@@ -131,15 +131,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.subset.classes = 1.0
     # Share of the images of each of these classes.
     config.data.subset.images = 1.0
-    # What becomes black and white in images of more than 8 bits (PNG and TIFF of 16, floats): auto,
-    # LOW,HIGH, or full, all that the file's numbers can hold. auto is full where a file uses the
-    # upper half of that, and the file's own smallest and largest value where it does not.
+    # Values that become black and white in images of more than 8 bits: auto, full, or LOW,HIGH. full
+    # is all that a file's numbers can hold; auto is full where a file uses the upper half of that,
+    # and the file's own smallest and largest value where it does not.
     config.data.range = "auto"
-    # What becomes of transparency: drop (hidden colors show), or a color that images are laid on,
-    # as white or #808080.
+    # What becomes of transparency: drop, or a color that images are laid on, as white or #808080.
+    # Where it is dropped, hidden colors show.
     config.data.alpha = "drop"
-    # The columns of images and of classes in parquet files; found where none is named.
+    # The column of images in parquet files; found where none is named.
     config.data.image_column = ""
+    # The column of classes in parquet files; found where none is named.
     config.data.label_column = ""
     # Number of images that count as one epoch; where none is given, as many as there are.
     config.data.epoch = config_dict.placeholder(int)

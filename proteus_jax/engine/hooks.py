@@ -58,6 +58,10 @@ class Profiling(Hook):
             self._profiler.after(step - self._first, metrics)
 
 
+# Each of so many steps at the end has a row.
+LAST_STEPS = 10
+
+
 class Logging(Hook):
     """Rows of metrics, and the evaluations that go into them.
 
@@ -83,9 +87,12 @@ class Logging(Hook):
         self._total, self._measure, self._written = total_steps, measure, written
 
     def at_step_end(self, end: StepEnd) -> None:
-        """Keeps a row where one is due."""
+        """Keeps a row where one is due: of the first step and of the last ones as well, which the
+        summary is about.
+        """
         evaluating = end.step % self._eval_every == 0 or end.step == self._total
-        if not evaluating and end.step % self._log_every:
+        summed_up = end.step == 1 or end.step > self._total - LAST_STEPS
+        if not evaluating and not summed_up and end.step % self._log_every:
             return
         self.write()
         measured = self._logger.rates(self._timer.lap(end.step, self._batch))

@@ -29,8 +29,11 @@ class StepTimer:
     images.
     """
 
-    def __init__(self):
-        self._start, self._waited, self._stood, self._step = time.monotonic(), 0.0, 0.0, None
+    def __init__(self, step: int = 0):
+        """Begins after a step."""
+        self._start, self._waited, self._stood, self._step = time.monotonic(), 0.0, 0.0, step
+        self._before: dict[str, float] = {}
+        self._rested = False
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -41,22 +44,27 @@ class StepTimer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here belongs to no interval."""
+        """Time in here belongs to no interval. The device has nothing left to do after it, so that
+        the next step is only handed over by when its row is due: that interval is the one before.
+        """
         start = time.monotonic()
         yield
         self._stood += time.monotonic() - start
+        self._rested = True
 
     def lap(self, step: int, batch: int) -> dict[str, float]:
         """images_per_second and data_wait since the last lap."""
         now = time.monotonic()
         elapsed = max(now - self._start - self._stood, 1e-9)
-        steps = 1 if self._step is None else step - self._step
         result = {
-            "images_per_second": steps * batch / elapsed,
+            "images_per_second": (step - self._step) * batch / elapsed,
             "data_wait": min(self._waited / elapsed, 1.0),
         }
+        if self._rested and step - self._step == 1 and self._before:
+            result = self._before
         self._start, self._waited, self._stood, self._step = now, 0.0, 0.0, step
-        return result
+        self._before, self._rested = result, False
+        return dict(result)
 
 
 class InputBoundWarning:

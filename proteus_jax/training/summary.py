@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import proteus_jax
+from proteus_jax.engine.hooks import LAST_STEPS
 from proteus_jax.evaluation.teacher_agreement import NEIGHBORS
 from proteus_jax.methods.config import NATIVE, TeacherConfig
 from proteus_jax.runtime.console import Console
@@ -98,9 +99,12 @@ def print_summary(
 def _score_lines(rows: list[dict[str, Any]], prefix: str, losses: Sequence[str]) -> Iterator[str]:
     steps = [row for row in rows if prefix + "loss" in row]
     if steps:
-        yield f"{'':38}{'first step':>12}{'last 10':>10}"
+        # Of a run that another version began only every so many steps have a row.
+        first = "first step" if steps[0]["step"] == 1 else f"step {steps[0]['step']}"
+        ending = [row for row in steps if row["step"] > steps[-1]["step"] - LAST_STEPS]
+        yield f"{'':38}{first:>12}{f'last {len(ending)}':>10}"
         for key in losses:
-            last = np.mean([row[prefix + key] for row in steps[-10:]])
+            last = np.mean([row[prefix + key] for row in ending])
             yield f"{key.replace('_', ' '):38}{steps[0][prefix + key]:12.3f}{last:10.3f}"
     measured = [row for row in rows if prefix + "agreement_class" in row]
     if measured:
@@ -114,11 +118,19 @@ def _score_lines(rows: list[dict[str, Any]], prefix: str, losses: Sequence[str])
             "ema_cka": "linear CKA, class token, average",
         }
         for key, label in labels.items():
-            first, last = (row.get(prefix + key) for row in (measured[0], measured[-1]))
+            first, last = _before(rows, prefix + key), measured[-1].get(prefix + key)
             # Without a feature head nothing is said of patches, without an average nothing of it.
-            if first is not None and last is not None:
-                yield f"{label:38}{first:12.3f}{last:10.3f}"
+            if last is not None:
+                shown = "not measured" if first is None else f"{first:.3f}"
+                yield f"{label:38}{shown:>12}{last:10.3f}"
     yield from _scored(rows, prefix)
+
+
+def _before(rows: list[dict[str, Any]], key: str) -> float | None:
+    """What was measured before the first step; None where nothing was, as where a run was given
+    images with classes later.
+    """
+    return next((row[key] for row in rows if row["step"] == 0 and key in row), None)
 
 
 def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
@@ -129,7 +141,7 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
         measured = [row for row in rows if prefix + key in row]
         label = labels.get(key, key.replace("_", " "))
         if measured:
-            before, after = measured[0][prefix + key], measured[-1][prefix + key]
+            before, after = _before(rows, prefix + key), measured[-1][prefix + key]
             of_teacher = measured[-1][f"teacher_{key}"]
             share = f": {after / of_teacher:.0%}" if of_teacher else ""
             average = measured[-1].get(f"{prefix}ema_{key}")
@@ -141,5 +153,5 @@ def _scored(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
             start = "" if random is None else f", random weights {random:.1f}"
             yield (
                 f"{label}: student {after:.1f}{also}, teacher {of_teacher:.1f}{share} "
-                f"(before {before:.1f}{start})"
+                f"(before {'not measured' if before is None else f'{before:.1f}'}{start})"
             )

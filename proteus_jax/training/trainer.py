@@ -119,7 +119,7 @@ class Trainer:
     ) -> tuple[TrainState, int]:
         """Steps until the end or a request to stop; the last one is saved."""
         experiment, config = self._experiment, self._config
-        timer, profiler = StepTimer(), Profiler(self._place.local / "profile", on=profile)
+        timer, profiler = StepTimer(step), Profiler(self._place.local / "profile", on=profile)
         logging = Logging(
             logger,
             timer,

@@ -279,7 +279,18 @@ def test_what_is_said_at_the_end() -> None:
         ],
         ["ridge probe: student 45.0, teacher 50.0: 90% (before 10.0)"],
     ]
+    # Images with classes that came later were not measured before.
+    later = [{k: v for k, v in row.items() if row["step"] or "knn" not in k} for row in rows]
+    assert any("(before not measured)" in line for line in summary._score_lines(later, "", ()))
+    # Of a long run every hundredth step has a row, the last ten each one.
+    sparse = [row for row in rows if row["step"] in (1, 15, 30) or row["step"] > 30]
+    assert list(summary._score_lines(sparse, "", ("token_loss",)))[1].split() == [
+        *("token", "loss", "99.000", "64.500"),
+    ]
     # Of two students each has its own rows.
-    named = [{f"a/{key}": value for key, value in row.items()} for row in rows[1:3]]
+    named = [
+        {"step": row["step"]} | {f"a/{key}": value for key, value in row.items()}
+        for row in rows[1:3]
+    ]
     assert len(list(summary._score_lines(named, "a/", LOSSES[1:]))) == 4
     assert list(summary._score_lines(named, "b/", LOSSES[1:])) == []

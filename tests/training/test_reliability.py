@@ -165,6 +165,14 @@ def test_what_is_no_step_does_not_slow_the_pace(monkeypatch: pytest.MonkeyPatch)
     assert clock.lap(8, 8) == {"images_per_second": 5 * 8 / 4, "data_wait": 0.25}
     now[0] += 2
     assert clock.lap(9, 8) == {"images_per_second": 4.0, "data_wait": 0.0}
+    # After an evaluation the device is idle: the next step is only handed to it when its row is
+    # due, which took no step's time.
+    with clock.paused():
+        now[0] += 60
+    now[0] += 0.01
+    assert clock.lap(10, 8) == {"images_per_second": 4.0, "data_wait": 0.0}
+    now[0] += 1
+    assert clock.lap(11, 8)["images_per_second"] == 8.0
 
 
 def test_a_late_step_is_told_of_once_with_the_hosts_that_are_behind(

@@ -157,8 +157,12 @@ def _summary(rows: list[dict[str, Any]], prefix: str) -> Iterator[str]:
                 f"{of_teacher[-1]:.1f}: {_share(values[-1], of_teacher[-1])}" if of_teacher else ""
             )
             digits = 1 if key in scores else 3
+            first = next(row for row in rows if prefix + key in row)
+            # What is measured is measured before the first step, if it is asked for by then.
+            known = key in _losses(rows, prefix) or first["step"] == 0
+            before = f"{values[0]:.{digits}f}" if known else "not measured"
             lines.append(
-                f"<tr><td>{key.replace('_', ' ')}</td><td>{values[0]:.{digits}f}</td>"
+                f"<tr><td>{key.replace('_', ' ')}</td><td>{before}</td>"
                 f"<td>{values[-1]:.{digits}f}</td><td>{beside}</td></tr>"
             )
     if lines:
