@@ -131,9 +131,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.subset.classes = 1.0
     # Share of the images of each of these classes.
     config.data.subset.images = 1.0
-    # Values that become black and white in images of more than 8 bits: auto, full, or LOW,HIGH. full
-    # is all that a file's numbers can hold; auto is full where a file uses the upper half of that,
-    # and the file's own smallest and largest value where it does not.
+    # Values that become black and white in images of more than 8 bits: auto, full, or LOW,HIGH.
+    # full is all that a file's numbers can hold; auto is full where a file uses the upper half of
+    # that, and the file's own smallest and largest value where it does not.
     config.data.range = "auto"
     # What becomes of transparency: drop, or a color that images are laid on, as white or #808080.
     # Where it is dropped, hidden colors show.

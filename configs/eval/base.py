@@ -33,9 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Where the images are. A folder with train/ and test/ (or val/), one folder a class in each;
     # tfds:NAME; or one folder a class, of which every fifth image is tested on.
     config.data.root = ""
-    # Values that become black and white in images of more than 8 bits: auto, full, or LOW,HIGH. full
-    # is all that a file's numbers can hold; auto is full where a file uses the upper half of that,
-    # and the file's own smallest and largest value where it does not.
+    # Values that become black and white in images of more than 8 bits: auto, full, or LOW,HIGH.
+    # full is all that a file's numbers can hold; auto is full where a file uses the upper half of
+    # that, and the file's own smallest and largest value where it does not.
     config.data.range = "auto"
     # What becomes of transparency: drop, or a color that images are laid on, as white or #808080.
     # Where it is dropped, hidden colors show.

@@ -30,7 +30,7 @@ from proteus_jax.data.datasets.fine_grained_layouts import (
     sun397,
     voc2007,
 )
-from proteus_jax.data.sources.tfds import PREFIX, TfdsSource, open_tfds
+from proteus_jax.data.sources.tfds import PREFIX, open_examples
 from proteus_jax.errors import InputError
 
 
@@ -96,7 +96,7 @@ def _from_tfds(dataset: Dataset) -> Splits:
             parts.append(None)
             continue
         try:
-            source: TfdsSource = open_tfds(f"{PREFIX}{builder}:{split}")
+            source = open_examples(f"{PREFIX}{builder}:{split}")
         except InputError as error:
             raise Absent(str(error)) from None
         parts.append(Images(source, labels_of(source, dataset.metric)))

@@ -11,7 +11,7 @@ import scipy.io
 
 from proteus_jax.data.sources.base import MemorySource, Source
 from proteus_jax.data.sources.image_folder import open_names
-from proteus_jax.data.sources.tfds import TfdsSource
+from proteus_jax.data.sources.tfds import Examples
 from proteus_jax.errors import InputError
 
 # Draws of an image of each class of Caltech-101 to learn from.
@@ -63,7 +63,7 @@ def _mat(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def labels_of(source: TfdsSource, metric: str) -> np.ndarray:
+def labels_of(source: Examples, metric: str) -> np.ndarray:
     """Classes; for several an image ("map") one row each, 1 where the class is there.
 
     Those of an image that are marked difficult count as not there, as in the original's lists.

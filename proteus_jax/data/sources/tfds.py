@@ -6,13 +6,21 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from proteus_jax.data.mmap_table import read_table, write_table
-from proteus_jax.data.sources.base import Source
+from proteus_jax.data.sources.base import Source, SubsetSource
+from proteus_jax.data.sources.tfrecord import (
+    INFO,
+    TfRecordSource,
+    describe,
+    newest_version,
+    open_tfrecord,
+)
 from proteus_jax.errors import InputError, Unreadable
 from proteus_jax.runtime import remote_fs
 from proteus_jax.runtime.filesystem import cache_directory
@@ -101,7 +109,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     where = f"{PREFIX}{name}"
     try:
         if remote_fs.local(name).is_dir():
-            builder = tfds.builder_from_directory(remote_fs.local(name))
+            builder = tfds.builder_from_directory(newest_version(name))
         else:
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except Exception as error:
@@ -110,19 +118,97 @@ def _builder(name: str, data_dir: str | None) -> Any:
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
         raise InputError(
-            f"{where}: expected it prepared as array_record, found "
-            f"{file_format.value if file_format else 'nothing'}; prepare it where "
-            "TensorFlow is installed with "
-            'download_and_prepare(file_format="array_record")'
+            f"{where}: expected it prepared as array_record or tfrecord, found "
+            f"{file_format.value if file_format else 'nothing'} in "
+            f"{data_dir or '~/tensorflow_datasets'} (TFDS_DATA_DIR); prepare it where "
+            'TensorFlow is installed with download_and_prepare(file_format="array_record")'
         )
     return builder
 
 
-def open_tfds(root: str) -> TfdsSource:
-    """tfds:NAME, tfds:NAME:SPLIT or tfds:DIRECTORY:SPLIT; the split is train where none is named.
-    The data sets lie in $TFDS_DATA_DIR or ~/tensorflow_datasets.
+# NAME or NAME/CONFIG, or a directory or address; a version; a split, perhaps a part of it.
+_ROOT = re.compile(
+    r"(?P<name>.+?)(:(?P<version>\d+\.[\d*]+\.[\d*]+))?(:(?P<split>[A-Za-z_]\w*)(?P<part>\[[^\]]*\])?)?"
+)
+_PART = re.compile(r"\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\]")
 
-    InputError for what is not prepared as ArrayRecord.
+
+# A split in one of the two formats.
+Examples = TfdsSource | TfRecordSource
+
+
+def open_tfds(root: str) -> Source:
+    """tfds:NAME, tfds:NAME:VERSION, tfds:DIRECTORY, or an address on gs:// or s3://; each perhaps
+    with :SPLIT, as train (where none is named), or :train[:50%]. The data sets lie in
+    $TFDS_DATA_DIR or ~/tensorflow_datasets, as ArrayRecord or TFRecord.
+
+    InputError for what is not prepared.
     """
-    name, _, split = root[len(PREFIX) :].partition(":")
-    return TfdsSource(name, split or "train", os.environ.get("TFDS_DATA_DIR"))
+    return _part_of(open_examples(root), _parsed(root)["part"], root)
+
+
+def open_examples(root: str) -> Examples:
+    """Opens a whole split; see open_tfds."""
+    match = _parsed(root)
+    name, version, split = match["name"], match["version"], match["split"] or "train"
+    place = _prepared(name, version)
+    if place is not None:
+        description = describe(place)
+        if description.file_format == "tfrecord":
+            if split not in description.splits:
+                known = ", ".join(description.splits) or "none"
+                raise InputError(f"{root}: expected a split out of {known}, found {split}")
+            return open_tfrecord(description, split)
+        if remote_fs.is_remote(place):
+            raise InputError(
+                f"{root}: ArrayRecord files are read from a disk; copy the data set to one, or "
+                "name its TFRecord form"
+            )
+        name = place
+    elif version:
+        name = f"{name}:{version}"
+    return TfdsSource(name, split, os.environ.get("TFDS_DATA_DIR"))
+
+
+def _parsed(root: str) -> re.Match[str]:
+    match = _ROOT.fullmatch(root[len(PREFIX) :])
+    if match is None:
+        raise InputError(f"{root}: expected {PREFIX}NAME:SPLIT")
+    return match
+
+
+def _prepared(name: str, version: str | None) -> str | None:
+    """The directory of a prepared data set that is here, or an address; None for tfds to find."""
+    if remote_fs.is_remote(name):
+        return f"{name.rstrip('/')}/{version}" if version else name.rstrip("/")
+    data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if remote_fs.is_remote(data_dir):
+        return f"{data_dir.rstrip('/')}/{name}/{version}" if version else None
+    for folder in (remote_fs.local(name), remote_fs.local(data_dir) / name):
+        if folder.is_dir():
+            chosen = str(folder / version) if version else newest_version(str(folder))
+            if (remote_fs.local(chosen) / INFO).is_file():
+                return chosen
+    return None
+
+
+def _part_of(source: Source, part: str | None, root: str) -> Source:
+    """A part of a split, as tensorflow-datasets counts: percent are rounded to the nearest."""
+    if not part:
+        return source
+    match = _PART.fullmatch(part)
+    if match is None:
+        raise InputError(f"{root}: expected a part as [:50%] or [100:200], found {part}")
+
+    def place(text: str | None, otherwise: int) -> int:
+        if text is None:
+            return otherwise
+        number = int(text.removesuffix("%"))
+        if text.endswith("%"):
+            number = round(number * len(source) / 100)
+        return min(max(number + len(source) if number < 0 else number, 0), len(source))
+
+    first, last = place(match["first"], 0), place(match["last"], len(source))
+    if first >= last:
+        raise InputError(f"{root}: {part} of {len(source)} examples is empty")
+    return SubsetSource(source, np.arange(first, last))
