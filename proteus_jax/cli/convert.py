@@ -27,7 +27,13 @@ from proteus_jax.models.normalization import STATISTICS
 from proteus_jax.runtime import process
 from proteus_jax.runtime.download import go_offline
 from proteus_jax.weights import hub
-from proteus_jax.weights.convert.export_formats import FORMATS, LARGEST_BATCH, PROGRAMS, Settings
+from proteus_jax.weights.convert.export_formats import (
+    FORMATS,
+    LARGEST_BATCH,
+    PROGRAMS,
+    SIZED,
+    Settings,
+)
 from proteus_jax.weights.convert.export_weights import export
 from proteus_jax.weights.convert.families import FAMILIES
 from proteus_jax.weights.convert.import_weights import import_weights
@@ -73,6 +79,18 @@ def _grid(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"expected rows and columns as 16x12, found {text!r}")
     return int(match[1]), int(match[2])
+
+
+def _sides(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected pixels as 224 or 112x224, found {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _in_words(sides: tuple[int, int]) -> str:
+    height, width = sides
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,11 +163,12 @@ def _add_export(commands: Any) -> None:
     command.add_argument("--output", type=_path, required=True, metavar="PATH")
     command.add_argument(
         "--size",
-        type=int,
+        type=_sides,
         nargs="+",
         default=[],
         metavar="PX",
-        help="image sides of onnx and stablehlo, a file for each (default: the table's own)",
+        help="image sides of onnx, stablehlo and huggingface, as 224 or 112x224, height first; a "
+        "file for each (default: the table's own)",
     )
     command.add_argument("--batch", type=int, help="of onnx and stablehlo (default: any)")
     command.add_argument(
@@ -204,11 +223,11 @@ def _verify(options: argparse.Namespace) -> int:
         comparisons = verify_golden(directory, options.golden)
         print(f"outputs of {options.golden}; errors in standard deviations")
     else:
-        pictures = photographs(options.images, spec.grid * spec.patch_size)
+        sides = Settings().sides_of(spec)
+        pictures = photographs(options.images, *sides)
         comparisons = verify(directory, options.against, pictures, options.prefix, options.key)
         print(
-            f"{len(pictures)} photographs of {spec.grid * spec.patch_size} px; errors in "
-            "standard deviations"
+            f"{len(pictures)} photographs of {_in_words(sides)} px; errors in standard deviations"
         )
     compared = []
     for one in comparisons:
@@ -243,31 +262,36 @@ def _report(compared: list[Comparison], source: str, passed: bool) -> dict[str, 
 
 
 def _export(options: argparse.Namespace) -> int:
-    if (options.size or options.batch) and options.format not in PROGRAMS:
-        raise InputError(f"--size, --batch: only for {' and '.join(PROGRAMS)}")
+    if options.size and options.format not in SIZED:
+        raise InputError(f"--size: only for {', '.join(SIZED)}")
+    if options.batch and options.format not in PROGRAMS:
+        raise InputError(f"--batch: only for {' and '.join(PROGRAMS)}")
     if options.batch is not None and not 1 <= options.batch <= LARGEST_BATCH:
         raise InputError(
             f"--batch: expected at least 1 and at most {LARGEST_BATCH}, found {options.batch}"
         )
-    outputs = {
-        side: options.output.with_stem(f"{options.output.stem}-{side}")
-        if len(options.size) > 1
-        else options.output
-        for side in options.size or [None]
-    }
+    outputs: dict[tuple[int, int] | None, Path] = {None: options.output}
+    if options.size:
+        outputs = dict.fromkeys(options.size, options.output)
+    if len(outputs) > 1:
+        outputs = {
+            sides: output.with_stem(f"{output.stem}-{_in_words(sides)}")
+            for sides, output in outputs.items()
+            if sides is not None
+        }
     # All that can be said before is said before the first is written.
     spec = load_card(options.directory).spec
-    for side, output in outputs.items():
-        Settings(side=side).side_of(spec)
+    for sides, output in outputs.items():
+        Settings(sides=sides).sides_of(spec)
         if output.exists():
             raise InputError(f"{output}: exists already; give another name or remove it first")
-    for side, output in outputs.items():
+    for sides, output in outputs.items():
         comparisons = export(
             options.directory,
             options.format,
             output,
-            lambda side: photographs(options.images, side),
-            Settings(side=side, batch=options.batch),
+            lambda height, width: photographs(options.images, height, width),
+            Settings(sides=sides, batch=options.batch),
             check=not options.no_check,
         )
         if options.no_check:

@@ -13,11 +13,17 @@ from proteus_jax.errors import InputError, Unreadable
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
-def photographs(folder: Path | None, side: int) -> np.ndarray:
-    """Square middles of photographs, uint8 [n, side, side, 3]: the first four of a folder, or four
-    of scikit-image's. InputError where one is broken.
+def photographs(folder: Path | None, height: int, width: int) -> np.ndarray:
+    """Middles of photographs, uint8 [n, height, width, 3]: the first four of a folder, or four of
+    scikit-image's. InputError where one is broken.
     """
-    view = CenterCrop(side, side)
+    side = max(height, width)
+    square = CenterCrop(side, side)
+    top, left = (side - height) // 2, (side - width) // 2
+
+    def view(picture: decode.LazyImage) -> np.ndarray:
+        return square(picture)[top : top + height, left : left + width]
+
     if folder is None:
         ours = skimage.obtain_pictures()
         return np.stack(

@@ -99,10 +99,44 @@ def _lines(
     yield f"The weights carry on {card.license}."
 
 
-def _front_matter(card: ModelCard) -> Iterator[str]:
+def transformers_text(card: ModelCard, name: str, sized: bool) -> str:
+    """README.md of a model for transformers; `sized` where its table was made for a size."""
+    spec = card.spec
+    side = spec.grid * spec.patch_size
+    lines = [
+        *_front_matter(card, "transformers"),
+        f"# {name}",
+        "",
+        f"A vision transformer of {spec.depth} blocks, {spec.width} wide, patches of "
+        f"{spec.patch_size} px, written by proteus_jax for transformers.",
+        "",
+        "```python",
+        "from transformers import AutoImageProcessor, AutoModel",
+        "",
+        'processor = AutoImageProcessor.from_pretrained("this repository")',
+        'model = AutoModel.from_pretrained("this repository")',
+        'outputs = model(**processor(images=image, return_tensors="pt"))',
+        "outputs.last_hidden_state  # the class token, registers if there are any, patches",
+        "```",
+        "",
+        f"Images are {side} x {side} px, the size of its position table"
+        + (", which was resized to it when the model was written." if sized else "."),
+    ]
+    if spec.positions == "table" and spec.interpolate_offset:
+        lines += [
+            "",
+            f"At other sizes transformers resizes the table to the size of the image; DINOv2's own "
+            f"code, and proteus_jax, add {spec.interpolate_offset:g} to that size, and the tokens "
+            "differ. For another size write the model for it: `proteus convert export DIR "
+            "--format huggingface --size PX --output NEW`.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(card: ModelCard, library: str = "proteus_jax") -> Iterator[str]:
     """The front matter that Hugging Face's hub reads."""
     yield "---"
-    yield "library_name: proteus_jax"
+    yield f"library_name: {library}"
     yield "pipeline_tag: image-feature-extraction"
     yield "license: other"
     yield f"license_name: {_plain(card.license)!r}"

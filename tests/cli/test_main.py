@@ -414,7 +414,7 @@ def test_unreadable_images_are_named_once_and_cost_nothing(
     )
     result = finish([*arguments, "--config.data.max_corrupt_fraction=1"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed over: 1 file with the name of an image that is none, as empty.jpg" in result.stdout
+    assert "passed over: 1 file with the name of an image that is none" in result.stdout
     named = re.findall(r"^(\d+\.jpg) cannot be read; another", result.stdout, re.MULTILINE)
     assert named
     assert len(named) == len(set(named))

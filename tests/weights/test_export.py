@@ -24,7 +24,7 @@ from proteus_jax.models.config import CLIP, SYNCLR, ViTSpec
 from proteus_jax.models.functional import BackboneFunction
 from proteus_jax.weights import state_dict
 from proteus_jax.weights.convert import export_formats, export_weights
-from proteus_jax.weights.convert.export_formats import FORMATS
+from proteus_jax.weights.convert.export_formats import FORMATS, Settings
 from proteus_jax.weights.convert.export_weights import export
 from proteus_jax.weights.convert.import_weights import import_weights
 from proteus_jax.weights.convert.parity import compare
@@ -74,8 +74,8 @@ NEEDS |= {"clip": "torch", "synclr": "torch"}
 PAIRS = [(format, name) for format, names in PLACES.items() for name in sorted(names)]
 
 
-def photographs(side: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
+def photographs(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -277,13 +277,49 @@ def test_registers_come_out_of_an_exported_graph(models: Path, tmp_path: Path) -
         np.testing.assert_allclose(np.asarray(one), other, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["registers", "dinov2", "dinov3"])
+@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
+def test_programs_of_images_that_are_no_squares(
+    format: str, name: str, models: Path, tmp_path: Path
+) -> None:
+    """Two rows of patches and five columns, with a table resized to them, or rotated so."""
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="needs requirements-parity.txt")
+    patch = MODELS[name][1].patch_size
+    output = output_of(format, tmp_path)
+    settings = Settings(sides=(2 * patch, 5 * patch))
+    found = export(models / name, format, output, photographs, settings)
+    assert all(one.largest <= export_weights.TOLERANCE for one in found)
+
+
+def test_a_size_is_baked_into_what_transformers_reads(models: Path, tmp_path: Path) -> None:
+    """transformers resizes a table in another way: that of the size it is written for is exact."""
+    pytest.importorskip("torch", reason="needs requirements-parity.txt")
+    patch = MODELS["dinov2"][1].patch_size
+    output, side = tmp_path / "hf", 7 * patch
+    found = export(
+        models / "dinov2", "huggingface", output, photographs, Settings(sides=(side, side))
+    )
+    assert all(one.largest <= export_weights.TOLERANCE for one in found)
+    assert json.loads((output / "config.json").read_text())["image_size"] == side
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"Images are {side} x {side} px" in card
+    assert "AutoModel.from_pretrained" in card
+    with pytest.raises(InputError, match="transformers' tables are squares"):
+        export(
+            models / "dinov2", "huggingface", tmp_path / "x", photographs,
+            Settings(sides=(patch, side)),
+        )  # fmt: skip
+
+
 def test_programs_of_several_sizes_and_batches(models: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs requirements-parity.txt")
     folder = tmp_path / "photographs"
     folder.mkdir()
     from PIL import Image
 
-    Image.fromarray(photographs(60)[0]).save(folder / "a.png")
+    Image.fromarray(photographs(60, 60)[0]).save(folder / "a.png")
     command = ["export", str(models / "registers"), "--images", str(folder), "--format"]
     onnx_file = str(tmp_path / "m.onnx")
     sizes = ["--size", "32", "56"]
@@ -380,8 +416,8 @@ def test_trained_weights(format: str, tmp_path: Path) -> None:
     photograph = reference("images", "chelsea.jpg")
     import_weights(weights, tmp_path / "model")
 
-    def photographs(side: int) -> np.ndarray:
-        return CenterCrop(side, side)(decode.open_image(photograph.read_bytes()))[None]
+    def photographs(height: int, width: int) -> np.ndarray:
+        return CenterCrop(height, width)(decode.open_image(photograph.read_bytes()))[None]
 
     output = output_of(format, tmp_path)
     found = export(tmp_path / "model", format, output, photographs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from proteus_jax.weights.convert.name_maps import Arrays
 from proteus_jax.weights.convert.parity import our_outputs
 from proteus_jax.weights.convert.readers import CARD_KEY, read_weights
 from proteus_jax.weights.convert.torch_reference import Outputs
+from proteus_jax.weights.model_card import transformers_text
 from proteus_jax.weights.model_dir import OPTIONAL, README, ModelCard
 
 # More of either would not fit where it has to be tried.
@@ -54,20 +56,24 @@ class ExportSource(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Image side in pixels and batch size of a program; None for the table's own, and for any."""
+    """Height and width of images in pixels and batch size; None for the table's own, and for any
+    batch.
+    """
 
-    side: int | None = None
+    sides: tuple[int, int] | None = None
     batch: int | None = None
 
-    def side_of(self, spec: ViTSpec) -> int:
-        """The side that is meant."""
-        side = spec.grid * spec.patch_size if self.side is None else self.side
-        if not spec.patch_size <= side <= LARGEST_SIDE or side % spec.patch_size:
-            raise InputError(
-                f"--size: expected a multiple of the patch size {spec.patch_size} up to "
-                f"{LARGEST_SIDE}, found {side}"
-            )
-        return side
+    def sides_of(self, spec: ViTSpec) -> tuple[int, int]:
+        """The height and the width that are meant."""
+        rows, columns = spec.table_shape
+        sides = self.sides or (rows * spec.patch_size, columns * spec.patch_size)
+        for side in sides:
+            if not spec.patch_size <= side <= LARGEST_SIDE or side % spec.patch_size:
+                raise InputError(
+                    f"--size: expected a multiple of the patch size {spec.patch_size} up to "
+                    f"{LARGEST_SIDE}, found {side}"
+                )
+        return sides
 
 
 class Format(NamedTuple):
@@ -169,7 +175,10 @@ def _timm_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outp
     )
 
 
-def _write_huggingface(subject: ExportSource, folder: Path, _: Settings) -> None:
+def _write_huggingface(subject: ExportSource, folder: Path, settings: Settings) -> None:
+    if settings.sides is not None and settings.sides[0] != settings.sides[1]:
+        raise InputError("--size: expected one side, as transformers' tables are squares")
+    subject = with_table_of(subject, settings.sides_of(subject.spec))
     card, spec = subject.card, subject.spec
     arrays = subject.arrays
     if spec.pooling == "mean":
@@ -179,8 +188,8 @@ def _write_huggingface(subject: ExportSource, folder: Path, _: Settings) -> None
         arrays = state_dict.from_params(subject.params, spec)
     theirs = torch_reference.transformers_arrays(card.family, spec, arrays)
     _save(folder / "model.safetensors", theirs, {"format": "pt"})
-    settings = torch_reference.transformers_settings(card.family, spec)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    described = torch_reference.transformers_settings(card.family, spec)
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     side = spec.grid * spec.patch_size
     processor = {
         "image_processor_type": "BitImageProcessor",
@@ -197,30 +206,51 @@ def _write_huggingface(subject: ExportSource, folder: Path, _: Settings) -> None
         "do_convert_rgb": True,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    if (subject.directory / README).is_file():
-        (folder / README).write_text((subject.directory / README).read_text())
+    text = transformers_text(card, subject.directory.name, settings.sides is not None)
+    before = subject.directory / README
+    if before.is_file():
+        # Without the front matter, which comes once.
+        text += "\n" + re.sub(r"\A---\n.*?\n---\n", "", before.read_text(), flags=re.DOTALL)
+    (folder / README).write_text(text)
 
 
 def _huggingface_outputs(subject: ExportSource, folder: Path, images: np.ndarray) -> Outputs:
+    subject = with_table_of(subject, (images.shape[1], images.shape[2]))
     return torch_reference.directory_outputs(folder, subject.spec, subject.pixels(images))
 
 
-def _table(subject: ExportSource, side: int) -> np.ndarray | None:
+def _table(subject: ExportSource, sides: tuple[int, int]) -> np.ndarray | None:
     spec = subject.spec
     if spec.positions != "table":
         return None
-    rows = side // spec.patch_size
+    rows, columns = (side // spec.patch_size for side in sides)
     return np.asarray(
-        resize_position_table(jnp.asarray(subject.params["pos_embed"]), spec, (rows, rows))
+        resize_position_table(jnp.asarray(subject.params["pos_embed"]), spec, (rows, columns))
+    )
+
+
+def with_table_of(subject: ExportSource, sides: tuple[int, int]) -> ExportSource:
+    """The same model with the position table of images of other sides as its own."""
+    table = _table(subject, sides)
+    if table is None or sides == Settings().sides_of(subject.spec):
+        return subject
+    rows, columns = (side // subject.spec.patch_size for side in sides)
+    spec = dataclasses.replace(
+        subject.spec, grid=rows, grid_columns=0 if rows == columns else columns
+    )
+    return subject._replace(
+        params=dict(subject.params) | {"pos_embed": table},
+        arrays=dict(subject.arrays) | {"pos_embed": table},
+        card=dataclasses.replace(subject.card, spec=spec),
     )
 
 
 def _write_onnx(subject: ExportSource, path: Path, settings: Settings) -> None:
     import onnx
 
-    side = settings.side_of(subject.spec)
+    sides = settings.sides_of(subject.spec)
     model = onnx_writer.model_of(
-        subject.spec, subject.arrays, _table(subject, side), side, settings.batch
+        subject.spec, subject.arrays, _table(subject, sides), sides, settings.batch
     )
     statistics = subject.card.normalization
     facts = {
@@ -246,8 +276,8 @@ def _onnx_outputs(subject: ExportSource, path: Path, images: np.ndarray) -> Outp
 
 
 def _write_stablehlo(subject: ExportSource, path: Path, settings: Settings) -> None:
-    """Images uint8 [batch, side, side, 3] -> Features' class token, patches and registers; runs on
-    CPUs, GPUs and TPUs.
+    """Images uint8 [batch, height, width, 3] -> Features' class token, patches and registers; runs
+    on CPUs, GPUs and TPUs.
     """
     backbone, normalize = BackboneFunction(subject.spec), subject.card.normalization
     params = jax.tree.map(jnp.asarray, subject.params)
@@ -256,9 +286,9 @@ def _write_stablehlo(subject: ExportSource, path: Path, settings: Settings) -> N
         features = backbone(params, normalize(image[None]))
         return tuple(part[0] for part in features)
 
-    side = settings.side_of(subject.spec)
+    sides = settings.sides_of(subject.spec)
     (batch,) = (settings.batch,) if settings.batch else jax.export.symbolic_shape("batch")
-    shape = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)
+    shape = jax.ShapeDtypeStruct((batch, *sides, 3), jnp.uint8)
     with jax.default_matmul_precision("highest"):
         # One image under vmap: the number of images stays open.
         program = jax.export.export(jax.jit(jax.vmap(of_one)), platforms=("cpu", "cuda", "tpu"))
@@ -271,6 +301,7 @@ def _stablehlo_outputs(_: ExportSource, path: Path, images: np.ndarray) -> Outpu
     return {"class token": np.asarray(cls), "patches": np.asarray(patches)}
 
 
+HUGGINGFACE = "huggingface"
 _ARRAYS, _TORCH = (".safetensors", ".pth"), (".pth",)
 
 
@@ -278,7 +309,7 @@ FORMATS: dict[str, Format] = {
     "safetensors": Format(_write_own, _own_outputs, (".safetensors",)),
     "dinov2": Format(_write_dinov2, _by_transformers, _TORCH),
     "timm": Format(_write_timm, _timm_outputs, _ARRAYS),
-    "huggingface": Format(_write_huggingface, _huggingface_outputs, ()),
+    HUGGINGFACE: Format(_write_huggingface, _huggingface_outputs, ()),
     "clip": Format(_write_clip, _by_transformers, _ARRAYS),
     "synclr": Format(_write_synclr, _by_transformers, _ARRAYS),
     "onnx": Format(_write_onnx, _onnx_outputs, (".onnx",)),
@@ -287,3 +318,5 @@ FORMATS: dict[str, Format] = {
 
 
 PROGRAMS: Sequence[str] = ("onnx", "stablehlo")
+# Formats that images of other sizes can be chosen for.
+SIZED: Sequence[str] = (*PROGRAMS, HUGGINGFACE)

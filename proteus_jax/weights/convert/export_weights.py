@@ -29,12 +29,13 @@ def export(
     directory: Path,
     name: str,
     output: Path,
-    photographs: Callable[[int], UInt8[np.ndarray, "b h w 3"]],
+    photographs: Callable[[int, int], UInt8[np.ndarray, "b h w 3"]],
     settings: Settings = DEFAULTS,
     *,
     check: bool = True,
 ) -> list[Comparison]:
-    """Writes a format and returns how it compares; `photographs` makes images of a side.
+    """Writes a format and returns how it compares; `photographs` makes images of a height
+    and width.
 
     Without `check` it is not loaded back: the library it is meant for is not needed, and nothing is
     returned. InputError where the format has no place for this model, where the output exists, or
@@ -45,12 +46,12 @@ def export(
     output = Path(output).expanduser()
     if chosen.suffixes and output.suffix not in chosen.suffixes:
         raise InputError(f"{output}: expected a name that ends in {' or '.join(chosen.suffixes)}")
-    side = settings.side_of(subject.spec)
+    sides = settings.sides_of(subject.spec)
     with _unfinished(output, is_directory=not chosen.suffixes) as temporary:
         chosen.write(subject, temporary, settings)
         if not check:
             return []
-        images = photographs(side)
+        images = photographs(*sides)
         if settings.batch:
             images = np.resize(images, (settings.batch, *images.shape[1:]))
         ours = our_outputs(subject.params, subject.spec, subject.pixels(images))

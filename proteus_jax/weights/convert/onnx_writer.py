@@ -19,29 +19,34 @@ LARGEST = 2**31
 
 
 def model_of(
-    spec: ViTSpec, arrays: Arrays, table: np.ndarray | None, side: int, batch: int | None
+    spec: ViTSpec,
+    arrays: Arrays,
+    table: np.ndarray | None,
+    sides: tuple[int, int],
+    batch: int | None,
 ) -> Any:
-    """The onnx.ModelProto of canonical arrays for square images of a side; any batch where none is
-    given. `table` is the position table for that side. InputError where it is too large.
+    """The onnx.ModelProto of canonical arrays for images of a height and width; any batch where
+    none is given. `table` is the position table for them. InputError where it is too large.
     """
     size = sum(array.nbytes for array in arrays.values())
     if size >= LARGEST:
         raise InputError(
             f"{size / 2**30:.1f} GiB of weights; an ONNX file holds at most 2: take another format"
         )
-    return _Graph(spec, arrays, side, batch).built(table)
+    return _Graph(spec, arrays, sides, batch).built(table)
 
 
 class _Graph:
     """Nodes and constants as they come."""
 
-    def __init__(self, spec: ViTSpec, arrays: Arrays, side: int, batch: int | None):
+    def __init__(self, spec: ViTSpec, arrays: Arrays, sides: tuple[int, int], batch: int | None):
         import onnx
 
         self.onnx, self.spec, self.arrays = onnx, spec, arrays
-        self.side, self.batch = side, batch
-        self.rows = side // spec.patch_size
-        self.length = spec.prefix + self.rows**2
+        self.sides, self.batch = sides, batch
+        self.rows, self.columns = (side // spec.patch_size for side in sides)
+        self.count = self.rows * self.columns
+        self.length = spec.prefix + self.count
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self.number = 0
@@ -55,12 +60,10 @@ class _Graph:
         outputs = self.outputs(tokens)
         helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
         batch = self.batch or "batch"
-        inputs = [
-            helper.make_tensor_value_info("pixel_values", float32, [batch, 3, self.side, self.side])
-        ]
+        inputs = [helper.make_tensor_value_info("pixel_values", float32, [batch, 3, *self.sides])]
         shapes = {
             "class_token": [batch, spec.width],
-            "patch_tokens": [batch, self.rows**2, spec.width],
+            "patch_tokens": [batch, self.count, spec.width],
             "registers": [batch, spec.registers, spec.width],
         }
         infos = [
@@ -105,7 +108,7 @@ class _Graph:
         if spec.patch_bias:
             parts.append(self.constant(arrays["patch_embed.proj.bias"]))
         patches = self.node("Conv", *parts, kernel_shape=[patch, patch], strides=[patch, patch])
-        patches = self.reshaped(patches, [0, spec.width, self.rows**2])
+        patches = self.reshaped(patches, [0, spec.width, self.count])
         tokens = self.node("Transpose", patches, perm=[0, 2, 1])
         before = np.zeros((1, 0, spec.width), np.float32)
         if spec.class_token:
@@ -160,7 +163,7 @@ class _Graph:
     def turned(self, heads: str) -> str:
         spec = self.spec
         channels = spec.width // spec.heads
-        by = rotation((self.rows, self.rows), channels, spec.prefix)
+        by = rotation((self.rows, self.columns), channels, spec.prefix)
         first = self.cut(heads, 0, channels // 2, axis=3)
         second = self.cut(heads, channels // 2, channels, axis=3)
         other = self.node("Concat", self.node("Neg", second), first, axis=3)
@@ -173,7 +176,7 @@ class _Graph:
     def pooled(self, patches: str) -> str:
         """SigLIP's attention of one query."""
         spec, weights = self.spec, self.arrays
-        channels, count = spec.width // spec.heads, self.rows**2
+        channels, count = spec.width // spec.heads, self.count
         kernels = np.split(weights["pool.qkv.weight"], 3)
         biases = np.split(weights["pool.qkv.bias"], 3)
         query = weights["pool.probe"].reshape(1, spec.width) @ kernels[0].T + biases[0]

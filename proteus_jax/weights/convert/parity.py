@@ -121,15 +121,15 @@ def verify(
     key: str | None = None,
 ) -> Iterator[Comparison]:
     """Compares every block's output, class token and patches with transformers', and the last two
-    with timm's where it is installed and has such a model, on square images of the position table's
-    own size.
+    with timm's where it is installed and has such a model, on images of the position table's own
+    size.
     """
     params, card = load_model(directory)
     spec = card.spec
-    side = spec.grid * spec.patch_size
-    if images.shape[1:3] != (side, side):
+    height, width = (side * spec.patch_size for side in spec.table_shape)
+    if images.shape[1:3] != (height, width):
         raise InputError(
-            f"images should be {side} x {side}, the position table's own size, found "
+            f"images should be {height} x {width}, the position table's own size, found "
             f"{images.shape[1:3]}"
         )
     pixels = np.asarray(card.normalization(jnp.asarray(images)))
