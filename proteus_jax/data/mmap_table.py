@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
     def __reduce__(self) -> tuple:
         if self.path is not None:
-            return _same_table, (self.path, self.facts)
+            return _same_table, (self.path, self.facts.get("fingerprint"))
         return Table, (self.facts, self.columns)
 
 
@@ -101,9 +101,9 @@ def read_table(path: Path) -> Table:
     return Table(header["facts"], columns, path)
 
 
-def _same_table(path: Path, facts: dict[str, Any]) -> Table:
+def _same_table(path: Path, fingerprint: str | None) -> Table:
     """The table in another process; InputError where it is another one by now."""
     table = read_table(path)
-    if table.facts != facts:
+    if table.facts.get("fingerprint") != fingerprint:
         raise InputError(f"{path}: the images were listed anew while a run was starting")
     return table

@@ -840,9 +840,9 @@ def test_what_is_wrong_on_one_host_ends_all_as_wrong(
         processes(2, 1, tmp_path / "2", Path("images"), tiny_teacher, *UNMEASURED, at=tmp_path)
     )
     assert [code for code, _, _ in both] == [2, 2], both
-    assert "--config.data.root: images: no image (.jpg" in both[1][2]
+    assert "--config.data.root: images: no image below it (of JPEG" in both[1][2]
     assert "host 1 (" in both[0][2]
-    assert "images: no image (.jpg" in both[0][2]
+    assert "images: no image below it (of JPEG" in both[0][2]
 
 
 def test_devices_hear_each_other(tmp_path: Path) -> None:
