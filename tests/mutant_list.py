@@ -710,14 +710,14 @@ MUTANTS = [
         'return str(path.with_suffix(""))',
         'return path.with_suffix("").name',
         "images of one name in two folders of a shard get one class",
-        ("test_sources.py::test_images_of_one_name_in_two_folders_of_a_shard",),
+        ("test_shards.py::test_labels_of_two_folders_that_lie_apart",),
     ),
     Mutant(
         "proteus_jax/data/sources/parquet.py",
         "if not any(word in name.lower() for word in _NO_IMAGES)",
         "",
         "masks or audio in a column before the images are trained on in their place",
-        ("test_sources.py::test_images_come_from_the_column_that_is_called_so",),
+        ("test_shards.py::test_columns_are_chosen_by_type_and_name",),
     ),
     Mutant(
         "proteus_jax/data/sources/base.py",
@@ -2517,7 +2517,7 @@ MUTANTS = [
         'if images == 1 and not any(map(str.isdigit, "".join(middles))):',
         "if images == 1:",
         "an image without a label gets that of another one with the same first part",
-        ("test_shards.py::test_missing_members_shift_no_label",),
+        ("test_shards.py::test_a_label_is_never_that_of_another_number",),
     ),
     Mutant(
         "proteus_jax/data/sources/webdataset.py",

@@ -72,6 +72,7 @@ TOLD = {
     "two numbers": lambda i: ([(f"{i % 2}.{i}.jpg", None), (f"{i % 2}.{i}.cls", digit(i))], i % 3),
     "label first": lambda i: ([(f"{i}.cls", digit(i)), (f"{i}.jpg", None)], i % 3),
     "repeated keys": lambda i: ([(f"{i % 4}.jpg", None), (f"{i % 4}.cls", digit(i))], i % 3),
+    "one key in a row": lambda i: ([(f"{i // 6}.jpg", None), (f"{i // 6}.cls", digit(i))], i % 3),
     "words": lambda i: (
         [(f"{i}.jpg", None), (f"{i}.cls", b"kind %d\n" % (i % 2))],
         f"kind {i % 2}",
@@ -125,6 +126,22 @@ def test_missing_members_shift_no_label(tmp_path: Path, images: list[bytes]) -> 
         "9.4.jpg",
         "9.8.jpg",
     ]
+
+
+def test_a_label_is_never_that_of_another_number(tmp_path: Path, images: list[bytes]) -> None:
+    """An image without a label, and beside it the label of an image that is missing."""
+    members = [("7.1.jpg", images[0]), ("7.2.cls", b"5")]
+    for i, content in enumerate(images[1:], 1):
+        members += [(f"8.{i}.jpg", content), (f"8.{i}.cls", b"%d" % (i % 2))]
+    root = write_tar(tmp_path / "a.tar", members)
+    assert label_of_each(root, images) == {i: str(i % 2) for i in range(1, 12)}
+
+
+def test_labels_of_two_folders_that_lie_apart(tmp_path: Path, images: list[bytes]) -> None:
+    """Files of one name in each, all images first."""
+    members = [(f"{folder}/same.jpg", images[i]) for i, folder in enumerate("xy")]
+    members += [(f"{folder}/same.cls", str(i + 4).encode()) for i, folder in enumerate("xy")]
+    assert label_of_each(write_tar(tmp_path / "a.tar", members), images) == {0: "4", 1: "5"}
 
 
 @pytest.mark.parametrize("label", [b"-1", b"", b"a\nb", b"\xff\xfe", b"x" * 999])
