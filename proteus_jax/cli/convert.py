@@ -270,14 +270,13 @@ def _export(options: argparse.Namespace) -> int:
         raise InputError(
             f"--batch: expected at least 1 and at most {LARGEST_BATCH}, found {options.batch}"
         )
+    asked: list[tuple[int, int]] = list(dict.fromkeys(options.size))
     outputs: dict[tuple[int, int] | None, Path] = {None: options.output}
-    if options.size:
-        outputs = dict.fromkeys(options.size, options.output)
-    if len(outputs) > 1:
+    if asked:
+        several, plain = len(asked) > 1, options.output
         outputs = {
-            sides: output.with_stem(f"{output.stem}-{_in_words(sides)}")
-            for sides, output in outputs.items()
-            if sides is not None
+            sides: plain.with_stem(f"{plain.stem}-{_in_words(sides)}") if several else plain
+            for sides in asked
         }
     # All that can be said before is said before the first is written.
     spec = load_card(options.directory).spec
