@@ -26,7 +26,7 @@ Picture = Any
 NATIVE = "native"
 
 
-def _opened(image: Picture) -> LazyImage:
+def _as_picture(image: Picture) -> LazyImage:
     if isinstance(image, str | os.PathLike):
         return open_image(remote_fs.read("", os.path.expanduser(os.fspath(image))))  # noqa: PTH111
     if isinstance(image, bytes):
@@ -150,7 +150,7 @@ class Model:
         views, problems = [], []
         for number, image in enumerate(several):
             try:
-                views.append(view(_opened(image)))
+                views.append(view(_as_picture(image)))
             except (Unreadable, OSError) as error:
                 name = image if isinstance(image, str | os.PathLike) else f"image {number}"
                 problems.append(f"{name}: {getattr(error, 'strerror', None) or error}")

@@ -2493,7 +2493,7 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/data/sources/image_folder.py",
-        "above = os.path.commonpath([(folder / name).parent for name in listed] or [folder])",
+        "above = os.path.commonpath([(folder / name).parent for name in names])",
         "above = folder",
         "a list of images below a hidden folder names none",
         ("test_pictures.py::test_what_is_hidden_is_passed_over_everywhere",),

@@ -88,7 +88,7 @@ def _sides(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _in_words(sides: tuple[int, int]) -> str:
+def _pixels(sides: tuple[int, int]) -> str:
     height, width = sides
     return f"{height}" if height == width else f"{height}x{width}"
 
@@ -226,9 +226,7 @@ def _verify(options: argparse.Namespace) -> int:
         sides = Settings().sides_of(spec)
         pictures = photographs(options.images, *sides)
         comparisons = verify(directory, options.against, pictures, options.prefix, options.key)
-        print(
-            f"{len(pictures)} photographs of {_in_words(sides)} px; errors in standard deviations"
-        )
+        print(f"{len(pictures)} photographs of {_pixels(sides)} px; errors in standard deviations")
     compared = []
     for one in comparisons:
         _show(one, one.passed)
@@ -270,13 +268,13 @@ def _export(options: argparse.Namespace) -> int:
         raise InputError(
             f"--batch: expected at least 1 and at most {LARGEST_BATCH}, found {options.batch}"
         )
-    asked: list[tuple[int, int]] = list(dict.fromkeys(options.size))
+    requested: list[tuple[int, int]] = list(dict.fromkeys(options.size))
     outputs: dict[tuple[int, int] | None, Path] = {None: options.output}
-    if asked:
-        several, plain = len(asked) > 1, options.output
+    if requested:
+        several, plain = len(requested) > 1, options.output
         outputs = {
-            sides: plain.with_stem(f"{plain.stem}-{_in_words(sides)}") if several else plain
-            for sides in asked
+            sides: plain.with_stem(f"{plain.stem}-{_pixels(sides)}") if several else plain
+            for sides in requested
         }
     # All that can be said before is said before the first is written.
     spec = load_card(options.directory).spec

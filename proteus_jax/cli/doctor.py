@@ -159,7 +159,7 @@ def _report(
 
 
 def _verdict(config: TrainConfig, source: Source, findings: Findings) -> Iterator[str]:
-    """What there is to do before a run, or that there is nothing to do."""
+    """Says what to do before a run, or that there is nothing to do."""
     total, advice = len(source), []
     readable = total - len(findings.unreadable())
     kept = total - len(findings.excluded())

@@ -29,7 +29,7 @@ from proteus_jax.data.transforms.center_crop import CenterCrop
 from proteus_jax.data.transforms.native_size import NativeSize
 from proteus_jax.data.workers import worker_pool
 from proteus_jax.errors import InputError, collecting
-from proteus_jax.evaluation.feature_dump import KINDS, Wanted, dump_features
+from proteus_jax.evaluation.feature_dump import KINDS, Wanted, dump_features, labels_of
 from proteus_jax.evaluation.feature_extraction import LoaderConfig
 from proteus_jax.evaluation.feature_files import (
     MOST_IN_A_FILE,
@@ -45,6 +45,7 @@ from proteus_jax.runtime import process
 from proteus_jax.runtime.collectives import broadcast_from_rank0
 from proteus_jax.runtime.console import Console
 from proteus_jax.runtime.filesystem import why_unwritable
+from proteus_jax.schema import MOST_WORKERS
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -104,6 +105,11 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             raise InputError(problems)
         for line in passed.lines():
             console.line(f"passed over: {line}")
+        labels = None
+        try:
+            labels = labels_of(source)
+        except InputError as error:
+            console.line(f"without classes: {error.problems[0]}")
         view = view_of(model)
         writes = jax.process_index() == 0
         file = _file(output, _facts(options, model, source), model, source, wanted, view)
@@ -113,7 +119,15 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         pool = worker_pool(options.workers, 4, side=224)
         config = LoaderConfig(options.batch, pool.workers, pool.threads)
         facts = dump_features(
-            model, source, wanted, view, config, file if writes else None, start, console.progress
+            model,
+            source,
+            wanted,
+            view,
+            config,
+            file if writes else None,
+            start,
+            console.progress,
+            labels,
         )
         if writes:
             file.finish(facts)
@@ -123,18 +137,24 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _checked(options: argparse.Namespace, problems: list[str]) -> tuple[Wanted, Any, Reading]:
-    """What is asked for; what is wrong with it is added to the problems."""
+    """Reads the options; what is wrong with them is added to the problems."""
     tokens = tuple(part.strip() for part in options.tokens.split(",") if part.strip())
     if not tokens or set(tokens) - set(KINDS) or len(set(tokens)) < len(tokens):
         problems.append(f"--tokens: expected some of {', '.join(KINDS)}, found {options.tokens!r}")
     if options.batch < 1 or options.layers < 0:
         problems.append("--batch, --layers: expected numbers above 0")
+    if options.workers is not None and not 0 <= options.workers <= MOST_WORKERS:
+        problems.append(f"--workers: expected from 0 to {MOST_WORKERS}, found {options.workers}")
+    if options.resize is not None and options.resize < 1:
+        problems.append(f"--resize: expected pixels above 0, found {options.resize}")
     if options.crop != NATIVE and not options.crop.isdecimal():
         problems.append(f"--crop: expected pixels or {NATIVE}, found {options.crop!r}")
     suffix = options.output.suffix
     if suffix in SUFFIXES:
-        if options.output.expanduser().exists():
-            problems.append(f"--output: {options.output} is there already")
+        beside = [options.output.with_suffix(".json")] if suffix == ".npy" else []
+        for path in (options.output, *beside):
+            if path.expanduser().exists():
+                problems.append(f"--output: {path} is there already")
     elif suffix:
         kinds = ", ".join(SUFFIXES)
         problems.append(f"--output: expected {kinds}, or a folder without a suffix, found {suffix}")

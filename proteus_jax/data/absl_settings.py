@@ -1,4 +1,4 @@
-"""What Grain asks of absl, its library of flags and logs."""
+"""Settings of absl, the library of flags and logs that Grain uses."""
 
 import absl.flags
 import absl.logging

@@ -1,4 +1,4 @@
-"""What a place of images holds beside them: passed over, counted, and said."""
+"""Files beside images in their place: passed over, counted, and said."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -59,7 +59,7 @@ PLAIN = Decoding()
 
 
 @contextlib.contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def image_of(data: bytes) -> Iterator[Image.Image]:
     """Opens an image by its header. Unreadable for whatever goes wrong with it in the block."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -76,7 +76,7 @@ def decode_with_pillow(data: bytes, decoding: Decoding = PLAIN) -> np.ndarray:
     deep = _of_floating_colors(data)
     if deep is not None:
         return _from_deep(deep, decoding)
-    with opened(data) as image:
+    with image_of(data) as image:
         refuse_bomb(image.width, image.height)
         deep = _deep(image, data)
         if deep is not None:
@@ -93,7 +93,7 @@ def deep_image(data: bytes) -> DeepImage | None:
     deep = _of_floating_colors(data)
     if deep is not None:
         return deep
-    with opened(data) as image:
+    with image_of(data) as image:
         refuse_bomb(image.width, image.height)
         return _deep(image, data)
 
@@ -101,7 +101,7 @@ def deep_image(data: bytes) -> DeepImage | None:
 def is_turned(data: bytes) -> bool:
     """Returns True where an image would be turned or mirrored to stand upright."""
     try:
-        with opened(data) as image:
+        with image_of(data) as image:
             return image.getexif().get(ORIENTATION, 1) not in (0, 1)
     except Unreadable:
         return True  # for the decoder to say what is wrong
@@ -252,5 +252,5 @@ def _is_unsigned_32(image: Image.Image) -> bool:
 
 
 def _without_addresses(text: str) -> str:
-    """What Pillow says of a file it cannot identify names an object by its address."""
+    """Replaces what Pillow says of a file that it cannot identify, which holds an address."""
     return "no image that can be read" if "cannot identify image file" in text else text

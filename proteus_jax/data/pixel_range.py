@@ -39,7 +39,7 @@ class DeepImage(NamedTuple):
         return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
     def _bounds(self, range_: PixelRange) -> tuple[float, float]:
-        """What becomes 0 and 255.
+        """Returns the values that become 0 and 255.
 
         Under "auto" a file that uses the upper half of what it can hold is taken as it is, as a
         photograph of 16 bits is; one that leaves the uppermost bits empty (12 bits of a camera, of

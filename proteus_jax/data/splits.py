@@ -89,7 +89,7 @@ def split(source: Source, held_out: HeldOut, passed_over: PassedOver = NOTHING) 
     if wanted >= total:
         raise InputError(
             f"found {total} images of which {wanted} would be held out: at least {wanted + 1} are "
-            f"needed, or set data.held_out.minimum lower{_told(passed_over)}"
+            f"needed, or set data.held_out.minimum lower{_in_brackets(passed_over)}"
         )
     digests = source.digests()
     out = apart(total, wanted) if digests is None else _by_content(digests, wanted)
@@ -155,7 +155,7 @@ def _without(source: Source, out: set[str | bytes]) -> Source:
     return source if len(kept) == len(source) else SubsetSource(source, np.array(kept))
 
 
-def _told(passed_over: PassedOver) -> str:
+def _in_brackets(passed_over: PassedOver) -> str:
     """What was passed over, for the end of a message."""
     lines = "; ".join(passed_over.lines())
     return f" (passed over: {lines})" if lines else ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from proteus_jax.data.pillow_images import ORIENTATION, deep_image, opened
+from proteus_jax.data.pillow_images import ORIENTATION, deep_image, image_of
 from proteus_jax.data.sources.base import Source
 from proteus_jax.errors import Unreadable
 
@@ -196,7 +196,7 @@ def _describe(record: Any, source: Source, index: int) -> None:
 
 def _oddities(data: bytes) -> dict[str, bool]:
     """Oddities of a decoded image, by its header; none where Pillow trips over that."""
-    with contextlib.suppress(Unreadable), opened(data) as image:
+    with contextlib.suppress(Unreadable), image_of(data) as image:
         return {
             "CMYK": image.mode == "CMYK",
             "several pages or frames": getattr(image, "n_frames", 1) > 1,

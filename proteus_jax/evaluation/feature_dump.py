@@ -69,12 +69,13 @@ class Labels(NamedTuple):
 
 
 def labels_of(source: Source) -> Labels | None:
-    """The classes of a source, where it has any; folders are named."""
-    with contextlib.suppress(InputError):
-        numbers = source.labels()
-        if numbers is not None:
-            return Labels(numbers, tuple(source.class_names()) or _folders(source, numbers))
-    return None
+    """The classes of a source, where it has any; folders are named. InputError where a label
+    cannot be a class.
+    """
+    numbers = source.labels()
+    if numbers is None:
+        return None
+    return Labels(numbers, tuple(source.class_names()) or _folders(source, numbers))
 
 
 def _folders(source: Source, numbers: np.ndarray) -> tuple[str, ...]:
@@ -93,12 +94,14 @@ def dump_features(
     file: FeatureFile | None,
     start: int,
     progress: Callable[[str], None],
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
-    """Writes the features of every image from number `start` on; returns facts about the whole.
+    """Writes the features of every image from number `start` on, with the `labels` of all; returns
+    facts about the whole.
 
     Every host makes its share; `file` is None on those that do not write.
     """
-    labels, total = labels_of(source), len(source)
+    total = len(source)
     passes = (
         _one_by_one(model, source, wanted, view, reading, start, progress)
         if isinstance(view, NativeSize)
@@ -169,14 +172,14 @@ def _one_by_one(
         lambda params, images: function(backbone, params, model.card.normalization(images))
     )
 
-    def opened(position: int) -> np.ndarray:
+    def read_view(position: int) -> np.ndarray:
         try:
             return view(source.open(start + position))
         except Unreadable:
             return np.zeros((0, 0, 3), np.uint8)
 
     total = len(source) - start
-    views = in_parallel(opened, total, 0, max(reading.threads, 1))
+    views = in_parallel(read_view, total, 0, max(reading.threads, 1))
     waiting: list[tuple[int, dict[str, np.ndarray], tuple[int, int]]] = []
     with contextlib.closing(views):
         for position, pixels in enumerate(views):

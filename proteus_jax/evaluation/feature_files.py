@@ -98,10 +98,11 @@ class SingleFile:
         rows = concatenated(self._parts)
         with atomic_file(self._path) as temporary:
             _WRITERS[self._path.suffix](temporary, rows, facts)
-        if self._path.suffix == ".npy":
-            labels = None if rows.labels is None else rows.labels.tolist()
-            beside = dict(facts) | {"names": list(rows.names), "labels": labels}
-            write_atomically(self._path.with_suffix(".json"), json.dumps(beside) + "\n")
+            if self._path.suffix == ".npy":
+                # First, so that an array that is there has its names.
+                labels = None if rows.labels is None else rows.labels.tolist()
+                beside = dict(facts) | {"names": list(rows.names), "labels": labels}
+                write_atomically(self._path.with_suffix(".json"), json.dumps(beside) + "\n")
 
 
 def _write_npz(path: Path, rows: Rows, facts: Mapping[str, Any]) -> None:
@@ -156,8 +157,8 @@ class PartFolder:
             raise InputError(f"{self._folder}: expected a new folder, found no features") from None
         other = [name for name in self._facts if before.get(name) != self._facts[name]]
         if other or before.keys() != self._facts.keys():
-            told = ", ".join(other) or "version"
-            raise InputError(f"{self._folder}: holds other features (of another {told})")
+            names = ", ".join(other) or "version"
+            raise InputError(f"{self._folder}: holds other features (of another {names})")
         missing = [part["file"] for part in parts if not (self._folder / part["file"]).is_file()]
         if missing:
             raise InputError(f"{self._folder}: its part {missing[0]} is missing")

@@ -1,7 +1,9 @@
 """`proteus features`, and what `load()` gives beside a call."""
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,7 @@ def test_what_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "there.npz").touch()
+    (tmp_path / "there.json").touch()
     for output, more, words in (
         ("f.npz", ["--crop", "30"], "--crop: expected a multiple of the patch size 14, found 30"),
         ("f.npz", ["--layers", "99"], "--layers: expected at most the model's"),
@@ -185,13 +188,29 @@ def test_what_is_refused(
         ("f.csv", [], "expected .npz, .parquet, .npy, or a folder without a suffix, found .csv"),
         ("there.npz", [], "is there already"),
         ("f.npz", ["--range", "9,1"], "--range, --alpha: expected values"),
+        ("f.npz", ["--workers", "-1"], "--workers: expected from 0 to"),
+        ("there.npy", [], "there.json is there already"),
     ):
         assert run(tiny_teacher, pictures, tmp_path / output, *more) == 2
         assert words in "\n".join(HEARD.lines)
     monkeypatch.setattr(features, "MOST_IN_A_FILE", 100)
     assert run(tiny_teacher, pictures, tmp_path / "f.npz") == 2
     assert "too many for a file; give a folder" in "\n".join(HEARD.lines)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.json", "there.npz"]
+
+
+def test_labels_that_are_none_are_said(tmp_path: Path, tiny_teacher: Path, pictures: Path) -> None:
+    """The features are there without classes."""
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        shard.add(pictures / "cat" / "0.png", "0.png")
+        member = tarfile.TarInfo("0.cls")
+        member.size = 2
+        shard.addfile(member, io.BytesIO(b"-1"))
+    assert run(tiny_teacher, tmp_path / "a.tar", tmp_path / "f.npz") == 0
+    assert any("without classes: " in line and "found -1" in line for line in HEARD.lines)
+    (found,) = read_features(tmp_path / "f.npz")
+    assert "labels" not in found
+    assert len(found["cls"]) == 1
 
 
 def test_preprocess(tiny_teacher: Path, pictures: Path) -> None:

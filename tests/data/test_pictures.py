@@ -331,6 +331,13 @@ def test_zip_files(tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "no.zip").write_bytes(b"no")
     with pytest.raises(InputError, match="expected a zip file"):
         open_source(str(tmp_path / "no.zip"))
+    # A member without a suffix is looked into; a broken one is no image.
+    zipped(tmp_path / "spoilt.zip", {"a.png": b"x" * 50, "b": b"y" * 5000})
+    data = bytearray((tmp_path / "spoilt.zip").read_bytes())
+    at = data.index(b"PK\x03\x04", 4)
+    data[at + 31 : at + 35] = b"\xff" * 4
+    (tmp_path / "spoilt.zip").write_bytes(data)
+    assert open_source(str(tmp_path / "spoilt.zip"))[1] == PassedOver({"no suffix": 1})
     zipped(tmp_path / "odd.zip", {"a.png": b"x" * 50}, zipfile.ZIP_LZMA)
     with pytest.raises(InputError, match="packed in an uncommon way"):
         open_source(str(tmp_path / "odd.zip"))

@@ -56,7 +56,7 @@ class TrainTestSplit(NamedTuple):
 
     @property
     def passed_over(self) -> PassedOver:
-        """What both places hold beside images."""
+        """Sums what both places hold beside images."""
         same = self.train.passed_over is self.test.passed_over
         return joined([self.train.passed_over] + [self.test.passed_over] * (not same))
 
@@ -181,8 +181,8 @@ def open_pair(root: str, reading: Reading = AS_IT_IS) -> TrainTestSplit:
         tests = [name for name in TEST if name in inside]
         if not tests:
             raise InputError(f"{root}: has {TRAIN}/, but neither of {', '.join(TEST)}")
-        opened = {name: partial(open_labeled, f"{root}/{name}", reading) for name in tests}
-        return _matched(open_labeled(f"{root}/{TRAIN}", reading), *_first_of(root, opened))
+        by_name = {name: partial(open_labeled, f"{root}/{name}", reading) for name in tests}
+        return _matched(open_labeled(f"{root}/{TRAIN}", reading), *_first_of(root, by_name))
     if inside and inside <= {name for name in inside if name.lower() in SPLITS}:
         raise InputError(
             f"{root}: expected {TRAIN}/ and {TEST[0]}/, or classes, found "
@@ -204,13 +204,13 @@ def _of_shards(root: str, reading: Reading) -> TrainTestSplit | None:
     if TRAIN not in by_split or not tests:
         return None
 
-    def opened(split: str) -> LabeledDataset:
+    def open_part(split: str) -> LabeledDataset:
         shards = by_split[split]
         source, passed = SHARDS[shards.kind](shards.paths, reading.columns)
         return labeled(f"{root} ({split})", decoded(source, reading), passed)
 
-    by_name = {name: partial(opened, name) for name in tests}
-    return _matched(opened(TRAIN), *_first_of(root, by_name))
+    by_name = {name: partial(open_part, name) for name in tests}
+    return _matched(open_part(TRAIN), *_first_of(root, by_name))
 
 
 def _is_folder(root: str) -> bool:
@@ -227,12 +227,12 @@ def _of_one_place(root: str, reading: Reading) -> TrainTestSplit:
     if TRAIN not in tops or not tests:
         return _parted(labeled(root, source, passed))
 
-    def opened(split: str) -> LabeledDataset:
+    def open_part(split: str) -> LabeledDataset:
         part = SubsetSource(source, np.flatnonzero(tops == split))
         return labeled(f"{root} ({split})", BelowSource(part, split), passed)
 
-    by_name = {name: partial(opened, name) for name in tests}
-    return _matched(opened(TRAIN), *_first_of(root, by_name))
+    by_name = {name: partial(open_part, name) for name in tests}
+    return _matched(open_part(TRAIN), *_first_of(root, by_name))
 
 
 def images_on_both_sides(pair: TrainTestSplit) -> str:
@@ -275,9 +275,9 @@ def _first_of(
 ) -> tuple[LabeledDataset, str]:
     """The first split that has classes, and its name: a test set is often published without."""
     reasons = []
-    for split, opened in splits.items():
+    for split, open_part in splits.items():
         try:
-            return opened(), split
+            return open_part(), split
         except InputError as error:
             reasons += error.problems
     raise InputError([f"{root}: no split to test on", *reasons])

@@ -1,4 +1,4 @@
-"""What archives of folders, tar and zip, have in common."""
+"""Names of members in archives of folders, tar and zip."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath

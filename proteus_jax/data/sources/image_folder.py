@@ -140,10 +140,7 @@ def open_list(path: str) -> tuple[FileSource, PassedOver]:
         raise InputError(f"{path}: expected text with one path a line, found bytes of zero")
     lines = (line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
     listed = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
-    # Where the data lie may be hidden; what is hidden among them is not meant.
-    folder = file.parent.absolute()
-    above = os.path.commonpath([(folder / name).parent for name in listed] or [folder])
-    names = [name for name in listed if not lies_in_clutter(os.path.relpath(folder / name, above))]
+    names = _without_clutter(file.parent.absolute(), listed)
     if not names:
         raise InputError(f"{path}: names no image")
     name, times = Counter(names).most_common(1)[0]
@@ -161,6 +158,16 @@ def open_list(path: str) -> tuple[FileSource, PassedOver]:
             f"{path}: {len(passed.no_images)} of its files are no images, as {passed.no_images[0]}"
         )
     return source, passed
+
+
+def _without_clutter(folder: Path, names: list[str]) -> list[str]:
+    """The names that lie in nothing hidden. Where all the data lie may be hidden; what is hidden
+    among them is not meant.
+    """
+    if not any(map(lies_in_clutter, names)):
+        return names
+    above = os.path.commonpath([(folder / name).parent for name in names])
+    return [name for name in names if not lies_in_clutter(os.path.relpath(folder / name, above))]
 
 
 def open_names(folder: Path, names: Sequence[str]) -> FileSource:
@@ -215,7 +222,7 @@ class _Walk:
             yield from self.files(name)
 
     def passed_over(self, entries: Sequence[tuple[str, int]]) -> PassedOver:
-        """What is no image, when all files have been seen."""
+        """Returns what is no image, when all files have been seen."""
         holding = {name.partition("/")[0] for name, _ in entries}
         inside = {name.partition("/")[0] for name, _ in self.directories} - {""}
         return PassedOver(

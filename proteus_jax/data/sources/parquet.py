@@ -129,7 +129,7 @@ class ParquetSource(Source):
                 table = pyarrow.parquet.read_table(file, columns=[self._roles.label])
                 values += table.column(0).to_pylist()
         has = np.array([value is not None and value != "" for value in values])
-        there = [value for value, told in zip(values, has, strict=True) if told]
+        there = [value for value, is_there in zip(values, has, strict=True) if is_there]
         labels, names = np.full(len(values), -1, np.int64), self._roles.classes
         if all(isinstance(value, int) for value in there):
             labels[has] = there
@@ -181,24 +181,24 @@ def _roles(path: str, parquet: Any, schema: pyarrow.Schema, columns: Columns) ->
     return _Roles(image, form, label, _class_names(schema, label))
 
 
-def _image_column(path: str, parquet: Any, schema: pyarrow.Schema, asked: str) -> tuple[str, str]:
+def _image_column(path: str, parquet: Any, schema: pyarrow.Schema, wanted: str) -> tuple[str, str]:
     forms = {name: _form(schema.field(name).type) for name in schema.names}
-    if asked:
-        if asked not in forms:
+    if wanted:
+        if wanted not in forms:
             raise InputError(
-                f"{path}: no column {asked!r} (data.image_column) among {', '.join(forms)}"
+                f"{path}: no column {wanted!r} (data.image_column) among {', '.join(forms)}"
             )
-        if not forms[asked]:
+        if not forms[wanted]:
             raise InputError(
-                f"{path}: expected images in {asked!r} (data.image_column), found "
-                f"{schema.field(asked).type}"
+                f"{path}: expected images in {wanted!r} (data.image_column), found "
+                f"{schema.field(wanted).type}"
             )
-        return asked, forms[asked]
+        return wanted, forms[wanted]
     lists = [name for name in schema.names if _is_list_of_images(schema.field(name).type)]
     candidates = [name for name, form in forms.items() if form == _BYTES] or [
         name for name, form in forms.items() if form == _PATH and _holds_paths(parquet, name)
     ]
-    named = [name for wanted in _IMAGES for name in candidates if name.lower() == wanted]
+    named = [name for usual in _IMAGES for name in candidates if name.lower() == usual]
     others = [name for name in candidates if not any(word in name.lower() for word in _NO_IMAGES)]
     # What has the structure of an image before plain bytes.
     others.sort(key=lambda name: not pyarrow.types.is_struct(schema.field(name).type))
@@ -245,13 +245,13 @@ def _holds_paths(parquet: Any, column: str) -> bool:
     return False
 
 
-def _label_column(path: str, schema: pyarrow.Schema, image: str, asked: str) -> str | None:
-    if asked:
-        if asked not in schema.names:
+def _label_column(path: str, schema: pyarrow.Schema, image: str, wanted: str) -> str | None:
+    if wanted:
+        if wanted not in schema.names:
             raise InputError(
-                f"{path}: no column {asked!r} (data.label_column) among {', '.join(schema.names)}"
+                f"{path}: no column {wanted!r} (data.label_column) among {', '.join(schema.names)}"
             )
-        return asked
+        return wanted
 
     def may_be(name: str) -> bool:
         kind, types = schema.field(name).type, pyarrow.types

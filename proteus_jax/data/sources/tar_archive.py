@@ -175,11 +175,13 @@ def _classes(
     ]
     if len(problems) > _NAMED:
         problems = [*problems[:_NAMED], f"and {len(problems) - _NAMED} labels more"]
-    told = [at for at, label in enumerate(labels) if label.text is not None and not label.problem]
+    labeled = [
+        at for at, label in enumerate(labels) if label.text is not None and not label.problem
+    ]
     numbers = np.full(len(labels), _NONE, np.int64)
     classes: tuple[str, ...] = ()
-    if told:
-        numbers[told], classes = webdataset.numbered([str(labels[at].text) for at in told])
+    if labeled:
+        numbers[labeled], classes = webdataset.numbered([str(labels[at].text) for at in labeled])
     return numbers, classes, problems
 
 

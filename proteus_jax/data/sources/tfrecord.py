@@ -63,7 +63,7 @@ def describe(place: str) -> Description:
         }
     except Unreadable as error:
         raise InputError(f"{place}: no data set of tensorflow-datasets: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: its description makes no sense: {error!r}") from None
     full_name = "/".join(
         str(part) for part in (name, info.get("configName"), info.get("version")) if part
@@ -136,7 +136,13 @@ class TfRecordSource(Source):
         with contextlib.suppress(OSError, ValueError, KeyError):
             return read_table(place).columns["label"]
         found = self.values(str(self._label))
-        labels = np.array([int(values[0]) if values else -1 for values in found], np.int64)
+        try:
+            labels = np.array([int(values[0]) if values else -1 for values in found], np.int64)
+        except ValueError:
+            kind = self._description.kinds[str(self._label)]
+            raise InputError(
+                f"{self._description.place}: expected numbers in its feature label, found {kind}"
+            ) from None
         with contextlib.suppress(OSError):  # read again next time
             write_table(place, {}, {"label": labels})
         return labels

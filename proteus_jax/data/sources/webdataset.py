@@ -150,23 +150,23 @@ def _runs_of_a_key(members: Sequence[Member]) -> Iterator[list[int]]:
 
 def _pair(members: Sequence[Member], group: Sequence[int], labels: dict[int, Label]) -> None:
     """Gives the label of a group to its images, where it has both."""
-    told = [members[at] for at in group if members[at].label is not None]
+    candidates = [members[at] for at in group if members[at].label is not None]
     # What holds nothing but a label counts before a field of JSON.
-    told.sort(key=lambda member: suffix_of(member.name) == JSON)
+    candidates.sort(key=lambda member: suffix_of(member.name) == JSON)
     for at in group:
-        if told and members[at].label is None:
-            labels[at] = Label(told[0].label, told[0].problem)
+        if candidates and members[at].label is None:
+            labels[at] = Label(candidates[0].label, candidates[0].problem)
 
 
 def _pair_apart(members: Sequence[Member], labels: dict[int, Label]) -> None:
     """Pairs what lies apart, as where all images come first, by names that are there once."""
     times = Counter((_stem(member.name), member.label is None) for member in members)
-    told = {_stem(member.name): member for member in members if member.label is not None}
+    by_stem = {_stem(member.name): member for member in members if member.label is not None}
     for at, member in enumerate(members):
         stem = _stem(member.name)
         alone = times[stem, True] == times[stem, False] == 1
         if at not in labels and member.label is None and alone:
-            labels[at] = Label(told[stem].label, told[stem].problem)
+            labels[at] = Label(by_stem[stem].label, by_stem[stem].problem)
 
 
 def numbered(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:

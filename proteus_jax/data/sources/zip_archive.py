@@ -1,5 +1,6 @@
 """Images in zip files, read in place: nothing is unpacked to the disk."""
 
+import contextlib
 import functools
 import hashlib
 import struct
@@ -159,5 +160,7 @@ def _is_image(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
         return image_formats.has_image_suffix(info.filename)
     if info.flag_bits & _ENCRYPTED:
         return False
-    with archive.open(info) as file:
+    # Whatever a broken member provokes: it is no image then.
+    with contextlib.suppress(Exception), archive.open(info) as file:
         return image_formats.looks_like_image(file.read(image_formats.HEAD))
+    return False

@@ -79,7 +79,7 @@ class Data(NamedTuple):
 
     @property
     def passed_over(self) -> PassedOver:
-        """What the folders of the sets hold beside images."""
+        """Sums what the folders of the sets hold beside images."""
         levels = itertools.chain(*(part.values() for part in self.corrupted.values()))
         return joined(part.passed_over for part in (*self.plain.values(), *levels))
 

@@ -36,7 +36,7 @@ def read_model(
     """
     source = Path(source).expanduser()
     with prefixed(source):
-        choice, weights, settings, files = _opened(source, prefix, key)
+        choice, weights, settings, files = _read_selected(source, prefix, key)
     digests = {file.name: sha256(file) for file in files}
     (digest, *more) = digests.values()
     facts: dict[str, Any] = {"file": source.name, "sha256": digests if more else digest}
@@ -57,14 +57,14 @@ def read_model(
                 )
     if choice.prefix:
         facts["prefix"] = choice.prefix
-    left_out = [*choice.left_out, *detected.ignored_keys]
-    detected = detected._replace(ignored_keys=tuple(left_out))
-    if left_out:
-        facts["left_out"] = left_out
+    ignored = [*choice.ignored, *detected.ignored_keys]
+    detected = detected._replace(ignored_keys=tuple(ignored))
+    if ignored:
+        facts["left_out"] = ignored
     return detected, facts
 
 
-def _opened(
+def _read_selected(
     source: Path, prefix: str | None, key: str | None
 ) -> tuple[Choice, Weights, dict[str, Any], tuple[Path, ...]]:
     """What is chosen of a file or a directory, its arrays, what the directory says, and files."""
@@ -89,9 +89,9 @@ def prefixed(source: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        told = str(source)
+        path = str(source)
         raise InputError(
-            [each if each.startswith(told) else f"{told}: {each}" for each in error.problems]
+            [each if each.startswith(path) else f"{path}: {each}" for each in error.problems]
         ) from None
 
 

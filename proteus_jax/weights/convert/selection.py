@@ -55,7 +55,7 @@ class Choice(NamedTuple):
 
     prefix: str
     names: dict[str, str]
-    left_out: tuple[str, ...]
+    ignored: tuple[str, ...]
 
 
 def choose(names: Iterable[str], prefix: str | None = None, key: str | None = None) -> Choice:
@@ -70,9 +70,9 @@ def choose(names: Iterable[str], prefix: str | None = None, key: str | None = No
         name: text.removeprefix(before) for name, text in plain.items() if text.startswith(before)
     }
     pooled = any(_POOLING.match(text) for text in below.values())
-    left_out = tuple(name for name, text in below.items() if _is_beside(text, pooled))
-    used = {name: text for name, text in below.items() if name not in left_out}
-    return Choice(before, _unrolled(used), left_out)
+    ignored = tuple(name for name, text in below.items() if _is_beside(text, pooled))
+    used = {name: text for name, text in below.items() if name not in ignored}
+    return Choice(before, _unrolled(used), ignored)
 
 
 def find_prefix(names: Sequence[str], prefix: str | None = None, key: str | None = None) -> str:
