@@ -1,4 +1,4 @@
-"""What the benchmarks time: the paper's recipe for given models, on images of noise."""
+"""Work that the benchmarks time: the paper's recipe for given models, on images of noise."""
 
 from collections.abc import Callable
 from typing import Any

@@ -543,13 +543,13 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/data/sources/image_folder.py",
-        "return FileSource(str(folder.resolve()), known), found",
-        "return FileSource(str(folder), known), found",
+        "return FileSource(str(folder.resolve()), known), passed",
+        "return FileSource(str(folder), known), passed",
         "from its second start on a large folder named by a link trains on what another root holds out",
         ("test_sources.py::test_a_large_folder_by_another_name_is_the_same",),
     ),
     Mutant(
-        "proteus_jax/data/sources/image_folder.py",
+        "proteus_jax/data/sources/folder_walk.py",
         "unreadable=tuple(self._unreadable),",
         "unreadable=(),",
         "folders that cannot be read are left out without a word",
@@ -2556,8 +2556,8 @@ MUTANTS = [
     ),
     Mutant(
         "proteus_jax/weights/convert/detection.py",
-        "token = arrays[found[0]].reshape(1, 1, -1) + rows[:, 1:2]",
-        "token = arrays[found[0]].reshape(1, 1, -1)",
+        "token = arrays[tokens[0]].reshape(1, 1, -1) + rows[:, 1:2]",
+        "token = arrays[tokens[0]].reshape(1, 1, -1)",
         "DeiT's distillation token loses its position",
         ("test_checkpoint_files.py::test_deits_second_token_is_a_register",),
     ),

@@ -156,7 +156,7 @@ def _without(source: Source, out: set[str | bytes]) -> Source:
 
 
 def _in_brackets(passed_over: PassedOver) -> str:
-    """What was passed over, for the end of a message."""
+    """Returns what was passed over in brackets, for the end of a message."""
     lines = "; ".join(passed_over.lines())
     return f" (passed over: {lines})" if lines else ""
 

@@ -77,7 +77,7 @@ class Findings(NamedTuple):
         }
 
     def ranges(self) -> dict[int, tuple[float, float, float]]:
-        """Of each image of more than 8 bits the values used, and the largest there may be."""
+        """Values used by each image of more than 8 bits, and the largest there may be."""
         deep = np.flatnonzero(self.records["odd"][:, ODD.index(_DEEP)])
         rows = self.records[deep]
         return {

@@ -80,7 +80,7 @@ class SingleFile:
         self._path, self._parts, self._lost = path, [], []
 
     def done(self) -> int:
-        """Nothing is kept of a file that was not finished."""
+        """See FeatureFile. A file that was not finished is begun anew."""
         return 0
 
     def add(self, rows: Rows, until: int, lost: Sequence[str]) -> None:

@@ -162,7 +162,7 @@ class SourceModel:
 
 
 def written(linear: Params, values: Array) -> Array:
-    """What a last Linear adds to the stream, float32."""
+    """Returns what a last Linear adds to the stream, float32."""
     kernel = linear["kernel"].astype(jnp.float32)
     product = jnp.matmul(values.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
     return product + linear["bias"]

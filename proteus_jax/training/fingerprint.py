@@ -75,7 +75,7 @@ def fingerprint(
 
 
 def _fitted(init: InitConfig) -> dict[str, Any] | None:
-    """What a start that was fitted to images depends on."""
+    """Returns what a start that was fitted to images depends on."""
     if not (init.slices or init.fits_heads):
         return None
     return {name: value for name, value in init._asdict().items() if name != "source"}

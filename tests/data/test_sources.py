@@ -563,8 +563,8 @@ def test_the_listing_of_a_large_folder_is_kept(
 ) -> None:
     monkeypatch.setattr(folders, "SMALL", 10)
     walked = []
-    walk = folders._Walk
-    monkeypatch.setattr(folders, "_Walk", lambda root: walked.append(root) or walk(root))
+    walk = folders.Walk
+    monkeypatch.setattr(folders, "Walk", lambda root: walked.append(root) or walk(root))
     for number, path in enumerate(sorted(photographs.rglob("*.*"))):
         place = tmp_path / f"class {number % 4}" / f"{number}{path.suffix}"
         place.parent.mkdir(exist_ok=True)

@@ -161,12 +161,12 @@ def open_parquet(
             with remote_fs.open_file(path) as file:
                 parquet = pyarrow.parquet.ParquetFile(file)
                 metadata, schema = parquet.metadata, parquet.schema_arrow
-                found = _roles(path, parquet, schema, columns)
+                own = _roles(path, parquet, schema, columns)
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{path}: expected a parquet file: {error}") from None
-        if roles is not None and found[:3] != roles[:3]:
-            raise InputError(f"{path}: has columns {found[:3]}, the files before it {roles[:3]}")
-        roles = found
+        if roles is not None and own[:3] != roles[:3]:
+            raise InputError(f"{path}: has columns {own[:3]}, the files before it {roles[:3]}")
+        roles = own
         for group in range(metadata.num_row_groups):
             end += metadata.row_group(group).num_rows
             groups.append((number, group, end))

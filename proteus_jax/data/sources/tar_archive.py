@@ -203,11 +203,11 @@ def _read(path: str, size: int) -> _Shard:
                 if lies_in_clutter(member.name):
                     hidden += 1
                     continue
-                found = _member(archive, member)
-                if found is None:
+                used = _member(archive, member)
+                if used is None:
                     kinds[kind_of(member.name)] += 1
                 else:
-                    members.append(found)
+                    members.append(used)
     except tarfile.TarError as error:
         raise InputError(f"{path}: expected an uncompressed tar file: {error}") from None
     except OSError as error:

@@ -21,46 +21,27 @@ def _example() -> Any:
     file = descriptor_pb2.FileDescriptorProto(
         name="proteus_jax_example.proto", package=_PACKAGE, syntax="proto3"
     )
+
+    def holds(message: Any, name: str, number: int, kind: str, **more: Any) -> None:
+        """Adds a field that is a message."""
+        options = {"label": field.LABEL_OPTIONAL, "type": field.TYPE_MESSAGE} | more
+        message.field.add(name=name, number=number, type_name=f".{_PACKAGE}.{kind}", **options)
+
     feature = descriptor_pb2.DescriptorProto(name="Feature")
     feature.oneof_decl.add(name="kind")
     for number, (name, (kind, of)) in enumerate(_LISTS.items(), 1):
         message = file.message_type.add(name=kind)
         value = {"name": "value", "number": 1, "label": field.LABEL_REPEATED}
         message.field.add(**value, type=getattr(field, of))
-        feature.field.add(
-            name=name,
-            number=number,
-            label=field.LABEL_OPTIONAL,
-            type=field.TYPE_MESSAGE,
-            type_name=f".{_PACKAGE}.{kind}",
-            oneof_index=0,
-        )
+        holds(feature, name, number, kind, oneof_index=0)
     file.message_type.append(feature)
     features = file.message_type.add(name="Features")
     entry = features.nested_type.add(name="FeatureEntry")
     entry.options.map_entry = True
     entry.field.add(name="key", number=1, label=field.LABEL_OPTIONAL, type=field.TYPE_STRING)
-    entry.field.add(
-        name="value",
-        number=2,
-        label=field.LABEL_OPTIONAL,
-        type=field.TYPE_MESSAGE,
-        type_name=f".{_PACKAGE}.Feature",
-    )
-    features.field.add(
-        name="feature",
-        number=1,
-        label=field.LABEL_REPEATED,
-        type=field.TYPE_MESSAGE,
-        type_name=f".{_PACKAGE}.Features.FeatureEntry",
-    )
-    file.message_type.add(name="Example").field.add(
-        name="features",
-        number=1,
-        label=field.LABEL_OPTIONAL,
-        type=field.TYPE_MESSAGE,
-        type_name=f".{_PACKAGE}.Features",
-    )
+    holds(entry, "value", 2, "Feature")
+    holds(features, "feature", 1, "Features.FeatureEntry", label=field.LABEL_REPEATED)
+    holds(file.message_type.add(name="Example"), "features", 1, "Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.Example"))

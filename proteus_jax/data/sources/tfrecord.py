@@ -31,7 +31,7 @@ _THREADS = 16
 
 
 class Description(NamedTuple):
-    """What the files beside a prepared data set tell: its format, the files of each split in their
+    """Facts from the files beside a prepared data set: format, the files of each split in their
     order and how many examples each holds, its features' kinds by name, and names of classes.
     """
 
@@ -135,9 +135,9 @@ class TfRecordSource(Source):
         place = cache_directory() / "listings" / f"{self.fingerprint[:32]}-labels"
         with contextlib.suppress(OSError, ValueError, KeyError):
             return read_table(place).columns["label"]
-        found = self.values(str(self._label))
+        every = self.values(str(self._label))
         try:
-            labels = np.array([int(values[0]) if values else -1 for values in found], np.int64)
+            labels = np.array([int(values[0]) if values else -1 for values in every], np.int64)
         except ValueError:
             kind = self._description.kinds[str(self._label)]
             raise InputError(
@@ -194,8 +194,8 @@ def _indexed(
     """File, offset and size of every record."""
     began, offsets, lengths, numbers = time.monotonic(), [], [], []
     with ThreadPoolExecutor(_THREADS if remote_fs.is_remote(paths[0]) else 1) as pool:
-        found = pool.map(_records, paths, sizes)
-        for number, (path, records) in enumerate(zip(paths, found, strict=True)):
+        indexed = pool.map(_records, paths, sizes)
+        for number, (path, records) in enumerate(zip(paths, indexed, strict=True)):
             if len(records) != counts[number]:
                 raise InputError(
                     f"{path}: expected {counts[number]} examples, found {len(records)}"
@@ -240,8 +240,8 @@ def newest_version(place: str) -> str:
     if remote_fs.is_remote(place) or (remote_fs.local(place) / INFO).is_file():
         return place
     folder = remote_fs.local(place)
-    found = sorted(folder.glob(f"**/{INFO}"), key=lambda path: _version(path.parent.name))
-    return str(found[-1].parent) if found else str(folder)
+    versions = sorted(folder.glob(f"**/{INFO}"), key=lambda path: _version(path.parent.name))
+    return str(versions[-1].parent) if versions else str(folder)
 
 
 def _version(name: str) -> tuple[int, ...]:

@@ -122,15 +122,15 @@ def _with_distillation_as_register(arrays: Arrays) -> Arrays:
     """DeiT's distillation token comes after the class token and has a row of the position table:
     with that row it is a register, which has none.
     """
-    found = [name for name in _DISTILLATION if name in arrays]
-    if not found:
+    tokens = [name for name in _DISTILLATION if name in arrays]
+    if not tokens:
         return arrays
-    register, table = _DISTILLATION[found[0]]
+    register, table = _DISTILLATION[tokens[0]]
     if table not in arrays or arrays[table].ndim != 3 or arrays[table].shape[1] < 3:
-        raise InputError(f"it has a {found[0]} and no {table} with a row for it")
+        raise InputError(f"it has a {tokens[0]} and no {table} with a row for it")
     rows = arrays[table]
-    token = arrays[found[0]].reshape(1, 1, -1) + rows[:, 1:2]
-    rest = {name: array for name, array in arrays.items() if name != found[0]}
+    token = arrays[tokens[0]].reshape(1, 1, -1) + rows[:, 1:2]
+    rest = {name: array for name, array in arrays.items() if name != tokens[0]}
     return rest | {register: token, table: np.concatenate([rows[:, :1], rows[:, 2:]], axis=1)}
 
 

@@ -96,15 +96,15 @@ def find_prefix(names: Sequence[str], prefix: str | None = None, key: str | None
     if len(wanted) == 1:
         return wanted.pop()
     if not wanted:
-        asked = f"begins with {prefix!r}" if prefix is not None else f"lies below {key!r}"
-        raise InputError(f"no name {asked}; the models in it are {_listed(prefixes)}")
+        place = f"begins with {prefix!r}" if prefix is not None else f"lies below {key!r}"
+        raise InputError(f"no name {place}; the models in it are {_listed(prefixes)}")
     raise InputError(f"several models in it: choose one by {_listed(wanted)}")
 
 
 def _ends_with(whole: str, prefix: str) -> bool:
-    """Whether a prefix is the one that is asked for, perhaps below keys that need no naming."""
-    asked = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
-    return whole == asked or (bool(asked) and whole.endswith(f".{asked}"))
+    """Whether a prefix is the one that is meant, perhaps below keys that need no naming."""
+    ending = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+    return whole == ending or (bool(ending) and whole.endswith(f".{ending}"))
 
 
 def _listed(prefixes: Iterable[str]) -> str:
@@ -115,9 +115,9 @@ def _listed(prefixes: Iterable[str]) -> str:
         others = {part for other, theirs in parts.items() if other != each for part in theirs}
         key = next((part for part in own if part and part not in others), None)
         average = next((part for part in own if _AVERAGES.search(part)), None)
-        told = [f"{each or 'no prefix'}", *([f"{average} is an average"] * (average is not None))]
+        notes = [f"{each or 'no prefix'}", *([f"{average} is an average"] * (average is not None))]
         option = f"--key {key}" if key else f"--prefix {each or repr('')}"
-        texts.append(f"{option} ({', '.join(told)})")
+        texts.append(f"{option} ({', '.join(notes)})")
     return ", ".join(texts)
 
 
@@ -139,18 +139,18 @@ def _is_beside(name: str, pooled: bool) -> bool:
 
 def _unrolled(names: Mapping[str, str]) -> dict[str, str]:
     """Names whose blocks are numbered through, where they are in chunks."""
-    found = {name: match for name, text in names.items() if (match := _CHUNKED.fullmatch(text))}
+    chunked = {name: match for name, text in names.items() if (match := _CHUNKED.fullmatch(text))}
     blocks = [name for name, text in names.items() if text.startswith("blocks.")]
-    if not blocks or len(found) < len(blocks):
+    if not blocks or len(chunked) < len(blocks):
         return dict(names)
-    places = sorted({(int(match[1]), int(match[2])) for match in found.values()})
+    places = sorted({(int(match[1]), int(match[2])) for match in chunked.values()})
     inner = [block for _, block in places]
     # DINOv2 counts through; other code begins anew in each chunk.
     through = len(set(inner)) == len(inner)
     number = {place: place[1] if through else at for at, place in enumerate(places)}
     return {
         name: f"blocks.{number[int(match[1]), int(match[2])]}.{match[3]}"
-        if (match := found.get(name))
+        if (match := chunked.get(name))
         else text
         for name, text in names.items()
     }
