@@ -247,3 +247,12 @@ def test_the_order_is_that_of_array_record(tmp_path: Path, images: list[bytes]) 
     assert [other.read(i) for i in range(10)] == [bytes(one.read(i)) for i in range(10)]
     assert other.labels().tolist() == one.labels().tolist()  # pyright: ignore[reportOptionalMemberAccess]
     assert other.key(4) == one.key(4)
+
+
+def test_a_label_that_is_a_text_is_refused(tmp_path: Path, images: list[bytes]) -> None:
+    records = [example(image=content, label=b"ant") for content in images]
+    prepare(tmp_path / "mine" / "1.0.0", {"train": [records]})
+    source, _ = open_source(f"tfds:{tmp_path / 'mine'}")
+    assert source.read(2) == images[2]
+    with pytest.raises(InputError, match="expected numbers in its feature label"):
+        source.labels()
